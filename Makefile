@@ -1,0 +1,34 @@
+# make demo, make test, make style, make quality: each makes its own environment in .venv first.
+# PYTHON chooses the interpreter: make demo PYTHON=python3.12
+# PIP_TORCH_OPTIONS is given to pip where it installs torch. Without a GPU this saves gigabytes on Linux:
+#   make demo PIP_TORCH_OPTIONS="--index-url https://download.pytorch.org/whl/cpu"
+
+PYTHON ?= python3
+PIP_TORCH_OPTIONS ?=
+SOURCES = pipelines training demo tests benchmarks
+
+.PHONY: demo test style quality venv
+
+demo: .venv/.installed
+	.venv/bin/python demo/run.py
+
+test: .venv/.installed
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2
+
+style: .venv/.installed
+	.venv/bin/ruff check --fix $(wildcard $(SOURCES))
+	.venv/bin/ruff format $(wildcard $(SOURCES))
+
+quality: .venv/.installed
+	.venv/bin/ruff check $(wildcard $(SOURCES))
+	.venv/bin/ruff format --check $(wildcard $(SOURCES))
+
+venv: .venv/.installed
+
+# torch comes first and alone: later installs then find it there and do not choose another build of it.
+.venv/.installed: setup.cfg constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v < (3, 13) else f"Python 3.11 or 3.12 expected, got {v[0]}.{v[1]}: choose one with PYTHON=...")'
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet -c constraints.txt $(PIP_TORCH_OPTIONS) torch
+	.venv/bin/python -m pip install --quiet -c constraints.txt -e ".[demo,test,dev]"
+	touch $@

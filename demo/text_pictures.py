@@ -1,0 +1,167 @@
+# Copyright 2026 The FlowBP for diffusers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""Pictures of text: a drawn world of prompts and pictures whose captions are exact.
+
+A prompt reads `the text "42" in red on a yellow background`: two or three digits, eight colours, the foreground never
+equal to the background. Size and position of the text vary and are not part of the prompt. The font is the one inside
+Pillow (`ImageFont.load_default`), Aileron Regular 1.102 by Sora Sagano: its own name table says "No Rights Reserved",
+and its publisher (https://dotcolon.net/fonts/aileron) gives it as CC0.
+
+Single digits are left out: on drawn pictures of one digit the PP-OCR recognisers read only 68 to 96 % right, against
+98 to 100 % of two or three digits at these sizes.
+"""
+
+import random
+import re
+from functools import cache
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+
+# Chosen so that all 56 ordered pairs are read right by both recognisers on at least 92 % (mean 99 %) of drawn pictures.
+COLOURS = {
+    "black": (20, 20, 20),
+    "white": (245, 245, 245),
+    "red": (215, 35, 35),
+    "green": (30, 150, 60),
+    "blue": (40, 70, 220),
+    "yellow": (245, 215, 40),
+    "purple": (140, 50, 170),
+    "orange": (250, 135, 20),
+}
+COLOUR_PAIRS = tuple((fg, bg) for fg in COLOURS for bg in COLOURS if fg != bg)
+TEXTS = tuple(str(n).zfill(length) for length in (2, 3) for n in range(10**length))
+
+# Font sizes in pixels at 48 x 48, by length of the text; the largest three-digit text still fits.
+_SIZES = {2: (23, 25, 27), 3: (22, 23, 24)}
+_MAX_SHIFT = 4  # pixels at 48 x 48 from the centre, each way
+_PROMPT = re.compile(r'the text "([0-9]{2,3})" in ([a-z]+) on a ([a-z]+) background')
+_HELD_OUT_TEXTS = 220
+_HELD_OUT_PROMPTS = 512
+_REWARD_PROMPTS = 2048
+_PRETRAINING_PROMPTS = 16384
+
+
+def make_prompt(text: str, foreground: str, background: str) -> str:
+    """Return the prompt of a picture. Raises ValueError where text or colours are not of this world."""
+    prompt = f'the text "{text}" in {foreground} on a {background} background'
+    parse_prompt(prompt)
+    return prompt
+
+
+def parse_prompt(prompt: str) -> tuple[str, str, str]:
+    """Return (text, foreground, background) of a prompt. Raises ValueError where the prompt is not of this world."""
+    match = _PROMPT.fullmatch(prompt.strip())
+    if match is None:
+        raise ValueError(
+            'expected a prompt like \'the text "42" in red on a yellow background\' with two or three digits,'
+            f" got {prompt!r}"
+        )
+    text, foreground, background = match.groups()
+    for colour in (foreground, background):
+        if colour not in COLOURS:
+            raise ValueError(f"unknown colour {colour!r} in {prompt!r}, choose from {', '.join(COLOURS)}")
+    if foreground == background:
+        raise ValueError(f"foreground and background are both {foreground!r} in {prompt!r}, choose two colours")
+    return text, foreground, background
+
+
+@cache
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.load_default(size=size)
+
+
+def draw_picture(text: str, foreground: str, background: str, resolution: int, rng: random.Random) -> Image.Image:
+    """Draw `text` at a random size and place.
+
+    Args:
+        text: two or three digits.
+        foreground, background: names in `COLOURS`.
+        resolution: width and height of the picture in pixels, at least 32 (sizes and shifts scale with it).
+        rng: gives size and place.
+
+    Returns an RGB picture. Raises ValueError where text or colours are not of this world, or the resolution is too low.
+    """
+    parse_prompt(make_prompt(text, foreground, background))
+    if resolution < 32:
+        raise ValueError(f"expected a resolution of at least 32 pixels, got {resolution}")
+    scale = resolution / 48
+    font = _font(round(rng.choice(_SIZES[len(text)]) * scale))
+    picture = Image.new("RGB", (resolution, resolution), COLOURS[background])
+    canvas = ImageDraw.Draw(picture)
+    left, top, right, bottom = canvas.textbbox((0, 0), text, font=font)
+    place = []
+    for length in (right - left, bottom - top):
+        free = resolution - length
+        shift = min(_MAX_SHIFT * scale, max(free / 2 - 1, 0))
+        place.append(round(free / 2 + rng.uniform(-shift, shift)))
+    canvas.text((place[0] - left, place[1] - top), text, fill=COLOURS[foreground], font=font)
+    return picture
+
+
+def split_prompts(seed: int) -> tuple[list[str], list[str], list[str]]:
+    """Return three disjoint lists of prompts: pretraining (16384), reward training (2048), held-out evaluation (512).
+
+    No text of the held-out prompts occurs in either of the other lists. Pretraining and reward training share texts,
+    never prompts. The same seed gives the same lists.
+    """
+    rng = random.Random(seed)
+    texts = list(TEXTS)
+    rng.shuffle(texts)
+    held_out_texts, seen_texts = texts[:_HELD_OUT_TEXTS], texts[_HELD_OUT_TEXTS:]
+    held_out = [make_prompt(text, *pair) for text in held_out_texts for pair in COLOUR_PAIRS]
+    seen = [make_prompt(text, *pair) for text in seen_texts for pair in COLOUR_PAIRS]
+    rng.shuffle(held_out)
+    rng.shuffle(seen)
+    reward = seen[:_REWARD_PROMPTS]
+    pretraining = seen[_REWARD_PROMPTS : _REWARD_PROMPTS + _PRETRAINING_PROMPTS]
+    return pretraining, reward, held_out[:_HELD_OUT_PROMPTS]
+
+
+def colours_right(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+    """Tell by rule whether foreground and background have the colours that the prompts ask for.
+
+    Each pixel takes the name of the nearest of `COLOURS`. The background is the most frequent name in the border (a
+    twelfth of the width); the foreground is the most frequent other name in the picture among pixels whose four
+    neighbours have it too (blends at the edges of strokes are one pixel wide), or among all pixels where there are none.
+    It must cover at least 2 % of the picture.
+
+    Args:
+        images: (B, 3, H, W), float, in [0, 1].
+        prompts: B prompts.
+
+    Returns a bool tensor (B,). Raises ValueError where shapes or prompts do not fit.
+    """
+    if images.ndim != 4 or images.shape[1] != 3 or images.shape[0] != len(prompts):
+        raise ValueError(f"expected images of shape ({len(prompts)}, 3, H, W), got {tuple(images.shape)}")
+    names = list(COLOURS)
+    wanted = [parse_prompt(prompt) for prompt in prompts]
+    palette = torch.tensor([COLOURS[name] for name in names], dtype=torch.float32) / 255
+    pixels = images.detach().float().cpu().permute(0, 2, 3, 1)
+    batch, height, width, _ = pixels.shape
+    nearest = torch.cdist(pixels.reshape(batch, -1, 3), palette).argmin(-1).reshape(batch, height, width)
+    edge = max(1, width // 12)
+    right = []
+    for labels, (_, foreground, background) in zip(nearest, wanted):
+        border = torch.ones_like(labels, dtype=torch.bool)
+        border[edge:-edge, edge:-edge] = False
+        found_background = torch.bincount(labels[border], minlength=len(names)).argmax().item()
+        inner = labels[1:-1, 1:-1]
+        solid = (inner == labels[:-2, 1:-1]) & (inner == labels[2:, 1:-1])
+        solid &= (inner == labels[1:-1, :-2]) & (inner == labels[1:-1, 2:])
+        everywhere = torch.bincount(labels.flatten(), minlength=len(names))
+        counts = torch.bincount(inner[solid], minlength=len(names))
+        counts[found_background] = 0
+        if counts.sum() == 0:
+            counts = everywhere.clone()
+            counts[found_background] = 0
+        found_foreground = counts.argmax().item()
+        right.append(
+            names[found_background] == background
+            and names[found_foreground] == foreground
+            and everywhere[found_foreground].item() >= 0.02 * height * width
+        )
+    return torch.tensor(right, dtype=torch.bool)

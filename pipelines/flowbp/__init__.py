@@ -1,0 +1,36 @@
+# Copyright 2026 The FlowBP for diffusers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""FlowBP for diffusers: train flow models with the gradient of a reward, at constant memory.
+
+Names are imported when first used, so that the pure numbers (`get_method`, `METHODS`) work without diffusers.
+"""
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "FlowBPCallback": "callback",
+    "Leg": "methods",
+    "METHODS": "methods",
+    "Method": "methods",
+    "Objective": "objectives",
+    "Surrogate": "methods",
+    "Term": "methods",
+    "get_method": "methods",
+    "load_reward": "rewards",
+}
+
+__all__ = sorted(_WHERE)
+
+
+def __getattr__(name: str) -> object:
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_WHERE[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,331 @@
+# Copyright 2026 The FlowBP for diffusers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""`FlowBPCallback`: record an unmodified pipeline, then send the gradient of a reward back to its transformer."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .methods import Method, Surrogate
+from .objectives import Objective, connector_gaps, sample_weights
+from .recording import Recorder, RecordingError, Trajectory
+from .sweep import Sweep
+
+Reward = Callable[[torch.Tensor, Sequence[str]], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class BackwardOutput:
+    """What one `backward` computed, all detached.
+
+    Attributes:
+        rewards: `(B,)`; with DRaFT-LV's n copies `((n + 1) * B,)`, the sample's first.
+        loss: scalar, without `gradient_scale`.
+        weights: sample weights, like `rewards`.
+        gaps: `{step: (B,)}` connector gaps at the ends of the surrogate's legs; N is the gap d_0.
+    """
+
+    rewards: torch.Tensor
+    loss: torch.Tensor
+    weights: torch.Tensor
+    gaps: dict[int, torch.Tensor]
+
+
+class FlowBPCallback:
+    """Records pipeline calls and sends gradients back along a surrogate path.
+
+    Args:
+        method: row of the table from `get_method`, or a `Surrogate` of your own.
+        generator: CPU generator that draws the surrogate; `None` uses torch's global one.
+        unconditional_gradient: whether gradients flow through the unconditional branch of guidance; `None` takes the
+            method's default (a `Surrogate`: no).
+        samples_per_decode: decode, and with a reward function score, this many samples at a time; `None` for all at
+            once. Memory against speed, the gradient stays the same.
+        steps_per_forward: evaluate up to this many active steps that share an adjoint in one forward pass. Memory
+            against speed, the gradient stays the same.
+        noise_generator: generator of the noise of DRaFT-LV's copies; `None` uses torch's global one.
+
+    Raises:
+        ValueError: for options outside their range.
+
+    Use it in the pipeline call, inside `record`:
+
+        callback = FlowBPCallback(get_method("flowbp-lagrange"), generator=generator)
+        with callback.record(pipe):
+            images = pipe(prompts, output_type="pt", callback_on_step_end=callback).images
+        out = callback.backward(reward, images, prompts)
+    """
+
+    # Pipelines read this of callbacks that are objects of their own class.
+    tensor_inputs = ["latents"]
+
+    def __init__(
+        self,
+        method: Method | Surrogate,
+        generator: torch.Generator | None = None,
+        unconditional_gradient: bool | None = None,
+        samples_per_decode: int | None = None,
+        steps_per_forward: int = 1,
+        noise_generator: torch.Generator | None = None,
+    ) -> None:
+        if not isinstance(method, Method | Surrogate):
+            raise ValueError(f"`method` must come from get_method() or be a Surrogate, got {type(method).__name__}.")
+        if samples_per_decode is not None and samples_per_decode < 1:
+            raise ValueError(f"`samples_per_decode` must be at least 1 or None, got {samples_per_decode}.")
+        if steps_per_forward < 1:
+            raise ValueError(f"`steps_per_forward` must be at least 1, got {steps_per_forward}.")
+        self.method = method
+        self.generator = generator
+        if unconditional_gradient is None:
+            unconditional_gradient = isinstance(method, Method) and method.unconditional_gradient
+        self.unconditional_gradient = unconditional_gradient
+        self.samples_per_decode = samples_per_decode
+        self.steps_per_forward = steps_per_forward
+        self.noise_generator = noise_generator
+        self._recorder: Recorder | None = None
+        self._is_recording = False
+
+    @property
+    def copies(self) -> int:
+        """How many more calls of the pipeline the `record` block needs, with the same arguments (DRaFT-LV)."""
+        if isinstance(self.method, Surrogate):
+            return self.method.num_noised
+        return self.method.options.get("num_noised", 0)
+
+    @property
+    def trajectories(self) -> tuple[Trajectory, ...]:
+        """The rollout, and after it DRaFT-LV's copies.
+
+        Raises:
+            RecordingError: if nothing was recorded, or a rollout did not reach its endpoint.
+        """
+        recorded = tuple(self._recorder.trajectories) if self._recorder is not None else ()
+        if not recorded or any(trajectory.endpoint is None for trajectory in recorded):
+            raise RecordingError(
+                "Expected a complete rollout, got none; call the pipeline inside `with callback.record(pipe):`."
+            )
+        if len(recorded) != 1 + self.copies:
+            raise RecordingError(
+                f"Expected {1 + self.copies} pipeline calls in the record() block (callback.copies is {self.copies}), "
+                f"got {len(recorded)}."
+            )
+        return recorded
+
+    @property
+    def trajectory(self) -> Trajectory:
+        """The recorded rollout: latents, velocities, sigmas, and calls and glue of the active steps."""
+        return self.trajectories[0]
+
+    @property
+    def surrogate(self) -> Surrogate:
+        """The surrogate that was drawn for the recorded rollout."""
+        return self.trajectories[0].surrogate
+
+    @property
+    def endpoint(self) -> torch.Tensor:
+        """`(B, ...)` leaf that the pipeline decoded, in the shape and dtype of its loop's latents."""
+        return self.trajectories[0].endpoint
+
+    @contextmanager
+    def record(self, pipe: Any) -> Iterator["FlowBPCallback"]:
+        """Record the pipeline calls of this block. The hooks come off when it closes, whatever happens.
+
+        Args:
+            pipe: a diffusers pipeline that samples with a flow-matching Euler scheduler. `output_type` must be `"pt"`
+                or `"latent"`.
+
+        Raises:
+            RecordingError: for what cannot be proven to give the right gradient, here or during the call.
+        """
+        if self._is_recording:
+            raise RecordingError("This callback is recording already; close the first record() block, or use another.")
+        self._recorder = Recorder(pipe, self.method, self.generator, self.noise_generator, self.samples_per_decode)
+        self._is_recording = True
+        try:
+            with self._recorder:
+                yield self
+        except BaseException:
+            self._recorder = None
+            raise
+        finally:
+            self._is_recording = False
+
+    def __call__(self, pipe: Any, step: int, timestep: Any, callback_kwargs: dict[str, Any]) -> dict[str, Any]:
+        """`callback_on_step_end`: checks that the pipeline is the recorded one and changes nothing."""
+        if not self._is_recording or pipe is not self._recorder.pipe:
+            raise RecordingError(
+                f"{type(pipe).__name__} called this callback outside of its record() block; call the pipeline inside "
+                "`with callback.record(pipe):`."
+            )
+        return callback_kwargs
+
+    def backward(
+        self,
+        reward: torch.Tensor | Reward,
+        images: torch.Tensor | None = None,
+        prompts: Sequence[str] | None = None,
+        *,
+        objective: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+        gradient_scale: float = 1.0,
+        transformer: torch.nn.Module | None = None,
+    ) -> BackwardOutput:
+        """Add the gradient of the objective to `.grad` of the transformer's trainable parameters.
+
+        Args:
+            reward: `(B,)` rewards of the recorded images, differentiable; or a function of `(images, prompts)` that
+                returns them, which is then called on `samples_per_decode` images at a time. It must score each image
+                on its own.
+            images: `(B, 3, H, W)` what the pipeline returned, with a reward function only. DRaFT-LV's copies follow
+                the samples along the first dimension, here and in `reward`.
+            prompts: one for each image, or one for each `B / len(prompts)` images in a row.
+            objective: `f(rewards, weights) -> scalar`; default `Objective()`, the mean of `-weights * rewards`.
+            gradient_scale: factor on the gradients only (1 / accumulation steps, a loss scaler's scale).
+            transformer: wrapped transformer (DDP) to call in place of the recorded one. All passes but the last run in
+                its `no_sync`.
+
+        Returns:
+            Detached rewards, loss, weights and gaps.
+
+        Raises:
+            ValueError: for rewards, images or prompts of the wrong length or shape.
+            RecordingError: where the images are not connected to the rollout, or a replay differs.
+        """
+        objective = Objective() if objective is None else objective
+        gaps = connector_gaps(self.surrogate, self.trajectory.latents, self.trajectory.velocities)
+        if callable(reward):
+            if images is None or prompts is None:
+                raise ValueError(
+                    "A reward function needs the images and the prompts: backward(reward, images, prompts)."
+                )
+            rewards, image_gradients = self._score(reward, images, prompts)
+            rewards.requires_grad_()
+        else:
+            if images is not None or prompts is not None:
+                raise ValueError("Rewards that are computed already need no images and prompts: backward(rewards).")
+            rewards, image_gradients = reward, None
+            self._check_rewards(rewards, len(self.endpoint) * len(self.trajectories))
+        weights = self._weights(gaps, rewards)
+        with torch.enable_grad():
+            loss = objective(rewards, weights)
+        adjoints = self._endpoint_gradients(loss, rewards, images, image_gradients)
+        result = BackwardOutput(rewards.detach(), loss.detach(), weights, gaps)
+        self.sweep(adjoints, gradient_scale=gradient_scale, transformer=transformer)
+        return result
+
+    def sweep(
+        self,
+        adjoint: torch.Tensor | Sequence[torch.Tensor],
+        *,
+        gradient_scale: float = 1.0,
+        transformer: torch.nn.Module | None = None,
+    ) -> None:
+        """The second half of `backward`: from the loss's gradient at the endpoint to the parameters.
+
+        Args:
+            adjoint: `(B, ...)` like `callback.endpoint`; with DRaFT-LV one for each of `callback.trajectories`.
+            gradient_scale: factor on the gradients.
+            transformer: see `backward`.
+
+        Raises:
+            ValueError: for an adjoint of another shape, or a transformer without trainable parameters.
+        """
+        adjoints = [adjoint] if isinstance(adjoint, torch.Tensor) else list(adjoint)
+        trajectories = self.trajectories
+        if [tuple(each.shape) for each in adjoints] != [tuple(each.endpoint.shape) for each in trajectories]:
+            raise ValueError(
+                f"`adjoint` must have the endpoint's shape {tuple(self.endpoint.shape)} for each of "
+                f"{len(trajectories)} trajectories, got {[tuple(each.shape) for each in adjoints]}."
+            )
+        recorder = self._recorder
+        if not any(p.requires_grad for module in recorder.transformers for p in module.parameters()):
+            raise ValueError(
+                f"{recorder.name}: the transformer has no trainable parameters; add a LoRA adapter or set requires_grad."
+            )
+        # The first component is the one that training scripts wrap.
+        modules: Mapping[torch.nn.Module, torch.nn.Module] = (
+            {} if transformer is None else {recorder.transformers[0]: transformer}
+        )
+        sweep = Sweep(recorder.name, self.unconditional_gradient, self.steps_per_forward, modules)
+        sweep.run(trajectories, [_widened(each) * gradient_scale for each in adjoints])
+
+    # The endpoint stage: decode and reward.
+
+    def _score(
+        self, reward: Reward, images: torch.Tensor, prompts: Sequence[str]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rewards `(B,)` and the gradient of each in its own image `(B, 3, H, W)`, a few samples at a time."""
+        if isinstance(prompts, str):
+            raise ValueError("`prompts` must be a list with a prompt for each image, got one string.")
+        if not isinstance(images, torch.Tensor) or not images.requires_grad:
+            raise RecordingError(
+                f"The images are not connected to the recorded rollout, got {type(images).__name__}; call the pipeline "
+                'with output_type="pt" inside record() and pass what it returned (post-processing through numpy cannot '
+                "be trained through)."
+            )
+        of_sample = len(images) // len(self.trajectories)
+        if len(prompts) != len(images):
+            if len(prompts) == 0 or of_sample % len(prompts):
+                raise ValueError(f"Expected a prompt for each of {len(images)} images, got {len(prompts)} prompts.")
+            # Several images of a prompt stand together; copies score the same prompts again after all samples.
+            prompts = [prompt for prompt in prompts for _ in range(of_sample // len(prompts))] * len(self.trajectories)
+        size = self.samples_per_decode or len(images)
+        rewards, gradients = [], []
+        for start in range(0, len(images), size):
+            part = images[start : start + size].detach().requires_grad_()
+            with torch.enable_grad():
+                scored = reward(part, prompts[start : start + size])
+            self._check_rewards(scored, len(part))
+            # Each reward sees its own image only, so the sum's gradient is every reward's own.
+            (gradient,) = torch.autograd.grad(scored.sum(), part)
+            rewards.append(scored.detach())
+            gradients.append(gradient)
+        return torch.cat(rewards), torch.cat(gradients)
+
+    def _check_rewards(self, rewards: Any, count: int) -> None:
+        if not isinstance(rewards, torch.Tensor) or rewards.shape != (count,):
+            found = tuple(rewards.shape) if isinstance(rewards, torch.Tensor) else type(rewards).__name__
+            raise ValueError(
+                f"Expected one reward for each of {count} images, a tensor of shape ({count},), got {found}."
+            )
+        if not rewards.requires_grad:
+            raise RecordingError(
+                "The rewards carry no gradient; score the images that the recorded pipeline call returned "
+                '(output_type="pt"), with gradients on.'
+            )
+
+    def _weights(self, gaps: Mapping[int, torch.Tensor], rewards: torch.Tensor) -> torch.Tensor:
+        weights = sample_weights(self.surrogate, gaps)
+        if weights is None:
+            return torch.ones_like(rewards).detach()
+        return weights.to(rewards).repeat(len(self.trajectories))
+
+    def _endpoint_gradients(
+        self,
+        loss: torch.Tensor,
+        rewards: torch.Tensor,
+        images: torch.Tensor | None,
+        image_gradients: torch.Tensor | None,
+    ) -> list[torch.Tensor]:
+        endpoints = [trajectory.endpoint for trajectory in self.trajectories]
+        if image_gradients is None:
+            gradients = torch.autograd.grad(loss, endpoints, allow_unused=True)
+        else:
+            (of_rewards,) = torch.autograd.grad(loss, rewards)
+            shape = (-1, *[1] * (images.ndim - 1))
+            cotangent = (image_gradients * of_rewards.to(image_gradients).view(shape)).to(images.dtype)
+            gradients = torch.autograd.grad(images, endpoints, cotangent, allow_unused=True)
+        if any(gradient is None for gradient in gradients):
+            raise RecordingError(
+                f"{self._recorder.name}: the rewards do not depend on the recorded endpoint; score the images that the "
+                "pipeline calls of this record() block returned, all of them."
+            )
+        return list(gradients)
+
+
+def _widened(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))

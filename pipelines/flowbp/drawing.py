@@ -1,0 +1,137 @@
+# Copyright 2026 The FlowBP for diffusers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""Drawing rules: which steps of a rollout are active.
+
+Every rule takes a CPU generator and returns step numbers; all draws of a surrogate come from that one generator, so
+that processes which share its seed draw the same surrogate. Steps are named as in DESIGN.md, section 1: `k < j`, step
+0 starts from noise. A trainable window is `[start, num_steps)`.
+"""
+
+import math
+
+import torch
+
+STEP_SAMPLING = ("uniform", "dirichlet", "midpoint", "midpoint-j")
+
+
+def uniform_integer(low: int, high: int, generator: torch.Generator | None) -> int:
+    """One integer, uniform over `low <= value < high`."""
+    return int(torch.randint(low, high, (1,), generator=generator))
+
+
+def tail_window(num_steps: int, tail_ratio: float, smallest: int = 1) -> int:
+    """First step of the trainable window: the last `ceil(tail_ratio * num_steps)` steps, at least `smallest`.
+
+    Args:
+        num_steps: N.
+        tail_ratio: in (0, 1].
+        smallest: 3 where k and j are drawn (DESIGN.md, section 2), else 1.
+
+    Returns:
+        The window's first step.
+
+    Raises:
+        ValueError: if the rollout has fewer than `smallest` steps.
+    """
+    if num_steps < smallest:
+        raise ValueError(
+            f"The rollout has {num_steps} steps, this method needs at least {smallest}; raise `num_inference_steps`."
+        )
+    return num_steps - max(smallest, math.ceil(tail_ratio * num_steps))
+
+
+def late_biased_steps(
+    first: int, last: int, count: int, late_bias: float, generator: torch.Generator | None
+) -> tuple[int, ...]:
+    """`count` distinct steps of `[first, last)`; the step at place m (from 0) has weight `(m + 1) ** late_bias`.
+
+    Args:
+        first: first step that can be drawn.
+        last: one past the last.
+        count: how many, at most `last - first`.
+        late_bias: 0 is uniform, larger prefers late steps.
+        generator: CPU generator.
+
+    Returns:
+        Rising steps.
+    """
+    if count == 0:
+        return ()
+    places = torch.arange(1, 1 + last - first, dtype=torch.float64)
+    # Relative to the largest, so that a strong bias over many steps cannot overflow.
+    chances = (places / places[-1]) ** late_bias
+    drawn = torch.multinomial(chances, count, replacement=False, generator=generator)
+    return tuple(sorted(first + int(place) for place in drawn))
+
+
+def draw_two_steps(
+    rule: str,
+    num_steps: int,
+    start: int,
+    generator: torch.Generator | None,
+    dirichlet: tuple[float, float, float],
+    max_tail: int | None,
+) -> tuple[int, int]:
+    """Draw `k < j` inside the window `[start, num_steps)` (DESIGN.md, section 2, "Options of the reference").
+
+    - `uniform`: two distinct uniform steps; with `max_tail`, j uniform within the cap, then k uniform before it.
+    - `dirichlet`: one Dirichlet draw over (tail, middle, head), times the window's length, rounded, each at least 1,
+      the rounding error given to the largest: `j = num_steps - tail - 1`, `k` is `middle` steps earlier. A tail above
+      `max_tail` steps gives its excess to the head, moving k and j together.
+    - `midpoint`: k uniform, `j = (k + num_steps) // 2`.
+    - `midpoint-j`: j uniform, `k = j // 2`, kept inside the window.
+
+    Args:
+        rule: one of `STEP_SAMPLING`.
+        num_steps: N.
+        start: first step of the window, which must hold at least 3 steps.
+        generator: CPU generator.
+        dirichlet: concentrations (tail, middle, head), each above 0.
+        max_tail: cap on `num_steps - j`, or `None`.
+
+    Returns:
+        `(k, j)`.
+
+    Raises:
+        ValueError: for an unknown rule.
+    """
+    if rule == "uniform":
+        if max_tail is None:
+            first, second = torch.randperm(num_steps - start, generator=generator)[:2].tolist()
+            return start + min(first, second), start + max(first, second)
+        j = uniform_integer(max(start + 1, num_steps - max_tail), num_steps, generator)
+        return uniform_integer(start, j, generator), j
+    if rule == "dirichlet":
+        return _dirichlet_steps(num_steps, start, generator, dirichlet, max_tail)
+    if rule == "midpoint":
+        k = uniform_integer(start, num_steps - 1, generator)
+        return k, (k + num_steps) // 2
+    if rule == "midpoint-j":
+        j = uniform_integer(start + 1, num_steps, generator)
+        return min(max(j // 2, start), j - 1), j
+    raise ValueError(f"Unknown `step_sampling` {rule!r}; choose one of {', '.join(STEP_SAMPLING)}.")
+
+
+def _dirichlet_steps(
+    num_steps: int,
+    start: int,
+    generator: torch.Generator | None,
+    concentrations: tuple[float, float, float],
+    max_tail: int | None,
+) -> tuple[int, int]:
+    window = num_steps - start
+    # torch's public Dirichlet takes no generator; a normalised gamma draw is one.
+    gammas = torch._standard_gamma(torch.tensor(concentrations, dtype=torch.float64), generator=generator)
+    shares = gammas / gammas.sum()
+    lengths = (shares * window).round().long()
+    lengths[shares.argmax()] += window - lengths.sum()
+    lengths = lengths.clamp(min=1)
+    lengths[lengths.argmax()] += window - lengths.sum()
+    tail, middle, head = lengths.tolist()
+    if max_tail is not None:
+        excess = max(0, tail - max(1, max_tail - 1))
+        tail, head = tail - excess, head + excess
+    k = start + head - 1
+    return k, k + middle

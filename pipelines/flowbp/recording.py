@@ -1,0 +1,506 @@
+# Copyright 2026 The FlowBP for diffusers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""Recording a rollout of an unmodified pipeline.
+
+The pipeline is cut at two places only: at the transformer's calls and at `scheduler.step`. A transformer call runs
+without gradients and hands its outputs on as leaves; `scheduler.step` hands the next latents on as a leaf. What the
+pipeline itself computes between leaf and leaf (doubling, casts, guidance, packing) stays an autograd graph, the *glue*,
+so that gradients can later go through the pipeline's own code (DESIGN.md, section 3).
+
+What cannot be proven to fit this picture is refused with a `RecordingError`.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils.checkpoint import checkpoint
+
+from .methods import Method, Surrogate
+
+# Largest relative difference (maximum norm) between a recorded output and its replay where rows are dropped, steps are
+# joined or another kernel may run. A tiny SD3 at B against 2B differs by 1e-15, 6e-7 and 8e-3 (float64, float32, bf16).
+REPLAY_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+_PLAIN_ARGUMENTS = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, type(None))
+
+
+class RecordingError(RuntimeError):
+    """The pipeline does something that cannot be proven to give the right gradient; the message says what."""
+
+
+@dataclass(eq=False)
+class Call:
+    """One transformer call of an active step.
+
+    Attributes:
+        module: the transformer.
+        spec: structure of `(args, kwargs)`.
+        leaves: its flattened arguments; tensors detached and kept as they were at the call.
+        attached: `{index in leaves: tensor in the glue}` for the inputs through which a gradient must return.
+        outputs: the recorded floating point outputs, leaves of the glue.
+        versions: version counters of the trainable parameters at the call.
+    """
+
+    module: torch.nn.Module
+    spec: TreeSpec
+    leaves: list[Any]
+    attached: dict[int, torch.Tensor]
+    outputs: list[torch.Tensor]
+    versions: list[int]
+
+
+@dataclass(eq=False)
+class ActiveStep:
+    """What the sweep needs of one step: its calls and the glue around them.
+
+    Attributes:
+        latents: `(B, ...)` leaf that the scheduler handed to this step, `None` for a rollout's first step.
+        velocity: `(B, ...)` what the scheduler was given, in the glue.
+        calls: in the pipeline's order.
+    """
+
+    latents: torch.Tensor | None
+    velocity: torch.Tensor
+    calls: list[Call]
+
+
+@dataclass(eq=False)
+class Trajectory:
+    """A recorded rollout. Only what the surrogate needs is kept.
+
+    Attributes:
+        sigmas: `(N + 1,)`, the scheduler's.
+        surrogate: what was drawn for it.
+        latents: `{step: (B, ...)}` detached; `latents[N]` is the sample.
+        velocities: `{step: (B, ...)}` detached.
+        steps: `{step: ActiveStep}` of the surrogate's terms.
+        endpoint: `(B, ...)` leaf requiring a gradient, in the shape and dtype of the loop's latents.
+    """
+
+    sigmas: torch.Tensor
+    surrogate: Surrogate
+    latents: dict[int, torch.Tensor] = field(default_factory=dict)
+    velocities: dict[int, torch.Tensor] = field(default_factory=dict)
+    steps: dict[int, ActiveStep] = field(default_factory=dict)
+    endpoint: torch.Tensor | None = None
+
+    @property
+    def num_steps(self) -> int:
+        """N."""
+        return len(self.sigmas) - 1
+
+
+def reaches(tensors: Sequence[torch.Tensor], leaves: Sequence[torch.Tensor]) -> bool:
+    """Whether any of `tensors` depends, through autograd, on any of `leaves`."""
+    tensors = [tensor for tensor in tensors if tensor.requires_grad]
+    leaves = [leaf for leaf in leaves if leaf.requires_grad]
+    if not tensors or not leaves:
+        return False
+    ones = [torch.ones_like(tensor) for tensor in tensors]
+    found = torch.autograd.grad(tensors, leaves, ones, allow_unused=True, retain_graph=True)
+    return any(gradient is not None for gradient in found)
+
+
+class Recorder:
+    """Hooks of one `record()` block. Use it as a context manager; all hooks come off when it closes.
+
+    Args:
+        pipe: a diffusers pipeline with a `scheduler` and transformers.
+        method: what to draw a surrogate from, or the surrogate itself.
+        generator: CPU generator of the surrogate.
+        noise_generator: generator of DRaFT-LV's re-noising.
+        samples_per_decode: the VAE decodes this many samples at a time; `None` for all.
+
+    Raises:
+        RecordingError: for a pipeline without scheduler or transformer, or under model CPU offload.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        method: Method | Surrogate,
+        generator: torch.Generator | None,
+        noise_generator: torch.Generator | None,
+        samples_per_decode: int | None,
+    ) -> None:
+        self.pipe = pipe
+        self.name = type(pipe).__name__
+        self.method = method
+        self.generator = generator
+        self.noise_generator = noise_generator
+        self.samples_per_decode = samples_per_decode
+        self.scheduler = pipe.components.get("scheduler")
+        self.transformers = [
+            module
+            for name, module in pipe.components.items()
+            if "transformer" in name and isinstance(module, torch.nn.Module)
+        ]
+        if self.scheduler is None or not self.transformers:
+            raise RecordingError(
+                f"{self.name}: expected a scheduler and a component named transformer, got "
+                f"{', '.join(sorted(pipe.components))}; use a flow-matching pipeline."
+            )
+        if getattr(pipe, "_all_hooks", None):
+            raise RecordingError(
+                f"{self.name}: model CPU offload frees the VAE while its gradient is still needed; call "
+                "pipe.remove_all_hooks() and use group offloading instead."
+            )
+        self.trajectories: list[Trajectory] = []
+        self._undo: list[Callable[[], None]] = []
+        self._begin_rollout()
+
+    # Hooks on and off.
+
+    def __enter__(self) -> "Recorder":
+        self._grad_enabled = torch.is_grad_enabled()
+        try:
+            scheduler_class = type(self.scheduler)
+            self._patch(scheduler_class, "step", self._scheduler_step)
+            self._patch(scheduler_class, "set_timesteps", self._scheduler_set_timesteps)
+            for transformer in self.transformers:
+                self._patch(transformer, "forward", functools.partial(self._transformer_call, transformer))
+            vae = self.pipe.components.get("vae")
+            if self.samples_per_decode is not None and vae is not None:
+                self._patch(vae, "decode", self._decode)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        while self._undo:
+            self._undo.pop()()
+        if hasattr(type(self.pipe), "interrupt"):
+            self.pipe._interrupt = False
+        # The pipeline's own no_grad restores this too; an undecorated call does not.
+        torch.set_grad_enabled(self._grad_enabled)
+
+    def _patch(self, owner: Any, name: str, replacement: Callable[..., Any]) -> None:
+        original = getattr(owner, name)
+        own = name in vars(owner)
+
+        # Pipelines read the signatures of scheduler methods, so the wrapper carries the original's.
+        @functools.wraps(original)
+        def hooked(*args: Any, **kwargs: Any) -> Any:
+            return replacement(original, *args, **kwargs)
+
+        def undo() -> None:
+            if own:
+                setattr(owner, name, original)
+            else:
+                delattr(owner, name)
+
+        setattr(owner, name, hooked)
+        self._undo.append(undo)
+
+    # A rollout's state.
+
+    def _begin_rollout(self) -> None:
+        self._trajectory: Trajectory | None = None
+        self._step = 0
+        self._calls: list[Call] = []
+        self._inputs: list[list[Any]] = []
+        self._previous_inputs: list[list[Any]] = []
+        self._leaves: list[torch.Tensor] = []
+        self._previous_leaves: list[torch.Tensor] = []
+        self._latents: torch.Tensor | None = None
+        self._kept: dict[int, tuple[torch.Tensor, int, torch.Tensor]] = {}
+        self._endpoint: torch.Tensor | None = None
+        self._finished = False
+
+    def _scheduler_set_timesteps(self, original: Callable[..., Any], scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+        if scheduler is self.scheduler:
+            self._begin_rollout()
+        return original(scheduler, *args, **kwargs)
+
+    def _start(self) -> None:
+        """Make the rollout's trajectory and draw its surrogate, at the first transformer call."""
+        if self._trajectory is not None:
+            return
+        if torch.is_inference_mode_enabled():
+            raise RecordingError(f"{self.name}: the pipeline runs in inference mode; call it without it.")
+        sigmas = self.scheduler.sigmas.detach().clone()
+        if self.trajectories:
+            surrogate = self.trajectories[0].surrogate
+            if len(self.trajectories) > surrogate.num_noised:
+                raise RecordingError(
+                    f"{self.name}: expected {1 + surrogate.num_noised} pipeline call(s) in one record() block, got "
+                    "one more; open a new block for each rollout."
+                )
+        elif isinstance(self.method, Surrogate):
+            surrogate = self.method
+            surrogate.check(len(sigmas) - 1)
+        else:
+            surrogate = self.method.draw(sigmas, self.generator)
+        self._trajectory = Trajectory(sigmas, surrogate)
+        self._is_copy = bool(self.trajectories)
+        self._last = surrogate.last_step(len(sigmas) - 1)
+        self._active = {term.step for term in surrogate.terms}
+        self._coupled = {term.step for term in surrogate.terms[1:] if term.coupling}
+        supports = {step for leg in surrogate.legs for step in (leg.start, *leg.supports)}
+        self._needed_velocities = self._active | supports
+        self._needed_latents = self._active | {step for leg in surrogate.legs for step in (leg.start, leg.end)}
+        self.trajectories.append(self._trajectory)
+        # From here on the pipeline's code between the leaves is recorded as glue.
+        torch.set_grad_enabled(True)
+
+    @property
+    def _skips(self) -> bool:
+        """Whether this step of a copy only leads to the step that DRaFT-LV repeats."""
+        return self._is_copy and self._step < self._last
+
+    # The transformer's calls.
+
+    def _transformer_call(
+        self, module: torch.nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        self._start()
+        if self._finished or self._skips:
+            # Nothing that follows is used: the last outputs stand in, so that the pipeline's code runs on.
+            return self._stand_in
+        leaves, spec = tree_flatten((args, kwargs))
+        self._check_inputs(leaves)
+        with torch.no_grad():
+            results, result_spec = tree_flatten(original(*args, **kwargs))
+        outputs = []
+        for index, result in enumerate(results):
+            if isinstance(result, torch.Tensor) and result.is_floating_point():
+                leaf = result.detach().requires_grad_()
+                outputs.append(leaf)
+                # A copy, because pipelines may write into what they are given.
+                results[index] = leaf.clone()
+        self._inputs.append(leaves)
+        if self._step in self._active:
+            self._calls.append(self._keep_call(module, spec, leaves, outputs))
+        self._leaves.extend(outputs)
+        result = tree_unflatten(results, result_spec)
+        if not self._is_copy:
+            self._stand_in = tree_unflatten(
+                [result.detach() if isinstance(result, torch.Tensor) else result for result in results], result_spec
+            )
+        return result
+
+    def _keep_call(
+        self, module: torch.nn.Module, spec: TreeSpec, leaves: list[Any], outputs: list[torch.Tensor]
+    ) -> Call:
+        attached = {}
+        sources = list(self._leaves)
+        if self._step in self._coupled and self._latents is not None:
+            sources.append(self._latents)
+        for index, leaf in enumerate(leaves):
+            if isinstance(leaf, torch.Tensor) and reaches([leaf], sources):
+                attached[index] = leaf
+        kept = [self._keep(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        versions = [parameter._version for parameter in module.parameters() if parameter.requires_grad]
+        return Call(module, spec, kept, attached, outputs, versions)
+
+    def _keep(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A detached copy; one for all steps where the pipeline passes the same, unchanged tensor again."""
+        known = self._kept.get(id(tensor))
+        if known is not None and known[0] is tensor and known[1] == tensor._version:
+            return known[2]
+        copy = tensor.detach().clone()
+        if not tensor.requires_grad:
+            self._kept[id(tensor)] = (tensor, tensor._version, copy)
+        return copy
+
+    def _check_inputs(self, leaves: list[Any]) -> None:
+        for leaf in leaves:
+            if not isinstance(leaf, (torch.Tensor, *_PLAIN_ARGUMENTS)):
+                raise RecordingError(
+                    f"{self.name}: step {self._step} passes a {type(leaf).__name__} to the transformer, expected "
+                    "tensors and plain values: state kept between steps cannot be replayed; switch its cache off."
+                )
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        if reaches(tensors, self._previous_leaves):
+            raise RecordingError(
+                f"{self.name}: the transformer's inputs at step {self._step} depend on outputs of step "
+                f"{self._step - 1} other than through the latents; such state is not supported."
+            )
+        if len(self._inputs) >= len(self._previous_inputs):
+            return
+        before = self._previous_inputs[len(self._inputs)]
+        if len(before) != len(leaves):
+            return
+        for index, (leaf, earlier) in enumerate(zip(leaves, before, strict=True)):
+            drifts = (
+                isinstance(leaf, torch.Tensor)
+                and isinstance(earlier, torch.Tensor)
+                and leaf is not earlier
+                and leaf.is_floating_point()
+                and not leaf.requires_grad
+                and not (leaf.shape == earlier.shape and torch.equal(leaf, earlier))
+            )
+            if drifts and not _is_timestep(leaf):
+                raise RecordingError(
+                    f"{self.name}: transformer input {index} of shape {tuple(leaf.shape)} changed from step "
+                    f"{self._step - 1} to step {self._step}, and neither the latents nor a timestep explain it; its "
+                    "gradient would be lost, so this pipeline is not supported."
+                )
+
+    # The scheduler's steps.
+
+    def _scheduler_step(self, original: Callable[..., Any], scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+        if scheduler is not self.scheduler:
+            return original(scheduler, *args, **kwargs)
+        values = dict(zip(("model_output", "timestep", "sample"), args, strict=False)) | kwargs
+        velocity, sample = values["model_output"], values["sample"]
+        as_tuple = values.get("return_dict", True) is False
+        if self._finished:
+            return (self._endpoint,) if as_tuple else _scheduler_output(self._endpoint)
+        trajectory, step = self._trajectory, self._step
+        if trajectory is None:
+            raise RecordingError(
+                f"{self.name}: scheduler.step was called before any transformer ran; expected a sampling loop of "
+                "transformer call and scheduler step."
+            )
+        self._check_sample(sample)
+        if self._skips:
+            following = self._renoised() if step == self._last - 1 else sample.detach()
+        else:
+            with torch.no_grad():
+                result = original(scheduler, *_detached(args), **_detached(kwargs))
+            following = (result[0] if isinstance(result, tuple) else result.prev_sample).detach()
+            self._check_euler(following, sample, velocity)
+            self._keep_step(velocity, sample)
+        return self._hand_on(following, as_tuple)
+
+    def _keep_step(self, velocity: torch.Tensor, sample: torch.Tensor) -> None:
+        trajectory, step = self._trajectory, self._step
+        if step in self._needed_latents:
+            trajectory.latents[step] = sample.detach()
+        if step in self._needed_velocities:
+            trajectory.velocities[step] = velocity.detach()
+        if step in self._active:
+            outputs = [output for call in self._calls for output in call.outputs]
+            if not reaches([velocity], outputs):
+                raise RecordingError(
+                    f"{self.name}: the velocity of step {step} is not connected to the transformer's outputs by "
+                    "autograd (through numpy, detach or no_grad); such a pipeline cannot be trained through."
+                )
+            if reaches([velocity], self._previous_leaves):
+                raise RecordingError(
+                    f"{self.name}: the velocity of step {step} depends on outputs of step {step - 1} (guidance with "
+                    "memory); switch that guidance off."
+                )
+            trajectory.steps[step] = ActiveStep(
+                self._latents if step in self._coupled else None, velocity, self._calls
+            )
+        endpoint = trajectory.surrogate.endpoint
+        if endpoint != "sample" and endpoint[1] == step:
+            # Made as the scheduler makes its steps, so that the posterior mean has the latents' dtype.
+            wide = _widest(sample, velocity)
+            mean = sample.detach().to(wide) - trajectory.sigmas[step].to(sample.device) * velocity.detach().to(wide)
+            self._endpoint = mean.to(sample.dtype).requires_grad_()
+
+    def _hand_on(self, following: torch.Tensor, as_tuple: bool) -> Any:
+        """Give the pipeline the next latents, or the endpoint, as a leaf, and move on to the next step."""
+        trajectory = self._trajectory
+        if self._step == self._last:
+            if self._step + 1 in self._needed_latents or trajectory.surrogate.endpoint == "sample":
+                trajectory.latents[self._step + 1] = following
+            if self._endpoint is None:
+                self._endpoint = following.clone().requires_grad_()
+            trajectory.endpoint = self._endpoint
+            self._finished = True
+            self._forget_glue()
+            if hasattr(type(self.pipe), "interrupt"):
+                self.pipe._interrupt = True
+            leaf = self._endpoint
+        else:
+            leaf = following.requires_grad_()
+            self._previous_leaves = [*self._leaves, *([self._latents] if self._latents is not None else [])]
+            self._previous_inputs = self._inputs
+            self._latents, self._leaves, self._inputs, self._calls = leaf, [], [], []
+            self._step += 1
+        # A copy, because pipelines may write into their latents.
+        handed = leaf.clone()
+        return (handed,) if as_tuple else _scheduler_output(handed)
+
+    def _forget_glue(self) -> None:
+        self._leaves, self._previous_leaves, self._inputs, self._previous_inputs = [], [], [], []
+        self._calls, self._kept, self._latents = [], {}, None
+
+    def _renoised(self) -> torch.Tensor:
+        """DRaFT-LV's input of the last step: `(1 - sigma) x_N + sigma noise` at the last step's sigma."""
+        sample = self.trajectories[0].latents[self._last + 1]
+        generator = self.noise_generator
+        device = generator.device if generator is not None else sample.device
+        noise = torch.randn(sample.shape, generator=generator, dtype=torch.float32, device=device)
+        sigma = self._trajectory.sigmas[self._last].to(sample.device)
+        wide = _widest(sample, noise)
+        return ((1 - sigma) * sample.to(wide) + sigma * noise.to(sample.device, wide)).to(sample.dtype)
+
+    # Refusals.
+
+    def _check_sample(self, sample: torch.Tensor) -> None:
+        if self._latents is None:
+            return
+        if sample.shape != self._latents.shape or not torch.equal(sample.detach(), self._latents.detach()):
+            raise RecordingError(
+                f"{self.name}: the latents given to step {self._step} are not those that step {self._step - 1} "
+                "returned; a callback or the pipeline altered them. Record without such a callback."
+            )
+
+    def _check_euler(self, following: torch.Tensor, sample: torch.Tensor, velocity: torch.Tensor) -> None:
+        sigmas, step = self._trajectory.sigmas, self._step
+        if not bool(torch.isfinite(velocity).all()):
+            raise RecordingError(
+                f"{self.name}: the velocity of step {step} holds NaN or infinite values; load the model in float32 or "
+                "bfloat16, or lower the learning rate."
+            )
+        if step + 1 >= len(sigmas):
+            raise RecordingError(
+                f"{self.name}: the scheduler made more than the {len(sigmas) - 1} steps of its sigmas; expected one "
+                "Euler step for each, use FlowMatchEulerDiscreteScheduler."
+            )
+        length = (sigmas[step + 1].double() - sigmas[step].double()).to(sample.device)
+        # float32 is what the scheduler computes in, whatever the model's dtype.
+        expected = sample.detach().double() + length * velocity.detach().double()
+        size = torch.maximum(sample.detach().double().abs(), (length * velocity.detach().double()).abs()).amax()
+        rounding = max(torch.finfo(following.dtype).eps, torch.finfo(torch.float32).eps)
+        found = (following.double() - expected).abs().amax()
+        if not found <= 4 * rounding * size:
+            raise RecordingError(
+                f"{self.name}: step {step} of {type(self.scheduler).__name__} is not latents + (sigmas[i + 1] - "
+                f"sigmas[i]) * velocity: it differs by {found:.2e}, rounding explains {4 * rounding * size:.2e}; use "
+                "FlowMatchEulerDiscreteScheduler without stochastic sampling."
+            )
+
+    # Decoding.
+
+    def _decode(self, original: Callable[..., Any], latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not (latents.requires_grad and len(latents) > self.samples_per_decode):
+            return original(latents, *args, **kwargs)
+        parts = [
+            tree_flatten(checkpoint(original, part, *args, use_reentrant=False, **kwargs))
+            for part in latents.split(self.samples_per_decode)
+        ]
+        joined = [torch.cat(tensors) for tensors in zip(*(leaves for leaves, _ in parts), strict=True)]
+        return tree_unflatten(joined, parts[0][1])
+
+
+def _is_timestep(tensor: torch.Tensor) -> bool:
+    # One number for each sample, or the same number for every token (a second value marks tokens that are given).
+    return tensor.ndim <= 1 or len(torch.unique(tensor)) <= 2
+
+
+def _detached(values: Any) -> Any:
+    leaves, spec = tree_flatten(values)
+    return tree_unflatten([leaf.detach() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves], spec)
+
+
+def _widest(*tensors: torch.Tensor) -> torch.dtype:
+    return functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors), torch.float32)
+
+
+def _scheduler_output(sample: torch.Tensor) -> Any:
+    from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
+
+    return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=sample)

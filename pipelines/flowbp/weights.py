@@ -1,0 +1,115 @@
+# Copyright 2026 The FlowBP for diffusers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""Weights of a leg: how much each supporting velocity counts in the integral over an interval of sigmas.
+
+A leg goes from step `start` to step `end`; the flow over it is the integral of the velocity in sigma, from
+`sigmas[start]` down to `sigmas[end]`. Each rule here replaces that integral by a weighted sum of the velocities at a
+few support steps. Whatever the rule, the weights sum to `sigmas[end] - sigmas[start]`: a constant velocity is
+integrated exactly. Everything is plain float64; no model code is imported.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+LEG_WEIGHTS = ("lagrange", "uniform", "adams-bashforth")
+
+
+def step_lengths(sigmas: torch.Tensor) -> list[float]:
+    """Euler weights `h_i = sigmas[i + 1] - sigmas[i]` (DESIGN.md, section 2).
+
+    Args:
+        sigmas: `(N + 1,)` floating point, falling.
+
+    Returns:
+        N floats, all negative.
+    """
+    return (sigmas[1:].double() - sigmas[:-1].double()).tolist()
+
+
+def leg_supports(kind: str, start: int, end: int, order: int) -> tuple[int, ...]:
+    """The support steps of the leg `[start, end)`.
+
+    `lagrange` and `uniform` take `order` steps spread evenly over the leg, the left end always among them: positions
+    `linspace(0, end - start - 1, order)` rounded half to even. A leg of fewer than `order` steps is supported by
+    all of its steps. `adams-bashforth` takes the `order` steps that end at `start` (fewer where the rollout begins later).
+
+    Args:
+        kind: one of `LEG_WEIGHTS`.
+        start: first step of the leg, `0 <= start < end`.
+        end: step at which the leg arrives, at most N.
+        order: number of supports wanted, at least 1.
+
+    Returns:
+        Rising steps.
+
+    Raises:
+        ValueError: for an empty leg, an order below 1 or an unknown kind.
+    """
+    if not 0 <= start < end:
+        raise ValueError(f"A leg needs 0 <= start < end, got start={start}, end={end}.")
+    if order < 1:
+        raise ValueError(f"`order` must be at least 1, got {order}.")
+    if kind == "adams-bashforth":
+        return tuple(range(max(0, start - order + 1), start + 1))
+    if kind not in LEG_WEIGHTS:
+        raise ValueError(f"Unknown leg weights {kind!r}; choose one of {', '.join(LEG_WEIGHTS)}.")
+    length = end - start
+    if length <= order:
+        return tuple(range(start, end))
+    positions = np.rint(np.linspace(0, length - 1, order)).astype(int)
+    return tuple(start + int(position) for position in positions)
+
+
+def leg_weights(kind: str, sigmas: torch.Tensor, start: int, end: int, supports: Sequence[int]) -> tuple[float, ...]:
+    """Weights of `supports` in the integral over the leg `[start, end)`.
+
+    `lagrange` and `adams-bashforth` integrate the polynomial in sigma through the supports' velocities (the second
+    extrapolates, as its supports end at the left end); they are exact for polynomials of degree below the number of
+    supports. `uniform` gives each support the same share. One support is the single leap of LeapAlign
+    (arXiv 2604.15311); a leg of one step is an Euler step.
+
+    Args:
+        kind: one of `LEG_WEIGHTS`.
+        sigmas: `(N + 1,)` floating point, falling.
+        start: first step of the leg.
+        end: step at which it arrives.
+        supports: distinct steps below N, see `leg_supports`.
+
+    Returns:
+        One float for each support, summing to `sigmas[end] - sigmas[start]`.
+
+    Raises:
+        ValueError: for an unknown kind, or weights that do not sum to the leg (supports at nearly equal sigmas).
+    """
+    values = sigmas.double()
+    left, right = values[start].item(), values[end].item()
+    length = right - left
+    if kind == "uniform":
+        weights = [length / len(supports)] * len(supports)
+    elif kind in ("lagrange", "adams-bashforth"):
+        weights = _lagrange_integrals([values[step].item() for step in supports], left, right)
+    else:
+        raise ValueError(f"Unknown leg weights {kind!r}; choose one of {', '.join(LEG_WEIGHTS)}.")
+    # Cancellation grows with the weights' size, so the check is relative to that and not to the leg alone.
+    if not abs(sum(weights) - length) <= 1e-9 * max(sum(abs(weight) for weight in weights), abs(length)):
+        raise ValueError(
+            f"The {kind} weights of leg [{start}, {end}) sum to {sum(weights)}, expected {length}: its supports "
+            f"{tuple(supports)} lie too close together in sigma; use a lower `order`."
+        )
+    return tuple(weights)
+
+
+def _lagrange_integrals(nodes: Sequence[float], left: float, right: float) -> list[float]:
+    # Nodes are moved to [0, 1] about the leg: powers of small numbers would cancel otherwise.
+    length = right - left
+    places = (np.asarray(nodes, dtype=np.float64) - left) / length
+    weights = []
+    for index, place in enumerate(places):
+        others = np.delete(places, index)
+        basis = np.polynomial.Polynomial.fromroots(others) / np.prod(place - others) if len(others) else None
+        weights.append(length * float(basis.integ()(1.0)) if basis is not None else length)
+    return weights

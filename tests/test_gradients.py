@@ -1,0 +1,553 @@
+# Copyright 2026 The FlowBP for diffusers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""The engine's gradients against independent computations of them.
+
+Three oracles: `brute_force` (each method's formula as one autograd graph), the stock pipeline's own autograd, and the
+engine itself under other memory settings. With float64 sigmas and steps the bound is 1e-10. The stock scheduler
+computes in float32, so against autograd through it the bound is 1e-6; what is seen there is about 4e-8.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+from brute_force import (
+    Drawn,
+    Result,
+    Rollout,
+    Sampling,
+    brute_force,
+    decode,
+    hinge,
+    integrated_basis,
+    leg_supports,
+    plain,
+    relative_difference,
+    stock_gradients,
+    surrogate_graph,
+    toy_reward,
+)
+from diffusers import StableDiffusion3Pipeline
+from tiny_sd3 import tiny_sd3_pipeline
+
+from flowbp import FlowBPCallback, Objective, Surrogate, Term, get_method
+
+EXACT = 1e-10
+FLOAT32_SCHEDULER = 1e-6
+
+# Each row with options that fit rollouts of 6 steps and more; every option that its formula uses is written out.
+LEAPALIGN = {"alpha": 0.3, "tau": 0.1}
+SPARSE = {"num_active": 4, "late_bias": 1.0, "grad_rescale": 0.5}
+BRIDGE = {"num_active": 5, "late_bias": 4.0, "grad_rescale": 0.25, "alpha": 0.5}
+LAGRANGE = {
+    "order": 3,
+    "active_supports": "midpoint",
+    "support_scale": 0.25,
+    "weights": "lagrange",
+    "anchor_lambda": 1.0,
+    "alpha": 0.1,
+    "tau": 0.2,
+    "grad_rescale": 0.5,
+}
+ROWS = {
+    "full": {},
+    "draft-k": {"last_k": 2},
+    "refl": {"last_n": 4},
+    "draft-lv": {"num_noised": 2},
+    "drtune": {"num_active": 2, "early_stop_ratio": 0.6},
+    "leapalign": LEAPALIGN,
+    "flowbp-sparse": SPARSE,
+    "flowbp-bridge": BRIDGE,
+    "flowbp-lagrange": LAGRANGE,
+}
+
+# Rollouts of different lengths and batch sizes, one per seed.
+PROMPTS = ('a "42" in red', "blue 7 on white", 'the text "k9"')
+ROLLOUTS = {
+    0: {"prompts": PROMPTS[:2], "num_inference_steps": 6},
+    1: {"prompts": PROMPTS[2:], "num_inference_steps": 11},
+    2: {"prompts": PROMPTS, "num_inference_steps": 7, "sigmas": tuple(1 - step / 7 for step in range(7))},
+}
+
+OPTIONS = [
+    ("draft-k", {"last_k": 1}),
+    ("draft-k", {"last_k": 5}),
+    ("draft-lv", {"num_noised": 1}),
+    ("drtune", {"num_active": 1, "early_stop_ratio": 0.4}),
+    ("drtune", {"num_active": 3, "early_stop_ratio": 0.5}),
+    ("leapalign", {**LEAPALIGN, "alpha": 0.0}),
+    ("leapalign", {**LEAPALIGN, "alpha": 1.0, "tau": 0.001}),
+    ("leapalign", {**LEAPALIGN, "step_sampling": "midpoint"}),
+    ("leapalign", {**LEAPALIGN, "step_sampling": "midpoint-j"}),
+    ("leapalign", {**LEAPALIGN, "step_sampling": "uniform", "max_tail": 3}),
+    ("refl", {"last_n": 6, "endpoint": "sample"}),
+    ("drtune", {"num_active": 2, "early_stop_ratio": 0.5, "endpoint": "sample"}),
+    ("leapalign", {**LEAPALIGN, "endpoint": "posterior-mean"}),
+    ("flowbp-sparse", {**SPARSE, "endpoint": "posterior-mean"}),
+    ("flowbp-bridge", {**BRIDGE, "num_active": 3, "endpoint": "posterior-mean"}),
+    ("flowbp-sparse", {**SPARSE, "num_active": 1, "grad_rescale": 1.0}),
+    ("flowbp-sparse", {**SPARSE, "num_active": 6, "grad_rescale": 0.0}),
+    ("flowbp-sparse", {**SPARSE, "num_active": 3, "tail_ratio": 0.6}),
+    ("flowbp-bridge", {**BRIDGE, "alpha": 1.0, "grad_rescale": 0.0}),
+    ("flowbp-bridge", {**BRIDGE, "num_active": 3, "grad_rescale": 1.0, "tail_ratio": 0.7}),
+    ("flowbp-lagrange", {**LAGRANGE, "order": 1}),
+    ("flowbp-lagrange", {**LAGRANGE, "order": 2, "support_scale": 1.0}),
+    ("flowbp-lagrange", {**LAGRANGE, "order": 4, "active_supports": "all", "alpha": 1.0}),
+    ("flowbp-lagrange", {**LAGRANGE, "active_supports": "start", "grad_rescale": 1.0}),
+    ("flowbp-lagrange", {**LAGRANGE, "active_supports": "none", "anchor_lambda": 0.25}),
+    ("flowbp-lagrange", {**LAGRANGE, "anchor_lambda": 0.6, "tau": 0.01}),
+    ("flowbp-lagrange", {**LAGRANGE, "anchor_lambda": 0.0}),
+    ("flowbp-lagrange", {**LAGRANGE, "weights": "uniform", "grad_rescale": 0.0}),
+    ("flowbp-lagrange", {**LAGRANGE, "weights": "adams-bashforth", "active_supports": "start"}),
+    ("flowbp-lagrange", {**LAGRANGE, "tail_ratio": 0.7}),
+    ("flowbp-lagrange", {**LAGRANGE, "step_sampling": "uniform"}),
+    ("flowbp-lagrange", {**LAGRANGE, "step_sampling": "dirichlet", "dirichlet": (1.0, 3.0, 1.0), "max_tail": 2}),
+]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The models are so small that more threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def drawn_steps(name: str, surrogate: Surrogate, endpoint_of_same_draw: tuple[str, int] | None = None) -> Drawn:
+    """Reads which steps were drawn, and no weight, from the engine's surrogate.
+
+    `endpoint_of_same_draw` says where ReFL or DRTune denoise if the surrogate itself has the sample as its endpoint.
+    """
+    active = tuple(term.step for term in surrogate.terms)
+    posterior_step = None if surrogate.endpoint == "sample" else surrogate.endpoint[1]
+    k = j = t = None
+    if name in ("refl", "drtune"):
+        t = posterior_step if endpoint_of_same_draw is None else endpoint_of_same_draw[1]
+    elif name == "leapalign":
+        k, j = active
+    elif name == "flowbp-bridge":
+        (j,) = (term.step for term in surrogate.terms if term.coupling != 0)
+    elif name == "flowbp-lagrange":
+        first, second = surrogate.legs
+        k, j = first.start, first.end
+        assert second.start == j
+    return Drawn(active=active, t=t, k=k, j=j, posterior_step=posterior_step)
+
+
+def found_gradients(pipe: StableDiffusion3Pipeline) -> dict[str, torch.Tensor]:
+    """Copies of `.grad` of the transformer's trainable parameters by name, zeros where there is none."""
+    return {
+        name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
+        for name, parameter in pipe.transformer.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def engine(
+    pipe: StableDiffusion3Pipeline,
+    method: object,
+    sampling: Sampling,
+    seed: int = 0,
+    reward_as_function: bool = False,
+    unconditional_gradient: bool | None = False,
+    memory: dict[str, int | None] | None = None,
+    backward: dict[str, object] | None = None,
+    zero_grad: bool = True,
+) -> tuple[dict[str, torch.Tensor], object, FlowBPCallback]:
+    """Records one rollout with the engine and sweeps it.
+
+    `memory` holds `samples_per_decode` and `steps_per_forward`, `backward` further arguments of `callback.backward`.
+    Returns the transformer's gradients by name, what `backward` returned, and the callback.
+    """
+    if zero_grad:
+        pipe.transformer.zero_grad(set_to_none=True)
+    callback = FlowBPCallback(
+        method,
+        generator=torch.Generator().manual_seed(seed),
+        unconditional_gradient=unconditional_gradient,
+        **(memory or {}),
+    )
+    with callback.record(pipe):
+        images = pipe(**sampling.call_arguments(), callback_on_step_end=callback).images
+    prompts = sampling.image_prompts()
+    if reward_as_function:
+        out = callback.backward(toy_reward, images, prompts, **(backward or {}))
+    else:
+        out = callback.backward(toy_reward(images, prompts), **(backward or {}))
+    return found_gradients(pipe), out, callback
+
+
+def assert_agrees(gradients: dict[str, torch.Tensor], out: object, expected: Result, bound: float = EXACT) -> None:
+    """Gradients, and everything else that `backward` reports."""
+    assert relative_difference(gradients, expected.gradients) < bound
+    torch.testing.assert_close(out.rewards, expected.rewards[0], rtol=0, atol=bound)
+    torch.testing.assert_close(out.loss, expected.loss, rtol=bound, atol=bound)
+    torch.testing.assert_close(out.weights, expected.weights, rtol=bound, atol=bound)
+    assert out.gaps.keys() == expected.gaps.keys()
+    for step, gap in expected.gaps.items():
+        torch.testing.assert_close(out.gaps[step], gap, rtol=bound, atol=bound)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The brute force itself
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.5])
+@pytest.mark.parametrize(("float64_scheduler", "bound"), [(True, EXACT), (False, FLOAT32_SCHEDULER)])
+def test_brute_force_is_the_stock_pipelines_autograd(guidance_scale: float, float64_scheduler: bool, bound: float):
+    """Full backpropagation through its own loop is what autograd finds through the pipeline's."""
+    pipe = tiny_sd3_pipeline(seed=3, float64_scheduler=float64_scheduler)
+    sampling = Sampling(
+        **ROLLOUTS[0],
+        guidance_scale=guidance_scale,
+        unconditional_gradient=True,
+        float32_scheduler=not float64_scheduler,
+    )
+    expected = brute_force(pipe, "full", {}, Drawn(), sampling)
+    assert relative_difference(expected.gradients, stock_gradients(pipe, sampling)) < bound
+    images = pipe(**sampling.call_arguments()).images
+    torch.testing.assert_close(images, expected.images, rtol=0, atol=1e-14)
+
+
+def test_brute_force_rows_that_are_exact_backpropagation_in_disguise():
+    """Over two steps, leaps, bridges and Lagrange legs with coupling 1 are the sampler's own two steps."""
+    pipe = tiny_sd3_pipeline(seed=4, float64_scheduler=True)
+    sampling = Sampling(PROMPTS[:2], 2, 3.5)
+    expected = brute_force(pipe, "full", {}, Drawn(), sampling).gradients
+    lagrange = {**LAGRANGE, "active_supports": "all", "alpha": 1.0, "tau": None}
+    for name, options, drawn in (
+        ("draft-k", {"last_k": 2}, Drawn()),
+        ("leapalign", {"alpha": 1.0, "tau": None}, Drawn(k=0, j=1)),
+        ("flowbp-bridge", {**BRIDGE, "alpha": 1.0}, Drawn(active=(0, 1), j=1)),
+        ("flowbp-lagrange", lagrange, Drawn(k=0, j=1)),
+    ):
+        found = brute_force(pipe, name, options, drawn, sampling)
+        assert relative_difference(found.gradients, expected) < EXACT, name
+        assert all(gap.max() < 1e-12 for gap in found.gaps.values()), name
+
+
+def test_brute_force_tells_the_rows_and_branches_apart():
+    """The tiny pipeline is generic: every row, and the unconditional branch, changes the gradient by over 1 %."""
+    pipe = tiny_sd3_pipeline(seed=4, float64_scheduler=True)
+    sampling = Sampling(PROMPTS[:2], 6, 3.5)
+    drawn = {
+        "refl": Drawn(t=4, posterior_step=4),
+        "drtune": Drawn(active=(1, 3), t=4, posterior_step=4),
+        "leapalign": Drawn(k=1, j=3),
+        "flowbp-sparse": Drawn(active=(0, 2, 3, 5)),
+        "flowbp-bridge": Drawn(active=(0, 2, 3, 4, 5), j=3),
+        "flowbp-lagrange": Drawn(k=1, j=3),
+    }
+    found = [
+        brute_force(pipe, name, ROWS[name], drawn.get(name, Drawn()), sampling).gradients
+        for name in ROWS
+        if name != "draft-lv"
+    ]
+    both = dataclasses.replace(sampling, unconditional_gradient=True)
+    found.append(brute_force(pipe, "leapalign", LEAPALIGN, drawn["leapalign"], both).gradients)
+    for place, one in enumerate(found):
+        assert all(relative_difference(one, other) > 0.01 for other in found[:place])
+
+
+def test_brute_force_integrates_polynomials_exactly():
+    """Its Lagrange weights, on uneven nodes: exact for every power below the order, so they also sum to the leg."""
+    nodes = [0.93, 0.71, 0.52, 0.2]
+    for order in (1, 2, 3, 4):
+        weights = integrated_basis(nodes[:order], 0.93, 0.11)
+        for power in range(order):
+            integral = (0.11 ** (power + 1) - 0.93 ** (power + 1)) / (power + 1)
+            found = sum(weight * node**power for weight, node in zip(weights, nodes, strict=False))
+            assert found == pytest.approx(integral, abs=1e-14)
+    assert leg_supports(2, 8, 3, "lagrange") == [2, 4, 7]  # the middle, 4.5, rounded to even
+    assert leg_supports(3, 5, 3, "lagrange") == [3, 4]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The engine against the brute force
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", ROLLOUTS)
+@pytest.mark.parametrize("unconditional_gradient", [False, True])
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.5])
+@pytest.mark.parametrize("name", ROWS)
+def test_row_is_its_papers_formula(name: str, guidance_scale: float, unconditional_gradient: bool, seed: int):
+    """Every row, with and without guidance, one branch or both, on rollouts of different lengths and batches."""
+    pipe = tiny_sd3_pipeline(seed=seed, float64_scheduler=True)
+    sampling = Sampling(
+        **ROLLOUTS[seed],
+        guidance_scale=guidance_scale,
+        seed=10 + seed,
+        unconditional_gradient=unconditional_gradient,
+    )
+    gradients, out, callback = engine(
+        pipe, get_method(name, **ROWS[name]), sampling, seed=seed, unconditional_gradient=unconditional_gradient
+    )
+    expected = brute_force(pipe, name, ROWS[name], drawn_steps(name, callback.surrogate), sampling)
+    assert_agrees(gradients, out, expected)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(("name", "options"), OPTIONS, ids=lambda value: str(value).replace(" ", ""))
+def test_options(name: str, options: dict[str, object], seed: int):
+    """Every option that changes a formula, at other values than the table's."""
+    pipe = tiny_sd3_pipeline(seed=seed, float64_scheduler=True)
+    sampling = Sampling(PROMPTS[:2], 8, 3.5, seed=seed)
+    gradients, out, callback = engine(pipe, get_method(name, **options), sampling, seed=20 + seed)
+    same_draw = None
+    if name in ("refl", "drtune"):
+        method = get_method(name, **{**options, "endpoint": "posterior-mean"})
+        same_draw = method.draw(pipe.scheduler.sigmas, torch.Generator().manual_seed(20 + seed)).endpoint
+    drawn = drawn_steps(name, callback.surrogate, same_draw)
+    assert_agrees(gradients, out, brute_force(pipe, name, options, drawn, sampling))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_images_per_prompt": 2},
+        {"negative_prompt": "grey"},
+        {"negative_prompt": "grey", "num_images_per_prompt": 2, "unconditional_gradient": True},
+        {"seeds": (3, 4)},
+        {"latents": torch.linspace(-2, 2, 128, dtype=torch.float64).reshape(2, 4, 4, 4).sin()},
+        {"sigmas": (1.0, 0.93, 0.8, 0.5, 0.31, 0.3, 0.11)},
+        {"guidance_scale": 1.2},
+        {"guidance_scale": 7.0, "unconditional_gradient": True},
+    ],
+    ids=lambda changes: "-".join(changes),
+)
+@pytest.mark.parametrize("name", ["full", "leapalign", "flowbp-lagrange"])
+def test_pipeline_arguments(name: str, changes: dict[str, object]):
+    """The pipeline's own ways of giving noise, schedule, negative prompt and several images per prompt."""
+    pipe = tiny_sd3_pipeline(seed=7, float64_scheduler=True)
+    sampling = dataclasses.replace(Sampling(PROMPTS[:2], 7, 3.5), **changes)
+    gradients, out, callback = engine(
+        pipe,
+        get_method(name, **ROWS[name]),
+        sampling,
+        seed=1,
+        unconditional_gradient=sampling.unconditional_gradient,
+    )
+    assert_agrees(gradients, out, brute_force(pipe, name, ROWS[name], drawn_steps(name, callback.surrogate), sampling))
+
+
+def test_weights_of_a_thousand_draws():
+    """The terms' weights alone, for many draws, lengths and uneven sigmas: cheap, so it covers more than gradients do.
+
+    In a pretended rollout whose velocities are free scalars, a velocity's weight is the endpoint's derivative in it.
+    """
+    zero = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
+    for name, options in [*ROWS.items(), *OPTIONS]:
+        if options.get("endpoint") == "sample":
+            continue
+        method = get_method(name, **options)
+        for steps in (6, 9, 25):
+            uneven = torch.rand(steps, dtype=torch.float64, generator=torch.Generator().manual_seed(steps))
+            sigmas = torch.cat([uneven.sort(descending=True).values, uneven.new_zeros(1)])
+            for seed in range(10):
+                surrogate = method.draw(sigmas, torch.Generator().manual_seed(seed))
+                velocities = torch.zeros(steps, dtype=torch.float64, requires_grad=True)
+                rollout = Rollout(
+                    sigmas=sigmas.tolist(),
+                    latents=[zero] * (steps + 1),
+                    velocities=[zero] * steps,
+                    velocity=lambda x, step, values=velocities: values[step] + 0 * x,
+                )
+                graph, _ = surrogate_graph(name, options, drawn_steps(name, surrogate), rollout)
+                (expected,) = torch.autograd.grad(graph.sum(), velocities)
+                found = torch.zeros(steps, dtype=torch.float64)
+                for term in surrogate.terms:
+                    found[term.step] = term.weight
+                torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.5])
+@pytest.mark.parametrize("name", ROWS)
+def test_stock_scheduler(name: str, guidance_scale: float):
+    """With the float32 sigmas and roundings of the stock scheduler, which the brute force repeats."""
+    pipe = tiny_sd3_pipeline(seed=5)
+    sampling = Sampling(**ROLLOUTS[2], guidance_scale=guidance_scale, float32_scheduler=True)
+    gradients, out, callback = engine(pipe, get_method(name, **ROWS[name]), sampling, seed=2)
+    drawn = drawn_steps(name, callback.surrogate)
+    expected = brute_force(pipe, name, ROWS[name], drawn, sampling)
+    assert_agrees(gradients, out, expected, bound=FLOAT32_SCHEDULER)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_users_own_table(seed: int):
+    """Any steps, weights and couplings, several of them coupled, against the definition of a term."""
+    pipe = tiny_sd3_pipeline(seed=seed, float64_scheduler=True)
+    generator = torch.Generator().manual_seed(seed)
+    steps = torch.randperm(7, generator=generator)[:4].sort().values.tolist()
+    weights = (-torch.rand(4, generator=generator, dtype=torch.float64)).tolist()
+    couplings = [0.0, *torch.rand(3, generator=generator, dtype=torch.float64).tolist()]
+    couplings[1 + seed % 3] = 0.0
+    rows = list(zip(steps, weights, couplings, strict=True))
+    endpoint = "sample" if seed % 2 else ("posterior_mean", steps[-1])
+    surrogate = Surrogate(endpoint, tuple(Term(*row) for row in rows))
+    sampling = Sampling(PROMPTS[:2], 7, 3.5, seed=seed)
+    gradients, out, _ = engine(pipe, surrogate, sampling)
+    drawn = Drawn(posterior_step=None if seed % 2 else steps[-1])
+    assert_agrees(gradients, out, brute_force(pipe, "table", {}, drawn, sampling, terms=rows))
+
+
+OBJECTIVES = [
+    ("refl", {}, Objective(clip=0.5, scale=2.5), hinge(0.5, 2.5)),
+    ("leapalign", {}, Objective(clip=0.45), hinge(0.45, 1.0)),
+    ("flowbp-lagrange", {}, Objective(clip=0.5, scale=0.1, undo_guidance=3.5), hinge(0.5, 0.1, 3.5)),
+    ("flowbp-bridge", {}, Objective(undo_guidance=3.5), lambda rewards, weights: plain(rewards, weights) / 3.5),
+    ("leapalign", {"max_gap_j": 0.2}, None, plain),
+    ("flowbp-lagrange", {"max_gap_0": 0.19}, None, plain),
+    ("flowbp-lagrange", {"max_gap_j": 0.27, "max_gap_0": 0.195}, Objective(clip=0.5), hinge(0.5, 1.0)),
+    (
+        "leapalign",
+        {},
+        lambda rewards, weights: (weights * (rewards - 1) ** 2).sum() + rewards.prod(),
+        lambda rewards, weights: (weights * (rewards - 1) ** 2).sum() + rewards.prod(),
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "objective", "formula"), OBJECTIVES)
+@pytest.mark.parametrize("reward_as_function", [False, True])
+def test_objectives(
+    name: str, options: dict[str, float], objective: object, formula: object, reward_as_function: bool
+):
+    """The hinge, sample weights, the gap filter, undone guidance and a user's own objective that mixes samples."""
+    pipe = tiny_sd3_pipeline(seed=6, float64_scheduler=True)
+    options = {**ROWS[name], **options}
+    sampling = Sampling(PROMPTS, 7, 3.5, seed=6)
+    gradients, out, callback = engine(
+        pipe,
+        get_method(name, **options),
+        sampling,
+        seed=3,
+        reward_as_function=reward_as_function,
+        backward={} if objective is None else {"objective": objective},
+    )
+    expected = brute_force(pipe, name, options, drawn_steps(name, callback.surrogate), sampling, formula)
+    if "max_gap_j" in options or "max_gap_0" in options:
+        assert 0 < (expected.weights > 0).sum() < len(PROMPTS)  # the filter drops some and keeps some
+    assert_agrees(gradients, out, expected)
+
+
+def test_no_sample_kept():
+    """Where the gap filter drops every sample the loss and all gradients are zero, not NaN."""
+    pipe = tiny_sd3_pipeline(seed=6, float64_scheduler=True)
+    method = get_method("leapalign", **LEAPALIGN, max_gap_j=1e-9)
+    gradients, out, _ = engine(pipe, method, Sampling(PROMPTS, 7, 3.5))
+    assert out.loss == 0
+    assert (out.weights == 0).all()
+    assert all((gradient == 0).all() for gradient in gradients.values())
+
+
+def test_gradient_scale_and_accumulation():
+    """Two rollouts add up in `.grad`, each scaled; what `backward` reports is not scaled."""
+    pipe = tiny_sd3_pipeline(seed=8, float64_scheduler=True)
+    total, sampled = None, []
+    for place, (name, scale) in enumerate((("flowbp-lagrange", 0.25), ("flowbp-bridge", 640.0))):
+        sampling = Sampling(PROMPTS[:2], 7, 3.5, seed=place)
+        gradients, out, callback = engine(
+            pipe,
+            get_method(name, **ROWS[name]),
+            sampling,
+            seed=place,
+            backward={"gradient_scale": scale},
+            zero_grad=place == 0,
+        )
+        drawn = drawn_steps(name, callback.surrogate)
+        expected = brute_force(pipe, name, ROWS[name], drawn, sampling, gradient_scale=scale)
+        torch.testing.assert_close(out.loss, expected.loss, rtol=EXACT, atol=0)
+        sampled.append(expected.gradients)
+        total = expected.gradients if total is None else {key: total[key] + expected.gradients[key] for key in total}
+        assert_agrees(gradients, out, dataclasses.replace(expected, gradients=total))
+    assert relative_difference(sampled[0], total) > 0.01
+
+
+@pytest.mark.parametrize("name", ["full", "flowbp-bridge"])
+def test_lora(name: str):
+    """Through a LoRA, whose parameters alone get gradients."""
+    pipe = tiny_sd3_pipeline(seed=9, lora_rank=2, float64_scheduler=True)
+    sampling = Sampling(PROMPTS[:2], 7, 3.5)
+    gradients, out, callback = engine(pipe, get_method(name, **ROWS[name]), sampling)
+    assert gradients and all("lora_" in key for key in gradients)
+    drawn = drawn_steps(name, callback.surrogate)
+    assert_agrees(gradients, out, brute_force(pipe, name, ROWS[name], drawn, sampling))
+    frozen = [parameter for parameter in pipe.transformer.parameters() if not parameter.requires_grad]
+    assert frozen and all(parameter.grad is None for parameter in frozen)
+    assert all(parameter.grad is None for parameter in pipe.vae.parameters())
+
+
+def test_two_halves():
+    """`callback.endpoint` and `callback.sweep` alone, also for latents that the user decodes."""
+    pipe = tiny_sd3_pipeline(seed=2, float64_scheduler=True)
+    sampling = Sampling(PROMPTS[:2], 7, 3.5)
+    method = get_method("flowbp-bridge", **BRIDGE)
+    for output_type in ("pt", "latent"):
+        pipe.transformer.zero_grad(set_to_none=True)
+        callback = FlowBPCallback(method, generator=torch.Generator().manual_seed(4), unconditional_gradient=False)
+        with callback.record(pipe):
+            images = pipe(**{**sampling.call_arguments(), "output_type": output_type}).images
+        if output_type == "latent":
+            images = decode(pipe, images)
+        loss = -toy_reward(images, sampling.image_prompts()).mean()
+        (adjoint,) = torch.autograd.grad(loss, callback.endpoint)
+        callback.sweep(adjoint)
+        drawn = drawn_steps("flowbp-bridge", callback.surrogate)
+        expected = brute_force(pipe, "flowbp-bridge", BRIDGE, drawn, sampling)
+        assert relative_difference(found_gradients(pipe), expected.gradients) < EXACT
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The engine against the stock pipeline's autograd, and against itself
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "more_arguments",
+    [{}, {"skip_guidance_layers": [0], "skip_layer_guidance_start": 0.0, "skip_layer_guidance_stop": 0.6}],
+    ids=["plain", "skip-layer"],
+)
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.5])
+@pytest.mark.parametrize("lora_rank", [None, 2])
+def test_full_row_is_autograd_through_the_stock_pipeline(
+    guidance_scale: float, more_arguments: dict[str, object], lora_rank: int | None
+):
+    """The undecorated `__call__` of the stock pipeline, run with gradients on, needs no formula of ours at all."""
+    pipe = tiny_sd3_pipeline(seed=1, lora_rank=lora_rank)
+    sampling = Sampling(PROMPTS[:2], 7, guidance_scale)
+    callback = FlowBPCallback(get_method("full"), unconditional_gradient=True)
+    with callback.record(pipe):
+        images = pipe(**sampling.call_arguments(), **more_arguments).images
+    callback.backward(toy_reward(images, sampling.image_prompts()))
+    expected = stock_gradients(pipe, sampling, more_arguments=more_arguments)
+    assert relative_difference(found_gradients(pipe), expected) < FLOAT32_SCHEDULER
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.5])
+@pytest.mark.parametrize("unconditional_gradient", [False, True])
+@pytest.mark.parametrize("name", ROWS)
+def test_memory_settings_do_not_change_the_gradient(name: str, unconditional_gradient: bool, guidance_scale: float):
+    """`samples_per_decode` and `steps_per_forward`: same drawn steps, same gradient."""
+    pipe = tiny_sd3_pipeline(seed=3, float64_scheduler=True)
+    sampling = Sampling(PROMPTS, 8, guidance_scale)
+    method = get_method(name, **ROWS[name])
+    reference = None
+    for samples_per_decode, steps_per_forward in ((None, 1), (1, 2), (2, 4), (3, 8)):
+        gradients, _, _ = engine(
+            pipe,
+            method,
+            sampling,
+            seed=6,
+            reward_as_function=True,
+            unconditional_gradient=unconditional_gradient,
+            memory={"samples_per_decode": samples_per_decode, "steps_per_forward": steps_per_forward},
+        )
+        if reference is None:
+            reference = gradients
+        else:
+            assert relative_difference(gradients, reference) < EXACT
