@@ -81,7 +81,7 @@ class Drawn:
 
     `active` are the steps with a term; `t` is the step at which ReFL and DRTune denoise; `k` and `j` are the start and
     the connector of rows with two legs (Bridge has only `j`); `posterior_step` is the step of a posterior-mean
-    endpoint, None for the sample; `noises` are DRaFT-LV's, each shaped like the latents.
+    endpoint, None for the sample; `noise_seed` seeds the noise of DRaFT-LV's copies, drawn in float32.
     """
 
     active: tuple[int, ...] = ()
@@ -89,7 +89,7 @@ class Drawn:
     k: int | None = None
     j: int | None = None
     posterior_step: int | None = None
-    noises: tuple[torch.Tensor, ...] = ()
+    noise_seed: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +111,10 @@ class Rollout:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """Gradient of every trainable parameter by name, and the detached quantities that the engine reports too."""
+    """Gradient of every trainable parameter by name, and the detached quantities that the engine reports too.
+
+    `images`, `rewards` and `weights` have DRaFT-LV's copies after the samples.
+    """
 
     gradients: dict[str, torch.Tensor]
     rewards: torch.Tensor
@@ -528,7 +531,7 @@ def brute_force(
             `max_gap_0` (None or absent: keep all) are the objective's part of them.
         drawn: the steps that were drawn.
         sampling: the rollout.
-        objective: of (rewards, weights), both (B,); DRaFT-LV: the mean of it over the sample and its copies.
+        objective: of (rewards, weights), both (B,); with DRaFT-LV's n copies ((n + 1) B,), the samples first.
         reward: of (images, prompts).
         gradient_scale: multiplies the gradients only.
         sample_weights: (B,), multiply the method's own weights.
@@ -550,13 +553,12 @@ def brute_force(
             t = drawn.posterior_step
             value = roll.latents[t] - roll.sigmas[t] * roll.velocities[t]
         endpoints = [pin(value, graph)]
-        for noise in drawn.noises:
+        noise_generator = torch.Generator().manual_seed(drawn.noise_seed)
+        for _ in range(options["num_noised"] if name == "draft-lv" else 0):
             sigma = roll.sigmas[end - 1]
-            noised = (1 - sigma) * roll.latents[end] + sigma * noise
-            if sampling.float32_scheduler:
-                before = noised.float().double()
-            else:
-                before = noised
+            noise = torch.randn(roll.latents[end].shape, generator=noise_generator, dtype=torch.float32)
+            noised = (1 - sigma) * roll.latents[end] + sigma * noise.to(roll.latents[end])
+            before = noised.float().double() if sampling.float32_scheduler else noised
             endpoints.append(before + roll.h(end - 1) * roll.velocity(noised, end - 1))
 
         weights = torch.ones(len(prompts), dtype=torch.float64)
@@ -568,12 +570,11 @@ def brute_force(
         if sample_weights is not None:
             weights = weights * sample_weights
 
-        losses, rewards, images = [], [], []
-        for endpoint in endpoints:
-            images.append(decode(pipe, endpoint))
-            rewards.append(reward(images[-1], prompts))
-            losses.append(objective(rewards[-1], weights))
-        loss = sum(losses) / len(losses)
+        # DRaFT-LV: the copies are further samples, and the mean over all of them is the mean over the n + 1.
+        weights = weights.repeat(len(endpoints))
+        images = torch.cat([decode(pipe, endpoint) for endpoint in endpoints])
+        rewards = reward(images, prompts * len(endpoints))
+        loss = objective(rewards, weights)
         found = torch.autograd.grad(loss * gradient_scale, list(parameters.values()), allow_unused=True)
 
     gradients = {
@@ -582,11 +583,11 @@ def brute_force(
     }
     return Result(
         gradients=gradients,
-        rewards=torch.stack(rewards).detach(),
+        rewards=rewards.detach(),
         loss=loss.detach(),
         weights=weights.detach(),
         gaps={step: gap.detach() for step, gap in gaps.items()},
-        images=images[0].detach(),
+        images=images.detach(),
         rollout=roll,
     )
 

@@ -36,6 +36,7 @@ from flowbp import FlowBPCallback, Objective, Surrogate, Term, get_method
 
 EXACT = 1e-10
 FLOAT32_SCHEDULER = 1e-6
+NOISE_SEED = 99
 
 # Each row with options that fit rollouts of 6 steps and more; every option that its formula uses is written out.
 LEAPALIGN = {"alpha": 0.3, "tau": 0.1}
@@ -134,7 +135,7 @@ def drawn_steps(name: str, surrogate: Surrogate, endpoint_of_same_draw: tuple[st
         first, second = surrogate.legs
         k, j = first.start, first.end
         assert second.start == j
-    return Drawn(active=active, t=t, k=k, j=j, posterior_step=posterior_step)
+    return Drawn(active=active, t=t, k=k, j=j, posterior_step=posterior_step, noise_seed=NOISE_SEED)
 
 
 def found_gradients(pipe: StableDiffusion3Pipeline) -> dict[str, torch.Tensor]:
@@ -167,12 +168,15 @@ def engine(
     callback = FlowBPCallback(
         method,
         generator=torch.Generator().manual_seed(seed),
+        noise_generator=torch.Generator().manual_seed(NOISE_SEED),
         unconditional_gradient=unconditional_gradient,
         **(memory or {}),
     )
     with callback.record(pipe):
         images = pipe(**sampling.call_arguments(), callback_on_step_end=callback).images
-    prompts = sampling.image_prompts()
+        copies = [pipe(**sampling.call_arguments()).images for _ in range(callback.copies)]
+    images = torch.cat([images, *copies])
+    prompts = sampling.image_prompts() * (1 + len(copies))
     if reward_as_function:
         out = callback.backward(toy_reward, images, prompts, **(backward or {}))
     else:
@@ -183,7 +187,7 @@ def engine(
 def assert_agrees(gradients: dict[str, torch.Tensor], out: object, expected: Result, bound: float = EXACT) -> None:
     """Gradients, and everything else that `backward` reports."""
     assert relative_difference(gradients, expected.gradients) < bound
-    torch.testing.assert_close(out.rewards, expected.rewards[0], rtol=0, atol=bound)
+    torch.testing.assert_close(out.rewards, expected.rewards, rtol=0, atol=bound)
     torch.testing.assert_close(out.loss, expected.loss, rtol=bound, atol=bound)
     torch.testing.assert_close(out.weights, expected.weights, rtol=bound, atol=bound)
     assert out.gaps.keys() == expected.gaps.keys()

@@ -15,6 +15,7 @@ from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 from PIL import Image
 
 _DPI = 150
@@ -45,11 +46,9 @@ class _Canvas:
         for spine in axes.spines.values():
             spine.set(color=_LIGHT, linewidth=0.75)
 
-    def text_width(self, text: str, **style: Any) -> float:
-        probe = self.figure.text(0, 0, text, **_SANS, **style)
-        width = probe.get_window_extent(self.renderer).width
-        probe.remove()
-        return width
+    def text_width(self, text: str, fontsize: float, fontweight: str = "normal") -> float:
+        font = FontProperties(family=_SANS["family"], size=fontsize, weight=fontweight)
+        return self.renderer.get_text_width_height_descent(text, font, ismath=False)[0]
 
 
 def _wrap(canvas: _Canvas, text: str, width: float, most: int, **style: Any) -> list[str]:
@@ -60,7 +59,7 @@ def _wrap(canvas: _Canvas, text: str, width: float, most: int, **style: Any) -> 
 
     lines = [""]
     for word in text.split():
-        while word:
+        while word and len(lines) <= most:
             joined = f"{lines[-1]} {word}" if lines[-1] else word
             if fits(joined):
                 lines[-1], word = joined, ""
@@ -221,7 +220,7 @@ def reward_curve(rows: Sequence[dict[str, Any]], path: str | Path, title: str) -
         rows: one for each update, with `step` (its number), `reward` (the batch's mean) and `reward_std` (the batch's
             standard deviation, shown as a band). Updates whose reward is not finite are left out.
         path: the PNG to write.
-        title: the figure's title.
+        title: the figure's title, up to about 60 characters.
 
     Raises:
         ValueError: a row lacks a key, or no row has a finite reward.

@@ -52,7 +52,8 @@ def load_prompts(source: str, *, column: str | None = None, split: str = "train"
             prompts = _column(_read_table(path), source, column)
     elif path.exists():
         raise ValueError(
-            f"prompts: {source!r} is neither a folder nor one of .txt, {', '.join(_BUILDERS)}: convert it to one of these"
+            f"prompts: {source!r} is neither a folder nor one of .txt, {', '.join(_BUILDERS)}: "
+            "convert it to one of these"
         )
     elif re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source):
         prompts = _column(_read_hub(source, split), source, column)
@@ -145,9 +146,10 @@ def _column(table: datasets.Dataset, source: str, column: str | None) -> list[st
 class PromptSampler:
     """Endless batches of prompts, in an order that only the seed decides.
 
-    All processes walk one sequence: the prompts, shuffled anew in every epoch by `(seed, epoch)`. Each process takes its
-    own part of every `num_processes * batch_size` places of it, so a prompt repeats among the processes' batches only
-    where an epoch ends there, or where there are fewer prompts than places. Batches run on over the end of an epoch.
+    All processes walk one sequence: the prompts, shuffled anew in every epoch by `(seed, epoch)`. Each process takes
+    its own part of every `num_processes * batch_size` places of it, so a prompt repeats among the processes' batches
+    only where an epoch ends there, or where there are fewer prompts than places. Batches run on over the end of an
+    epoch.
 
     Args:
         prompts: at least one.
@@ -169,7 +171,8 @@ class PromptSampler:
             raise ValueError(f"PromptSampler: batch_size of at least 1 expected, got {batch_size}")
         if not 0 <= process_index < num_processes:
             raise ValueError(
-                f"PromptSampler: process_index from 0 to num_processes - 1 expected, got {process_index} of {num_processes}"
+                "PromptSampler: process_index from 0 to num_processes - 1 expected, "
+                f"got {process_index} of {num_processes}"
             )
         self.prompts = list(prompts)
         self.batch_size = batch_size

@@ -4,8 +4,8 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """Rewards by name: `load_reward("ocr")`, weighted sums, and the user's own.
 
-A reward is `reward(images (B, 3, H, W) in [0, 1], prompts) -> (B,)`, differentiable in the images. Adding one is adding a
-factory to `REWARDS`; a factory imports what it needs when it is called.
+A reward is `reward(images (B, 3, H, W) in [0, 1], prompts) -> (B,)`, differentiable in the images. Adding one is adding
+a factory to `REWARDS`; a factory imports what it needs when it is called.
 """
 
 import difflib
@@ -45,18 +45,17 @@ class WeightedReward(nn.Module):
 
     def __init__(self, rewards: dict[str, nn.Module], weights: dict[str, float]):
         super().__init__()
-        # A list, because a module's name may not contain the dots of a user's own reward.
-        self.names, self.weights = list(rewards), [weights[name] for name in rewards]
+        self.weights = {name: weights[name] for name in rewards}
+        # A list, because a submodule's name may not contain the dots of a user's own reward.
         self.rewards = nn.ModuleList(rewards.values())
 
     def parts(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Each reward's own score (B,), not weighted, by name."""
-        return {name: reward(images, prompts) for name, reward in zip(self.names, self.rewards, strict=True)}
+        return {name: reward(images, prompts) for name, reward in zip(self.weights, self.rewards, strict=True)}
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """The sum of weight x score, (B,)."""
-        scores = self.parts(images, prompts).values()
-        return sum(weight * score for weight, score in zip(self.weights, scores, strict=True))
+        return sum(self.weights[name] * score for name, score in self.parts(images, prompts).items())
 
 
 class _FunctionReward(nn.Module):
@@ -74,19 +73,19 @@ def load_reward(spec: str, **options: Any) -> nn.Module:
     """Makes a reward from its name.
 
     Args:
-        spec: a name of `REWARDS` (`"ocr"`); a weighted sum (`"ocr:0.7,ocr-v5:0.3"`; a part without weight has weight 1); or
-            the user's own factory, `"package.module:factory"`, which may have a weight too
-            (`"package.module:factory:0.5"`): what follows a part's last colon is a weight if it parses as a number. A
-            factory returns the reward, a module or a plain function.
-        options: keyword arguments of the factory; each must be known to at least one part of the spec and goes to every part
-            that knows it. `augment=True` and `seed` for the `ocr` rewards.
+        spec: a name of `REWARDS` (`"ocr"`); a weighted sum (`"ocr:0.7,ocr-v5:0.3"`; a part without a weight has 1); or the
+            user's own factory, `"package.module:factory"`, alone or in a sum. What follows a part's last colon is a
+            weight if it parses as a number (`"package.module:factory:0.5"`). A factory returns a module or a function.
+        options: keyword arguments of the factories. Each must be known to at least one part, and goes to every part that
+            knows it. The `ocr` rewards have `augment` (bool, False) and `seed` (int, 0), of the augmentation.
 
     Returns:
         A module `reward(images, prompts) -> (B,)`; for several parts, or a weight, a `WeightedReward`.
 
     Raises:
-        ValueError: an unknown name, option or factory, a weight that is no finite number, a part that is named twice.
-        FileNotFoundError: the files of a reward are missing; the message names the package to install.
+        ValueError: an unknown name, option or factory, a weight that is no finite number, a part that is named twice;
+            known before any reward is made.
+        ModuleNotFoundError, FileNotFoundError: what a reward needs is missing; the message names the package.
     """
     weights: dict[str, float] = {}
     for part in spec.split(","):
@@ -96,15 +95,17 @@ def load_reward(spec: str, **options: Any) -> nn.Module:
         weights[name] = weight
     factories = {name: _factory(name) for name in weights}
     known = {name: set(inspect.signature(factory).parameters) for name, factory in factories.items()}
-    unknown = sorted(set(options) - set().union(*known.values()))
+    choices = sorted(set().union(*known.values()))
+    unknown = sorted(set(options) - set(choices))
     if unknown:
-        choices = ", ".join(sorted(set().union(*known.values()))) or "none"
-        raise ValueError(f"reward {spec!r}: expected options among {choices}; got {', '.join(unknown)}.")
+        raise ValueError(
+            f"reward {spec!r}: expected options among {', '.join(choices) or 'none'}; got {', '.join(unknown)}."
+        )
     rewards = {}
     for name, factory in factories.items():
         reward = factory(**{key: value for key, value in options.items() if key in known[name]})
         if not callable(reward):
-            raise ValueError(f"reward {name!r}: expected the factory to return a callable, got {type(reward).__name__}.")
+            raise ValueError(f"reward {name!r}: expected the factory to return a reward, got {type(reward).__name__}.")
         rewards[name] = reward if isinstance(reward, nn.Module) else _FunctionReward(reward)
     if list(weights.values()) == [1.0]:
         return rewards[next(iter(rewards))]
@@ -128,8 +129,8 @@ def _split_weight(part: str, spec: str) -> tuple[str, float]:
 def _factory(name: str) -> Callable[..., Any]:
     if name in REWARDS:
         return REWARDS[name]
-    module_name, colon, attribute = name.partition(":")
-    if not colon:
+    module_name, _, attribute = name.partition(":")
+    if not all(word.isidentifier() for word in [*module_name.split("."), attribute]):
         nearest = difflib.get_close_matches(name, REWARDS, n=1, cutoff=0.0)[0]
         raise ValueError(
             f"reward: expected {', '.join(REWARDS)} or package.module:factory, got {name!r}; the nearest is {nearest!r}."

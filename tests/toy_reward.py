@@ -1,0 +1,14 @@
+# Copyright 2026 The FlowBP for diffusers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""A reward of a user's own, for tests: how red a picture is."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+
+def make_reward() -> Callable[[torch.Tensor, Sequence[str]], torch.Tensor]:
+    """Reward `(B, 3, H, W), prompts -> (B,)`: red less the mean of green and blue."""
+    return lambda images, prompts: (images[:, 0] - images[:, 1:].mean(1)).flatten(1).mean(1)
