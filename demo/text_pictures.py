@@ -40,9 +40,7 @@ _SIZES = {2: (23, 25, 27), 3: (22, 23, 24)}
 _MAX_SHIFT = 4  # pixels at 48 x 48 from the centre, each way
 _PROMPT = re.compile(r'the text "([0-9]{2,3})" in ([a-z]+) on a ([a-z]+) background')
 _HELD_OUT_TEXTS = 220
-_HELD_OUT_PROMPTS = 512
-_REWARD_PROMPTS = 2048
-_PRETRAINING_PROMPTS = 16384
+_LIST_LENGTHS = {"pretraining": 12288, "reward": 2048, "held_out": 512}
 
 
 def make_prompt(text: str, foreground: str, background: str) -> str:
@@ -57,7 +55,7 @@ def parse_prompt(prompt: str) -> tuple[str, str, str]:
     match = _PROMPT.fullmatch(prompt.strip())
     if match is None:
         raise ValueError(
-            'expected a prompt like \'the text "42" in red on a yellow background\' with two or three digits,'
+            "expected a prompt like 'the text \"42\" in red on a yellow background' with two or three digits,"
             f" got {prompt!r}"
         )
     text, foreground, background = match.groups()
@@ -103,22 +101,28 @@ def draw_picture(text: str, foreground: str, background: str, resolution: int, r
 
 
 def split_prompts(seed: int) -> tuple[list[str], list[str], list[str]]:
-    """Return three disjoint lists of prompts: pretraining (16384), reward training (2048), held-out evaluation (512).
+    """Return three disjoint lists of prompts: pretraining (12288), reward training (2048), held-out evaluation (512).
 
-    No text of the held-out prompts occurs in either of the other lists. Pretraining and reward training share texts,
-    never prompts. The same seed gives the same lists.
+    A quarter of each list has two digits, the rest three. No text of the held-out prompts occurs in either of the other
+    lists. Pretraining and reward training share texts, never prompts. The same seed gives the same lists.
     """
     rng = random.Random(seed)
     texts = list(TEXTS)
     rng.shuffle(texts)
-    held_out_texts, seen_texts = texts[:_HELD_OUT_TEXTS], texts[_HELD_OUT_TEXTS:]
-    held_out = [make_prompt(text, *pair) for text in held_out_texts for pair in COLOUR_PAIRS]
-    seen = [make_prompt(text, *pair) for text in seen_texts for pair in COLOUR_PAIRS]
-    rng.shuffle(held_out)
-    rng.shuffle(seen)
-    reward = seen[:_REWARD_PROMPTS]
-    pretraining = seen[_REWARD_PROMPTS : _REWARD_PROMPTS + _PRETRAINING_PROMPTS]
-    return pretraining, reward, held_out[:_HELD_OUT_PROMPTS]
+    lists = {name: [] for name in _LIST_LENGTHS}
+    for digits, share in ((2, 0.25), (3, 0.75)):
+        held_out = [text for text in texts[:_HELD_OUT_TEXTS] if len(text) == digits]
+        seen = [text for text in texts[_HELD_OUT_TEXTS:] if len(text) == digits]
+        for names, pool in ((("held_out",), held_out), (("pretraining", "reward"), seen)):
+            prompts = [make_prompt(text, *pair) for text in pool for pair in COLOUR_PAIRS]
+            rng.shuffle(prompts)
+            for name in names:
+                count = round(share * _LIST_LENGTHS[name])
+                lists[name] += prompts[:count]
+                prompts = prompts[count:]
+    for prompts in lists.values():
+        rng.shuffle(prompts)
+    return lists["pretraining"], lists["reward"], lists["held_out"]
 
 
 def colours_right(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:

@@ -376,6 +376,7 @@ def main(argv: list[str] | None = None) -> None:
     for update in progress:
         started = time.perf_counter()
         optimizer.zero_grad(set_to_none=True)
+        loss_scale = scaler.scale(torch.ones((), device=device)).item()
         rewards, losses = [], []
         for part in range(args.gradient_accumulation_steps):
             batch = next(sampler)
@@ -402,7 +403,7 @@ def main(argv: list[str] | None = None) -> None:
                 torch.cat(pictures),
                 batch,
                 objective=objective,
-                gradient_scale=scaler.get_scale() / args.gradient_accumulation_steps,
+                gradient_scale=loss_scale / args.gradient_accumulation_steps,
                 transformer=transformer,
             )
             rewards.append(out.rewards)
@@ -455,7 +456,7 @@ def main(argv: list[str] | None = None) -> None:
             validation_prompts,
             args.output_dir / "before_after.png",
             title=f"{METHODS[args.method].title}: before and after {args.max_train_steps} updates",
-            subtitle=f"reward {args.reward}; the same noise above and below",
+            subtitle=f"reward: {args.reward}",
             scores=(base_scores, aligned_scores),
         )
         reward_curve(

@@ -151,6 +151,13 @@ class Recorder:
                 f"{self.name}: model CPU offload frees the VAE while its gradient is still needed; call "
                 "pipe.remove_all_hooks() and use group offloading instead."
             )
+        for module in (module for transformer in self.transformers for module in transformer.modules()):
+            # Small rates could hide in the tolerance of a replay, so this is not left to the comparison.
+            if isinstance(module, torch.nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
+                raise RecordingError(
+                    f"{self.name}: the transformer has dropout {module.p:g} switched on, expected none: a replay would "
+                    "draw another mask; call pipe.transformer.eval()."
+                )
         self.trajectories: list[Trajectory] = []
         self._undo: list[Callable[[], None]] = []
         self._begin_rollout()
@@ -476,7 +483,9 @@ class Recorder:
     # Decoding.
 
     def _decode(self, original: Callable[..., Any], latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if not (latents.requires_grad and len(latents) > self.samples_per_decode):
+        # Copies keep their pictures side by side, so there even a part that fits is recomputed in the backward pass.
+        fits = len(latents) <= self.samples_per_decode and self._trajectory.surrogate.num_noised == 0
+        if fits or not latents.requires_grad:
             return original(latents, *args, **kwargs)
         parts = [
             tree_flatten(checkpoint(original, part, *args, use_reentrant=False, **kwargs))

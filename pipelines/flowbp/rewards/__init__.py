@@ -4,8 +4,8 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """Rewards by name: `load_reward("ocr")`, weighted sums, and the user's own.
 
-A reward is `reward(images (B, 3, H, W) in [0, 1], prompts) -> (B,)`, differentiable in the images. Adding one is adding
-a factory to `REWARDS`; a factory imports what it needs when it is called.
+A reward is `reward(images (B, 3, H, W) in [0, 1], prompts) -> (B,)`, differentiable in the images. Adding one is
+adding a factory to `REWARDS`; a factory imports what it needs when it is called.
 """
 
 import difflib
@@ -15,14 +15,15 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
 def _ocr(version: str) -> Callable[..., nn.Module]:
-    def make(augment: bool = False, seed: int = 0) -> nn.Module:
+    def make(augment: bool = False, generator: torch.Generator | None = None) -> nn.Module:
         from .ocr import OCRReward
 
-        return OCRReward(version, augment=augment, seed=seed)
+        return OCRReward(version, augment, generator)
 
     return make
 
@@ -73,11 +74,12 @@ def load_reward(spec: str, **options: Any) -> nn.Module:
     """Makes a reward from its name.
 
     Args:
-        spec: a name of `REWARDS` (`"ocr"`); a weighted sum (`"ocr:0.7,ocr-v5:0.3"`; a part without a weight has 1); or the
-            user's own factory, `"package.module:factory"`, alone or in a sum. What follows a part's last colon is a
-            weight if it parses as a number (`"package.module:factory:0.5"`). A factory returns a module or a function.
-        options: keyword arguments of the factories. Each must be known to at least one part, and goes to every part that
-            knows it. The `ocr` rewards have `augment` (bool, False) and `seed` (int, 0), of the augmentation.
+        spec: a name of `REWARDS` (`"ocr"`); a weighted sum (`"ocr:0.7,ocr-v5:0.3"`; a part without a weight has 1); or
+            the user's own factory, `"package.module:factory"`, alone or in a sum. What follows a part's last colon is
+            a weight if it parses as a number (`"package.module:factory:0.5"`). A factory returns a module or a
+            function.
+        options: keyword arguments of the factories. Each must be known to at least one part, and goes to every part
+            that knows it. The `ocr` rewards have `augment` (False) and its `generator` (None: torch's global one).
 
     Returns:
         A module `reward(images, prompts) -> (B,)`; for several parts, or a weight, a `WeightedReward`.
@@ -133,7 +135,8 @@ def _factory(name: str) -> Callable[..., Any]:
     if not all(word.isidentifier() for word in [*module_name.split("."), attribute]):
         nearest = difflib.get_close_matches(name, REWARDS, n=1, cutoff=0.0)[0]
         raise ValueError(
-            f"reward: expected {', '.join(REWARDS)} or package.module:factory, got {name!r}; the nearest is {nearest!r}."
+            f"reward: expected {', '.join(REWARDS)} or package.module:factory, got {name!r}; "
+            f"the nearest is {nearest!r}."
         )
     try:
         factory = getattr(importlib.import_module(module_name), attribute)

@@ -89,37 +89,43 @@ def quoted_text(prompt: str) -> str:
 
 
 class OCRReward(nn.Module):
-    """`reward(images, prompts)`: log-probability, per character, that the recogniser reads the text that a prompt quotes.
+    """`reward(images, prompts)`: log-probability per character that the recogniser reads what a prompt quotes.
 
     The probability is CTC's: the sum over all ways to spell the text along the columns of the picture. A score is at
-    most 0 (read for certain) and about -10 where the picture shows another text. It is differentiable in the images, of
-    any size. The weights are frozen, and a sample's score does not depend on its batch.
+    most 0 (read for certain) and about -10 where the picture shows another text. It is differentiable in the images,
+    of any size. The weights are frozen, and a sample's score does not depend on its batch.
 
     Args:
         version: `"v4"` (2.7M parameters, the faster one) or `"v5"` (4.1M).
-        augment: shift the picture by up to `MAX_SHIFT` pixels, blur it and add noise, at random, before the recogniser;
-            this keeps training from finding texture that only this recogniser reads. `read` and `exact` never augment.
-        seed: of the augmentation's own generator (`self.generator`, on the CPU). It draws sample by sample, so scoring a
-            batch in parts draws the same numbers.
+        augment: shift the picture by up to `MAX_SHIFT` pixels, blur it and add noise, at random, before the
+            recogniser; this keeps training from finding texture that only this recogniser reads. `read` and `exact`
+            never augment.
+        generator: a CPU generator for the augmentation; `None` uses torch's global one. Numbers are drawn sample by
+            sample, so scoring a batch in parts draws the same.
         stretch: the picture is resized to height 48 and to this times the width that would keep its aspect ratio,
-            rounded to a multiple of 8. None: 1 for v4 and 1.5 for v5, the best of those tried (1 to 3) on drawn pictures
-            of one to three digits.
+            rounded to a multiple of 8. None: 1 for v4 and 1.5 for v5, the best of those tried (1 to 2) on drawn
+            pictures of one to three digits.
 
     Raises:
         ValueError: an unknown version, or a stretch that is not above 0.
         ModuleNotFoundError, FileNotFoundError: the package with the recogniser is not installed, or is incomplete.
     """
 
-    def __init__(self, version: str = "v4", augment: bool = False, seed: int = 0, stretch: float | None = None):
+    def __init__(
+        self,
+        version: str = "v4",
+        augment: bool = False,
+        generator: torch.Generator | None = None,
+        stretch: float | None = None,
+    ):
         super().__init__()
         if stretch is not None and not stretch > 0:
             raise ValueError(f"stretch: expected a number above 0, or None for the version's own, got {stretch}.")
         self.network, characters = _load(version)
-        self.version, self.augment = version, augment
+        self.version, self.augment, self.generator = version, augment, generator
         self.stretch = VERSIONS[version].stretch if stretch is None else stretch
-        self.generator = torch.Generator().manual_seed(seed)
-        # Chinese fonts have ASCII's characters a second time at full width (U+FF01 to U+FF5E). A lone "0" in a picture may
-        # be either, so their probabilities are added up and the full-width classes dropped.
+        # Chinese fonts have ASCII's characters a second time at full width (U+FF01 to U+FF5E). A lone "0" in a picture
+        # may be either, so their probabilities are added up and the full-width classes dropped.
         place_of = {character: place for place, character in enumerate(characters)}
         ascii_characters = [
             chr(code) for code in range(0x21, 0x7F) if {chr(code), chr(code + 0xFEE0)} <= set(place_of)

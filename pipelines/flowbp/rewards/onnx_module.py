@@ -204,8 +204,8 @@ def _plan(steps: list[_Step], output: str) -> tuple[list[_Step], list[list[str]]
 
 
 def _fuse_hard_swish(steps: list[_Step], constants: dict[str, Tensor]) -> list[_Step]:
-    """Writes x clip(x + 3, 0, 6) / 6 (PP-OCRv4) and x HardSigmoid(x) (v5) as one operation, which takes a third off the
-    time of a forward and backward pass. The steps that this leaves without a reader stay."""
+    """Writes x clip(x + 3, 0, 6) / 6 (PP-OCRv4) and x HardSigmoid(x) (v5) as one operation, which takes a third off
+    the time of a forward and backward pass. The steps that this leaves without a reader stay."""
     made = {step.output: step for step in steps}
     return [
         step if (x := _hard_swish_input(step, made, constants)) is None else _Step("", F.hardswish, [x], step.output)

