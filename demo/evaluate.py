@@ -26,7 +26,6 @@ from flowbp.prompts import load_prompts
 from flowbp.rewards.ocr import OCRReward
 from flowbp.training_utils import make_generator, missing_components
 
-
 # Rows of the table: what is measured of a picture, and whether it is a share.
 MEASURES = {
     "training reward (log-probability per character)": False,

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import yaml
 
-
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ROOT / "demo" / "recipe.yaml"
 # Only the training script reads these; the second recipe would otherwise hold options that evaluation does not have.

@@ -231,7 +231,8 @@ def main(argv: list[str] | None = None) -> None:
     source = {"revision": args.revision}
     check_resolution(args, source)
     resumed = find_checkpoint(args.output_dir, args.resume_from_checkpoint) if args.resume_from_checkpoint else None
-    reward = load_reward(args.reward, **({"augment": True} if args.reward_augment else {}))
+    plain_reward = load_reward(args.reward)
+    reward = load_reward(args.reward, augment=True) if args.reward_augment else plain_reward
 
     # Accelerate does the processes and trackers. The frozen model is cast by hand below, without autocast, so that the
     # rollout computes what the user's inference computes.
@@ -268,7 +269,8 @@ def main(argv: list[str] | None = None) -> None:
     for component in pipe.components.values():
         if isinstance(component, torch.nn.Module):
             component.requires_grad_(False).eval()
-    reward.requires_grad_(False).eval().to(device)
+    for module in (reward, plain_reward):
+        module.requires_grad_(False).eval().to(device)
 
     torch.manual_seed(derive_seed("lora", args.seed))
     target_modules = [name.strip() for name in args.lora_layers.split(",")]
@@ -341,7 +343,7 @@ def main(argv: list[str] | None = None) -> None:
         for number, prompt in enumerate(validation_prompts):
             generator = make_generator("validation", args.seed, number)
             image = pipe(prompt, generator=generator, output_type="pt", **call).images
-            scores += reward(image.float(), [prompt]).tolist()
+            scores += plain_reward(image.float(), [prompt]).tolist()
             images += pipe.image_processor.numpy_to_pil(pipe.image_processor.pt_to_numpy(image))
         return images, scores
 

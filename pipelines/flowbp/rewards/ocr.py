@@ -143,7 +143,8 @@ class OCRReward(nn.Module):
         """Scores images (B, 3, H, W) in [0, 1] against B prompts.
 
         Returns:
-            (B,) in float32, or in float64 if the module was moved to float64.
+            (B,) in float32, or in float64 if the module was moved to float64. With bfloat16 weights the scores of
+            wrong texts are off by half; keep the weights in float32, whatever the pipeline's dtype.
 
         Raises:
             ValueError: images of another shape, not finite or out of range; a number of prompts other than B; a prompt
@@ -197,12 +198,14 @@ class OCRReward(nn.Module):
 
     def _log_probabilities(self, images: Tensor, augment: bool) -> Tensor:
         """(B, columns, classes) in float32 or float64."""
-        x = images.to(next(self.network.buffers()))
+        weight = next(self.network.buffers())
+        # Resizing, and the score from the logits on, are never done in half precision.
+        precise = torch.promote_types(weight.dtype, torch.float32)
+        x = images.to(weight.device, precise)
         x = F.interpolate(x, (HEIGHT, self._width(images)), mode="bilinear", align_corners=False, antialias=True)
         if augment:
             x = self._augment(x)
-        logits = self.network(x.flip(1) * 2 - 1)  # BGR in [-1, 1]
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = self.network((x.flip(1) * 2 - 1).to(weight)).to(precise)  # BGR in [-1, 1]
         both = torch.logaddexp(logits[..., self.narrow], logits[..., self.wide])
         return logits.index_copy(-1, self.narrow, both)[..., self.kept].log_softmax(-1)
 

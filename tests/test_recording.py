@@ -1,0 +1,1015 @@
+# Copyright 2026 The FlowBP for diffusers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""Recording: the rollout is the user's inference, the hooks come off, little is kept, and what cannot be proven is refused.
+
+Refusals are provoked with real components that are broken on purpose: schedulers that do not make Euler steps, hooks on
+the transformer, dropout, callbacks that alter what they are given.
+"""
+
+import re
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from diffusers.training_utils import cast_training_params
+from peft import LoraConfig
+from tiny_sd3 import MAX_SEQUENCE_LENGTH, tiny_sd3_pipeline
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_unflatten
+from toy_reward import make_reward
+
+from flowbp import FlowBPCallback, Leg, Surrogate, Term, get_method
+from flowbp.recording import RecordingError, Trajectory
+
+PROMPTS = ["a 42", "the 7"]
+STEPS = 6
+CALL = {
+    "height": 8,
+    "width": 8,
+    "num_inference_steps": STEPS,
+    "guidance_scale": 3.5,
+    "max_sequence_length": MAX_SEQUENCE_LENGTH,
+    "output_type": "pt",
+}
+REWARD = make_reward()
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def sparse(num_active: int = 2) -> FlowBPCallback:
+    return FlowBPCallback(get_method("flowbp-sparse", num_active=num_active), generator=generator())
+
+
+def sample(pipe: StableDiffusion3Pipeline, prompts: list[str] = PROMPTS, **changes: Any) -> torch.Tensor:
+    return pipe(prompts, **{**CALL, "generator": generator(1), **changes}).images
+
+
+def record(pipe: StableDiffusion3Pipeline, callback: FlowBPCallback, **changes: Any) -> torch.Tensor:
+    with callback.record(pipe):
+        return sample(pipe, **{"callback_on_step_end": callback, **changes})
+
+
+@pytest.fixture
+def pipe() -> StableDiffusion3Pipeline:
+    return tiny_sd3_pipeline(torch.float32)
+
+
+@contextmanager
+def computations(pipe: StableDiffusion3Pipeline) -> Iterator[list[int]]:
+    """The batch sizes of the transformer's real computations, in the order they ran."""
+    batches: list[int] = []
+    handle = pipe.transformer.transformer_blocks[0].register_forward_pre_hook(
+        lambda module, args, kwargs: batches.append(len(kwargs["hidden_states"])), with_kwargs=True
+    )
+    try:
+        yield batches
+    finally:
+        handle.remove()
+
+
+# Hooks.
+
+
+@contextmanager
+def nothing_left_behind(pipe: StableDiffusion3Pipeline) -> Iterator[None]:
+    scheduler_class = type(pipe.scheduler)
+    before = dict(vars(scheduler_class))
+    modules = {name: set(vars(module)) for name, module in pipe.components.items() if module is not None}
+    enabled = torch.is_grad_enabled()
+    yield
+    assert dict(vars(scheduler_class)) == before
+    for name, attributes in modules.items():
+        # Running a component may set attributes of its own, never these.
+        added = set(vars(pipe.components[name])) - attributes
+        assert not added & {"forward", "decode", "step", "set_timesteps", "__call__"}
+    assert not vars(pipe)["_interrupt"]
+    assert torch.is_grad_enabled() == enabled
+
+
+def raising(error: BaseException, at: int = 2) -> Callable[..., dict[str, Any]]:
+    def callback(pipe: Any, step: int, timestep: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+        if step == at:
+            raise error
+        return inputs
+
+    return callback
+
+
+@pytest.mark.parametrize("samples_per_decode", [None, 1])
+def test_hooks_come_off_after_a_rollout(pipe: StableDiffusion3Pipeline, samples_per_decode: int | None):
+    sample(pipe)
+    callback = FlowBPCallback(
+        get_method("refl", last_n=4), generator=generator(), samples_per_decode=samples_per_decode
+    )
+    with nothing_left_behind(pipe):
+        record(pipe, callback)
+    assert len(callback.trajectory.steps) == 1
+
+
+@pytest.mark.parametrize("error", [RuntimeError("user's"), KeyboardInterrupt(), SystemExit(3)])
+@pytest.mark.parametrize("at", [0, STEPS - 1])
+def test_hooks_come_off_when_the_user_s_callback_raises(pipe: StableDiffusion3Pipeline, error: BaseException, at: int):
+    sample(pipe)
+    expected = sample(pipe)
+    callback = sparse()
+    with nothing_left_behind(pipe), pytest.raises(type(error)):
+        record(pipe, callback, callback_on_step_end=raising(error, at))
+    assert torch.equal(sample(pipe), expected)
+    with pytest.raises(RecordingError, match="Expected a complete rollout, got none"):
+        _ = callback.trajectory
+
+
+@pytest.mark.parametrize("component", ["transformer", "vae", "text_encoder"])
+def test_hooks_come_off_when_the_pipeline_raises(pipe: StableDiffusion3Pipeline, component: str):
+    sample(pipe)
+    module = getattr(pipe, component)
+    inner = {"transformer": "proj_out", "vae": "decoder", "text_encoder": None}[component]
+    target = module if inner is None else getattr(module, inner)
+
+    def fail(*_: Any) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    handle = target.register_forward_hook(fail)
+    with nothing_left_behind(pipe), pytest.raises(torch.OutOfMemoryError):
+        record(pipe, sparse())
+    handle.remove()
+
+
+def test_hooks_come_off_when_the_block_raises_between_calls(pipe: StableDiffusion3Pipeline):
+    sample(pipe)
+    callback = sparse()
+    with nothing_left_behind(pipe), pytest.raises(ZeroDivisionError), callback.record(pipe):
+        sample(pipe, callback_on_step_end=callback)
+        _ = 1 / 0
+
+
+def test_grad_mode_is_restored_inside_no_grad(pipe: StableDiffusion3Pipeline):
+    sample(pipe)
+    with torch.no_grad(), nothing_left_behind(pipe):
+        images = record(pipe, sparse())
+        assert not torch.is_grad_enabled()
+    assert images.requires_grad
+
+
+def test_hooks_of_a_scheduler_class_that_inherits_its_step(pipe: StableDiffusion3Pipeline):
+    class Inherits(FlowMatchEulerDiscreteScheduler):
+        pass
+
+    pipe.scheduler = Inherits.from_config(pipe.scheduler.config)
+    sample(pipe)
+    with nothing_left_behind(pipe):
+        record(pipe, sparse())
+    assert "step" not in vars(Inherits) and "set_timesteps" not in vars(Inherits)
+
+
+def test_another_pipeline_of_the_same_classes_is_not_disturbed(pipe: StableDiffusion3Pipeline):
+    other = tiny_sd3_pipeline(torch.float32, seed=1)
+    expected = sample(other)
+    callback = sparse()
+    with callback.record(pipe):
+        images = sample(pipe, callback_on_step_end=callback)
+        found = sample(other)
+    assert torch.equal(found, expected) and not found.requires_grad
+    callback.backward(REWARD, images, PROMPTS)
+
+
+def test_the_interrupt_flag_is_reset(pipe: StableDiffusion3Pipeline):
+    expected = sample(pipe)
+    callback = FlowBPCallback(Surrogate(("posterior_mean", 1), (Term(1, -1.0),)))
+    record(pipe, callback)
+    assert not pipe.interrupt
+    with computations(pipe) as batches:
+        assert torch.equal(sample(pipe), expected)
+    assert len(batches) == STEPS
+
+
+# The rollout is the user's inference.
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"guidance_scale": 1.0},
+        {"negative_prompt": ["blue", "red"]},
+        {"latents": torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(8))},
+        {"sigmas": [1.0, 0.8, 0.6, 0.4, 0.3, 0.1]},
+        {"num_images_per_prompt": 2},
+        {"num_images_per_prompt": 2, "guidance_scale": 1.0, "generator": None},
+        {"output_type": "latent"},
+    ],
+    ids=lambda changes: ",".join(changes) or "plain",
+)
+@pytest.mark.parametrize("name", ["full", "flowbp-sparse"])
+def test_images_are_bit_equal_to_an_unrecorded_call(changes: dict[str, Any], dtype: torch.dtype, name: str):
+    pipe = tiny_sd3_pipeline(dtype)
+    if "latents" in changes:
+        changes = {**changes, "latents": changes["latents"].to(dtype)}
+    torch.manual_seed(4)
+    expected = sample(pipe, **changes)
+    torch.manual_seed(4)
+    images = record(pipe, FlowBPCallback(get_method(name), generator=generator()), **changes)
+    assert images.requires_grad and not expected.requires_grad
+    assert images.dtype == expected.dtype and torch.equal(images, expected)
+
+
+@pytest.mark.parametrize("samples_per_decode", [1, 2, 3])
+def test_images_of_a_chunked_decode_are_the_unrecorded_ones(pipe: StableDiffusion3Pipeline, samples_per_decode: int):
+    prompts = ["a 42", "the 7", "k9"]
+    expected = sample(pipe, prompts)
+    callback = FlowBPCallback(get_method("draft-k"), generator=generator(), samples_per_decode=samples_per_decode)
+    # Other batch sizes may use other kernels, so this is not bit for bit.
+    torch.testing.assert_close(record(pipe, callback, prompts=prompts), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_recorded_numbers_are_the_rollout_s(pipe: StableDiffusion3Pipeline):
+    seen: list[torch.Tensor] = []
+
+    def keep(pipe: Any, step: int, timestep: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+        seen.append(inputs["latents"].clone())
+        return {}
+
+    latents = torch.randn(2, 4, 4, 4, generator=generator(3))
+    sample(pipe, latents=latents.clone(), callback_on_step_end=keep)
+    callback = FlowBPCallback(get_method("full"))
+    record(pipe, callback, latents=latents.clone())
+    trajectory = callback.trajectory
+    expected = dict(enumerate([latents, *seen]))
+    assert trajectory.latents.keys() == expected.keys()
+    for step, value in expected.items():
+        assert torch.equal(trajectory.latents[step], value) and not trajectory.latents[step].requires_grad
+    assert torch.equal(trajectory.sigmas, pipe.scheduler.sigmas) and trajectory.num_steps == STEPS
+    for step in range(STEPS):
+        length = trajectory.sigmas[step + 1] - trajectory.sigmas[step]
+        torch.testing.assert_close(expected[step + 1], expected[step] + length * trajectory.velocities[step])
+    assert torch.equal(callback.endpoint.detach(), expected[STEPS]) and callback.endpoint.is_leaf
+
+
+def test_the_posterior_mean_is_what_is_decoded(pipe: StableDiffusion3Pipeline):
+    callback = FlowBPCallback(Surrogate(("posterior_mean", 3), (Term(3, -1.0),)))
+    images = record(pipe, callback, output_type="latent")
+    trajectory = callback.trajectory
+    mean = trajectory.latents[3] - trajectory.sigmas[3] * trajectory.velocities[3]
+    torch.testing.assert_close(callback.endpoint.detach(), mean, rtol=1e-6, atol=1e-6)
+    assert torch.equal(images.detach(), callback.endpoint.detach())
+
+
+# Rollouts stop at the last step needed, and keep what is needed.
+
+
+@pytest.mark.parametrize(
+    ("surrogate", "expected"),
+    [
+        (Surrogate(("posterior_mean", 2), (Term(1, -1.0),)), 3),
+        (Surrogate(("posterior_mean", 0), (Term(0, -1.0),)), 1),
+        (Surrogate(("posterior_mean", 1), (Term(1, -1.0),), (Leg(0, 4, (0, 1), (-0.2, -0.3)),)), 4),
+        (Surrogate(("posterior_mean", STEPS - 1), (Term(1, -1.0),)), STEPS),
+        (Surrogate("sample", (Term(1, -1.0),)), STEPS),
+    ],
+)
+def test_a_rollout_stops_at_the_last_step_needed(pipe: StableDiffusion3Pipeline, surrogate: Surrogate, expected: int):
+    with computations(pipe) as batches:
+        images = record(pipe, FlowBPCallback(surrogate))
+    assert batches == [4] * expected and images.shape == (2, 3, 8, 8)
+
+
+def test_a_pipeline_that_cannot_be_interrupted_stops_computing_too(
+    pipe: StableDiffusion3Pipeline, monkeypatch: pytest.MonkeyPatch
+):
+    class Uninterrupted(StableDiffusion3Pipeline):
+        interrupt = False
+
+    plain = record(pipe, FlowBPCallback(Surrogate(("posterior_mean", 2), (Term(1, -1.0),))))
+    pipe.__class__ = Uninterrupted
+    monkeypatch.delattr(StableDiffusion3Pipeline, "interrupt")
+    monkeypatch.setattr(Uninterrupted, "interrupt", False)
+    callback = FlowBPCallback(Surrogate(("posterior_mean", 2), (Term(1, -1.0),)))
+    with computations(pipe) as batches:
+        images = record(pipe, callback)
+    assert batches == [4] * 3 and torch.equal(images, plain)
+
+
+def tensors_of(trajectory: Trajectory) -> dict[str, set[int]]:
+    return {name: set(getattr(trajectory, name)) for name in ("latents", "velocities", "steps")}
+
+
+def test_only_what_the_surrogate_needs_is_kept(pipe: StableDiffusion3Pipeline):
+    callback = FlowBPCallback(Surrogate("sample", (Term(1, -1.0), Term(4, -1.0))))
+    record(pipe, callback)
+    assert tensors_of(callback.trajectory) == {"latents": {1, 4, 6}, "velocities": {1, 4}, "steps": {1, 4}}
+
+    legs = (Leg(0, 3, (0, 2), (-0.1, -0.2)), Leg(3, 6, (3, 4), (-0.1, -0.2)))
+    callback = FlowBPCallback(Surrogate("sample", (Term(2, -1.0),), legs))
+    record(pipe, callback)
+    assert tensors_of(callback.trajectory) == {
+        "latents": {0, 2, 3, 6},
+        "velocities": {0, 2, 3, 4},
+        "steps": {2},
+    }
+
+
+def test_glue_towards_the_latents_is_kept_for_coupled_steps_only(pipe: StableDiffusion3Pipeline):
+    # The first term has nobody before it, so its coupling needs no gradient either.
+    callback = FlowBPCallback(Surrogate("sample", (Term(0, -1.0, 1.0), Term(2, -1.0), Term(4, -1.0, 0.5))))
+    record(pipe, callback)
+    steps = callback.trajectory.steps
+    assert {step for step, active in steps.items() if active.latents is not None} == {4}
+    assert {step for step, active in steps.items() if active.calls[0].attached} == {4}
+
+
+def test_text_embeddings_are_kept_once(pipe: StableDiffusion3Pipeline):
+    callback = FlowBPCallback(get_method("full"))
+    record(pipe, callback)
+    calls = [active.calls[0] for active in callback.trajectory.steps.values()]
+    leaves = list(zip(*(call.leaves for call in calls), strict=True))
+    shared = [column for column in leaves if len({tensor_place(leaf) for leaf in column}) == 1]
+    changing = [column for column in leaves if len({tensor_place(leaf) for leaf in column}) == STEPS]
+    assert len(shared) + len(changing) == len(leaves)
+    # Latents and timestep change; the prompt's embedding and its pooled one do not.
+    assert sorted(column[0].ndim for column in changing) == [1, 4]
+    assert sorted(column[0].ndim for column in shared if isinstance(column[0], torch.Tensor)) == [2, 3]
+
+
+def tensor_place(leaf: Any) -> Any:
+    return leaf.data_ptr() if isinstance(leaf, torch.Tensor) else leaf
+
+
+def test_kept_inputs_are_copies(pipe: StableDiffusion3Pipeline):
+    """A pipeline that overwrites what it gave the transformer does not change the recording."""
+    overwritten = []
+
+    def overwrite(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        if not torch.is_grad_enabled() or kwargs["hidden_states"].requires_grad:
+            return
+        overwritten.append(kwargs["hidden_states"].data_ptr())
+        kwargs["hidden_states"].zero_()
+
+    surrogate = Surrogate("sample", (Term(0, -1.0),))
+    plain = FlowBPCallback(surrogate)
+    plain.backward(REWARD, record(pipe, plain), PROMPTS)
+    expected = [parameter.grad.clone() for parameter in pipe.transformer.parameters() if parameter.grad is not None]
+    pipe.transformer.zero_grad()
+    callback = FlowBPCallback(surrogate)
+    handle = pipe.transformer.register_forward_hook(overwrite, with_kwargs=True)
+    images = record(pipe, callback)
+    handle.remove()
+    assert overwritten
+    callback.backward(REWARD, images, PROMPTS)
+    found = [parameter.grad for parameter in pipe.transformer.parameters() if parameter.grad is not None]
+    assert all(torch.equal(left, right) for left, right in zip(found, expected, strict=True))
+
+
+# Refusals.
+
+
+def refused(message: str) -> Any:
+    return pytest.raises(RecordingError, match=re.escape(message))
+
+
+def one_line(caught: Any) -> None:
+    text = str(caught.value)
+    assert "\n" not in text and text.endswith(".")
+
+
+def altering(**changes: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, Any]:
+    def callback(pipe: Any, step: int, timestep: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+        return {name: change(inputs[name]) for name, change in changes.items()}
+
+    return {"callback_on_step_end": callback, "callback_on_step_end_tensor_inputs": list(changes)}
+
+
+def test_a_callback_that_alters_latents_is_refused(pipe: StableDiffusion3Pipeline):
+    with refused("the latents given to step 1 are not those that step 0 returned; a callback") as caught:
+        record(pipe, sparse(), **altering(latents=lambda latents: 1.01 * latents))
+    one_line(caught)
+
+
+def test_a_callback_that_alters_latents_in_place_is_refused(pipe: StableDiffusion3Pipeline):
+    with refused("the latents given to step 1 are not those that step 0 returned"):
+        record(pipe, sparse(), **altering(latents=lambda latents: latents.mul_(1.01)))
+
+
+def test_stochastic_sampling_is_refused(pipe: StableDiffusion3Pipeline):
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, stochastic_sampling=True)
+    with refused("step 0 of FlowMatchEulerDiscreteScheduler is not latents + (sigmas[i + 1] - sigmas[i])") as caught:
+        record(pipe, sparse())
+    one_line(caught)
+
+
+@pytest.mark.parametrize("method", ["flowbp-sparse", None])
+def test_heun_is_refused(pipe: StableDiffusion3Pipeline, method: str | None):
+    pipe.scheduler = FlowMatchHeunDiscreteScheduler(shift=3.0)
+    drawn = Surrogate("sample", (Term(1, -1.0),)) if method is None else get_method(method)
+    expected = (
+        (RecordingError, "FlowMatchHeunDiscreteScheduler is not latents")
+        if method is None
+        else (
+            ValueError,
+            "use a flow-matching Euler schedule",
+        )
+    )
+    with pytest.raises(expected[0], match=expected[1]):
+        record(pipe, FlowBPCallback(drawn, generator=generator()))
+
+
+def test_a_scheduler_with_momentum_is_refused(pipe: StableDiffusion3Pipeline):
+    class Momentum(FlowMatchEulerDiscreteScheduler):
+        def step(self, model_output: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            before = getattr(self, "before", None)
+            self.before = model_output
+            if before is not None:
+                model_output = model_output + 0.1 * (model_output - before)
+            return super().step(model_output, *args, **kwargs)
+
+    pipe.scheduler = Momentum(shift=3.0)
+    with refused("step 1 of Momentum is not latents + "):
+        record(pipe, sparse())
+
+
+class Memory:
+    """A guidance plugin on the transformer: adds a share of the previous step's output to this step's."""
+
+    def __init__(self, share: float = 0.2) -> None:
+        self.share = share
+        self.before: torch.Tensor | None = None
+
+    def on_output(self, module: Any, args: Any, kwargs: Any, output: Any) -> Any:
+        if self.before is not None:
+            output = (output[0] + self.share * self.before, *output[1:])
+        self.before = output[0]
+        return output
+
+    def remember(self, module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        self.before = output[0]
+
+    def on_input(self, module: Any, args: Any, kwargs: Any) -> Any:
+        if self.before is not None:
+            embeddings = kwargs["encoder_hidden_states"] + self.share * self.before.mean()
+            kwargs = {**kwargs, "encoder_hidden_states": embeddings}
+        return args, kwargs
+
+
+def test_guidance_with_memory_is_refused(pipe: StableDiffusion3Pipeline):
+    pipe.transformer.register_forward_hook(Memory().on_output, with_kwargs=True)
+    with refused("the velocity of step 1 depends on outputs of step 0 (guidance with memory); switch") as caught:
+        record(pipe, FlowBPCallback(get_method("full")))
+    one_line(caught)
+
+
+def test_inputs_that_depend_on_an_earlier_output_are_refused(pipe: StableDiffusion3Pipeline):
+    memory = Memory()
+    pipe.transformer.register_forward_pre_hook(memory.on_input, with_kwargs=True)
+    pipe.transformer.register_forward_hook(memory.remember, with_kwargs=True)
+    with refused("transformer's inputs at step 1 depend on outputs of step 0 other than through the latents"):
+        record(pipe, FlowBPCallback(get_method("full")))
+
+
+def test_inputs_that_depend_on_a_detached_output_are_refused(pipe: StableDiffusion3Pipeline):
+    memory = Memory()
+
+    def detach(*args: Any) -> None:
+        memory.remember(*args)
+        memory.before = memory.before.detach()
+
+    pipe.transformer.register_forward_pre_hook(memory.on_input, with_kwargs=True)
+    pipe.transformer.register_forward_hook(detach, with_kwargs=True)
+    with refused("changed from step 0 to step 1, and neither the latents nor a timestep explain it"):
+        record(pipe, FlowBPCallback(get_method("full")))
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_an_input_that_drifts_from_step_to_step_is_refused(pipe: StableDiffusion3Pipeline, in_place: bool):
+    drift = (lambda embeds: embeds.mul_(1.01)) if in_place else (lambda embeds: embeds * 1.01)
+    with refused("of shape (4, 22, 32) changed from step 0 to step 1") as caught:
+        record(pipe, FlowBPCallback(get_method("full")), **altering(prompt_embeds=drift))
+    one_line(caught)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.5])
+def test_dropout_left_on_is_refused(guidance_scale: float):
+    pipe = tiny_sd3_pipeline(torch.float32)
+    pipe.transformer.requires_grad_(False)
+    pipe.transformer.add_adapter(
+        LoraConfig(r=2, lora_dropout=0.5, init_lora_weights=False, target_modules=["to_q", "to_v"])
+    )
+    callback = sparse()
+    pipe.transformer.eval()
+    callback.backward(REWARD, record(pipe, callback, guidance_scale=guidance_scale), PROMPTS)
+    pipe.transformer.train()
+    callback = sparse()
+    images = record(pipe, callback, guidance_scale=guidance_scale)
+    with refused("does not reproduce its recorded output: largest difference") as caught:
+        callback.backward(REWARD, images, PROMPTS)
+    one_line(caught)
+    assert "transformer.eval()" in str(caught.value)
+
+
+@pytest.mark.parametrize("output_type", ["np", "pil"])
+def test_post_processing_through_numpy_is_refused(pipe: StableDiffusion3Pipeline, output_type: str):
+    callback = sparse()
+    try:
+        images = record(pipe, callback, output_type=output_type)
+    except RuntimeError as error:
+        # numpy refuses tensors that require gradients: the user must learn what to do.
+        assert isinstance(error, RecordingError) and 'output_type="pt"' in str(error)
+        return
+    with refused('output_type="pt"'):
+        callback.backward(REWARD, images, PROMPTS)
+
+
+def test_cache_objects_among_the_arguments_are_refused(pipe: StableDiffusion3Pipeline):
+    cache = SimpleNamespace(keys=torch.zeros(2))
+    with refused("step 0 passes a SimpleNamespace to the transformer, expected tensors and plain values") as caught:
+        record(pipe, sparse(), joint_attention_kwargs={"cache": cache})
+    one_line(caught)
+
+
+def test_parameters_changed_by_an_optimizer_are_refused(pipe: StableDiffusion3Pipeline):
+    callback = sparse()
+    images = record(pipe, callback)
+    optimizer = torch.optim.SGD(pipe.transformer.parameters(), lr=1e-8)
+    for parameter in pipe.transformer.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    with refused("the transformer's parameters changed after the rollout was recorded; call backward") as caught:
+        callback.backward(REWARD, images, PROMPTS)
+    one_line(caught)
+    assert all(parameter.grad is None for parameter in pipe.transformer.parameters())
+
+
+def test_parameters_changed_behind_autograd_are_refused(pipe: StableDiffusion3Pipeline):
+    callback = sparse()
+    images = record(pipe, callback)
+    for parameter in pipe.transformer.parameters():
+        parameter.data.mul_(1.01)
+    with refused("does not reproduce its recorded output"):
+        callback.backward(REWARD, images, PROMPTS)
+
+
+def test_backward_without_record_is_refused():
+    callback = sparse()
+    with refused("Expected a complete rollout, got none; call the pipeline inside `with callback.record(pipe):`"):
+        callback.backward(torch.zeros(2, requires_grad=True))
+
+
+def test_a_record_block_without_a_pipeline_call_is_refused(pipe: StableDiffusion3Pipeline):
+    callback = sparse()
+    with callback.record(pipe):
+        pass
+    with refused("Expected a complete rollout, got none"):
+        callback.backward(REWARD, torch.zeros(2, 3, 8, 8, requires_grad=True), PROMPTS)
+
+
+def test_a_rollout_that_ends_early_is_refused(pipe: StableDiffusion3Pipeline):
+    def interrupt(pipe: Any, step: int, timestep: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+        pipe._interrupt = step >= 2
+        return inputs
+
+    callback = FlowBPCallback(get_method("full"))
+    images = record(pipe, callback, callback_on_step_end=interrupt)
+    with refused("Expected a complete rollout, got none"):
+        callback.backward(REWARD, images, PROMPTS)
+
+
+def test_two_pipeline_calls_in_one_block_are_refused(pipe: StableDiffusion3Pipeline):
+    callback = sparse()
+    with (
+        refused("expected 1 pipeline call(s) in one record() block, got one more; open a new block") as caught,
+        callback.record(pipe),
+    ):
+        sample(pipe)
+        sample(pipe)
+    one_line(caught)
+
+
+def test_one_record_block_inside_another_is_refused(pipe: StableDiffusion3Pipeline):
+    callback = sparse()
+    with refused("This callback is recording already"), callback.record(pipe), callback.record(pipe):
+        pass
+
+
+def test_inference_mode_is_refused(pipe: StableDiffusion3Pipeline):
+    with refused("the pipeline runs in inference mode; call it without it"), torch.inference_mode():
+        record(pipe, sparse())
+
+
+def test_model_cpu_offload_is_refused(pipe: StableDiffusion3Pipeline):
+    # On a machine without an accelerator the hooks are put on all the same; no model is moved before a call.
+    pipe.enable_model_cpu_offload(device="cuda")
+    with refused("model CPU offload frees the VAE while its gradient is still needed; call pipe.remove_all_hooks()"):
+        record(pipe, sparse())
+    pipe.remove_all_hooks()
+    record(pipe, sparse())
+
+
+def test_no_trainable_parameters_is_refused(pipe: StableDiffusion3Pipeline):
+    pipe.transformer.requires_grad_(False)
+    callback = sparse()
+    images = record(pipe, callback)
+    with pytest.raises(ValueError, match="has no trainable parameters; add a LoRA adapter"):
+        callback.backward(REWARD, images, PROMPTS)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_velocities_that_are_not_finite_are_refused(pipe: StableDiffusion3Pipeline, value: float):
+    pipe.transformer.proj_out.bias.data[0] = value
+    with refused("the velocity of step 0 holds NaN or infinite values") as caught:
+        record(pipe, sparse())
+    one_line(caught)
+
+
+def test_a_pipeline_without_a_transformer_is_refused(pipe: StableDiffusion3Pipeline):
+    pipe.register_modules(transformer=None)
+    with refused("StableDiffusion3Pipeline: expected a scheduler and a component named transformer, got "):
+        record(pipe, sparse())
+
+
+@pytest.mark.parametrize("shape", [(1,), (3,), (2, 1), ()])
+def test_the_wrong_number_of_rewards_is_refused(pipe: StableDiffusion3Pipeline, shape: tuple[int, ...]):
+    callback = sparse()
+    images = record(pipe, callback)
+    rewards = images.sum() * torch.ones(shape)
+    with pytest.raises(ValueError, match=re.escape(f"each of 2 images, a tensor of shape (2,), got {shape}")):
+        callback.backward(rewards)
+    with pytest.raises(ValueError, match=re.escape(f"a tensor of shape (2,), got {shape}")):
+        callback.backward(lambda images, prompts: images.sum() * torch.ones(shape), images, PROMPTS)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        (["a", "b", "c"], "Expected a prompt for each of 2 images, got 3 prompts"),
+        ([], "Expected a prompt for each of 2 images, got 0 prompts"),
+        ("a 42", "`prompts` must be a list with a prompt for each image, got one string"),
+    ],
+)
+def test_the_wrong_number_of_prompts_is_refused(pipe: StableDiffusion3Pipeline, prompts: Any, message: str):
+    callback = sparse()
+    images = record(pipe, callback)
+    with pytest.raises(ValueError, match=message):
+        callback.backward(REWARD, images, prompts)
+
+
+def test_each_image_is_scored_with_its_own_prompt(pipe: StableDiffusion3Pipeline):
+    seen: list[str] = []
+
+    def reward(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        seen.extend(prompts)
+        return REWARD(images, prompts)
+
+    callback = FlowBPCallback(get_method("draft-k"), samples_per_decode=3)
+    images = record(pipe, callback, num_images_per_prompt=2)
+    callback.backward(reward, images, PROMPTS)
+    assert seen == [PROMPTS[0], PROMPTS[0], PROMPTS[1], PROMPTS[1]]
+
+
+def test_rewards_without_a_gradient_are_refused(pipe: StableDiffusion3Pipeline):
+    callback = sparse()
+    images = record(pipe, callback)
+    with refused("The rewards carry no gradient; score the images that the recorded pipeline call returned"):
+        callback.backward(REWARD(images.detach(), PROMPTS))
+    with refused("The rewards carry no gradient"):
+        callback.backward(lambda images, prompts: images.detach().mean((1, 2, 3)), images, PROMPTS)
+
+
+def test_rewards_of_other_images_are_refused(pipe: StableDiffusion3Pipeline):
+    callback = sparse()
+    record(pipe, callback)
+    other = torch.zeros(2, 3, 8, 8, requires_grad=True)
+    with refused("the rewards do not depend on the recorded endpoint"):
+        callback.backward(REWARD(other, PROMPTS))
+    with refused("the rewards do not depend on the recorded endpoint"):
+        callback.backward(REWARD, other * 1.0, PROMPTS)
+
+
+def test_half_of_the_arguments_are_refused(pipe: StableDiffusion3Pipeline):
+    callback = sparse()
+    images = record(pipe, callback)
+    with pytest.raises(ValueError, match="needs the images and the prompts"):
+        callback.backward(REWARD, images)
+    with pytest.raises(ValueError, match="need no images and prompts"):
+        callback.backward(REWARD(images, PROMPTS), images)
+
+
+def test_an_adjoint_of_another_shape_is_refused(pipe: StableDiffusion3Pipeline):
+    callback = sparse()
+    record(pipe, callback)
+    with pytest.raises(ValueError, match=re.escape("must have the endpoint's shape (2, 4, 4, 4)")):
+        callback.sweep(torch.zeros(1, 4, 4, 4))
+
+
+def test_skip_layer_guidance_needs_both_branches(pipe: StableDiffusion3Pipeline):
+    skipping = {"skip_guidance_layers": [1], "skip_layer_guidance_start": -0.1, "skip_layer_guidance_stop": 0.9}
+    expected = sample(pipe, **skipping)
+    callback = FlowBPCallback(get_method("full"), unconditional_gradient=False)
+    images = record(pipe, callback, **skipping)
+    with refused("unconditional_gradient=False needs exactly one unconditional branch") as caught:
+        callback.backward(REWARD, images, PROMPTS)
+    one_line(caught)
+    assert "pass unconditional_gradient=True" in str(caught.value)
+    callback = FlowBPCallback(get_method("full"), unconditional_gradient=True)
+    images = record(pipe, callback, **skipping)
+    assert torch.equal(images, expected)
+    callback.backward(REWARD, images, PROMPTS)
+    assert any(
+        parameter.grad.abs().max() > 0 for parameter in pipe.transformer.parameters() if parameter.grad is not None
+    )
+
+
+def test_without_the_unconditional_gradient_its_branch_is_not_computed(pipe: StableDiffusion3Pipeline):
+    for unconditional_gradient, batch in ((False, 2), (True, 4)):
+        callback = FlowBPCallback(
+            get_method("flowbp-sparse", num_active=3),
+            generator=generator(),
+            unconditional_gradient=unconditional_gradient,
+        )
+        images = record(pipe, callback)
+        with computations(pipe) as batches:
+            callback.backward(REWARD, images, PROMPTS)
+        assert batches == [batch] * 3
+
+
+def test_the_callback_outside_of_record_is_refused(pipe: StableDiffusion3Pipeline):
+    callback = sparse()
+    with refused("called this callback outside of its record() block"):
+        sample(pipe, callback_on_step_end=callback)
+    record(pipe, callback)
+    with refused("called this callback outside of its record() block"):
+        sample(pipe, callback_on_step_end=callback)
+    other = tiny_sd3_pipeline(torch.float32, seed=1)
+    with refused("called this callback outside of its record() block"), callback.record(pipe):
+        sample(other, callback_on_step_end=callback)
+
+
+def test_recording_works_without_being_the_step_callback(pipe: StableDiffusion3Pipeline):
+    callback = sparse()
+    callback.backward(REWARD, record(pipe, callback, callback_on_step_end=None), PROMPTS)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "flowbp-sparse"}, "`method` must come from get_method() or be a Surrogate, got str"),
+        ({"samples_per_decode": 0}, "`samples_per_decode` must be at least 1 or None, got 0"),
+        ({"steps_per_forward": 0}, "`steps_per_forward` must be at least 1, got 0"),
+    ],
+)
+def test_options_of_the_callback(options: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        FlowBPCallback(**{"method": get_method("full"), **options})
+
+
+def test_a_surrogate_for_more_steps_than_the_rollout_has_is_refused(pipe: StableDiffusion3Pipeline):
+    with pytest.raises(ValueError, match="needs steps up to 9, the rollout has steps 0 to 5"):
+        record(pipe, FlowBPCallback(Surrogate("sample", (Term(9, -1.0),))))
+
+
+# Memory.
+
+
+class SavedBytes:
+    """Bytes that autograd holds for backward: now, and the most so far. Parameters, which exist anyway, do not count."""
+
+    def __init__(self, transformer: torch.nn.Module) -> None:
+        self.parameters = {parameter.untyped_storage().data_ptr() for parameter in transformer.parameters()}
+        self.live = self.most = 0
+
+    def pack(self, tensor: torch.Tensor) -> SimpleNamespace:
+        holder = SimpleNamespace(tensor=tensor)
+        if tensor.untyped_storage().data_ptr() not in self.parameters:
+            size = tensor.numel() * tensor.element_size()
+            self.live += size
+            self.most = max(self.most, self.live)
+            weakref.finalize(holder, self.release, size)
+        return holder
+
+    def release(self, size: int) -> None:
+        self.live -= size
+
+    @staticmethod
+    def unpack(holder: SimpleNamespace) -> torch.Tensor:
+        return holder.tensor
+
+    def counting(self) -> Any:
+        return torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack)
+
+
+def sweep_memory(num_active: int, steps_per_forward: int = 1, **changes: Any) -> tuple[int, list[int]]:
+    """Most bytes saved for backward in `callback.backward`, and those held when each forward pass starts."""
+    pipe = tiny_sd3_pipeline(torch.float32)
+    callback = FlowBPCallback(
+        get_method("flowbp-sparse", num_active=num_active),
+        generator=generator(),
+        steps_per_forward=steps_per_forward,
+    )
+    images = record(pipe, callback, num_inference_steps=10, **changes)
+    saved = SavedBytes(pipe.transformer)
+    at_start: list[int] = []
+    pipe.transformer.pos_embed.register_forward_pre_hook(lambda *_: at_start.append(saved.live))
+    with saved.counting():
+        callback.backward(REWARD, images, PROMPTS)
+    assert saved.live == 0
+    return saved.most, at_start
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.5])
+def test_memory_does_not_grow_with_the_number_of_active_steps(guidance_scale: float):
+    one, _ = sweep_memory(1, guidance_scale=guidance_scale)
+    eight, at_start = sweep_memory(8, guidance_scale=guidance_scale)
+    assert one > 10_000 and abs(eight / one - 1) < 0.02
+    # Decoding and reward are over before the first step, each step's graph before the next.
+    assert at_start == [0] * 8
+
+
+def test_coupled_steps_do_not_keep_their_graphs_either():
+    pipe = tiny_sd3_pipeline(torch.float32)
+    most = {}
+    for last_k in (2, 8):
+        callback = FlowBPCallback(get_method("draft-k", last_k=last_k))
+        images = record(pipe, callback, num_inference_steps=10)
+        saved = SavedBytes(pipe.transformer)
+        with saved.counting():
+            callback.backward(REWARD, images, PROMPTS)
+        most[last_k] = saved.most
+    assert abs(most[8] / most[2] - 1) < 0.02
+
+
+def test_the_usual_way_grows_with_the_number_of_active_steps():
+    """What the tests above would find if all graphs were alive."""
+    pipe = tiny_sd3_pipeline(torch.float32)
+    most = {}
+    for num_active in (1, 8):
+        callback = sparse(num_active)
+        record(pipe, callback, num_inference_steps=10)
+        saved, outputs = SavedBytes(pipe.transformer), []
+        with saved.counting():
+            for step in callback.trajectory.steps.values():
+                for call in step.calls:
+                    args, kwargs = tree_unflatten(call.leaves, call.spec)
+                    outputs.append(call.module(*args, **kwargs))
+        most[num_active] = saved.most
+    assert most[8] / most[1] == pytest.approx(8, rel=0.01)
+
+
+def test_two_steps_per_forward_take_twice_the_memory():
+    one, _ = sweep_memory(8)
+    two, at_start = sweep_memory(8, steps_per_forward=2)
+    assert at_start == [0] * 4
+    assert 1.8 < two / one < 2.1
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the tensors that operations made and that are still alive: now, and the most so far."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.most = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        inputs = {
+            leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)
+        }
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                storage = leaf.untyped_storage()
+                if storage._cdata not in self.known | inputs:
+                    self.known.add(storage._cdata)
+                    self.live += storage.nbytes()
+                    self.most = max(self.most, self.live)
+                    weakref.finalize(storage, self.release, storage._cdata, storage.nbytes())
+        return result
+
+    def release(self, storage: int, size: int) -> None:
+        self.known.discard(storage)
+        self.live -= size
+
+
+@pytest.mark.parametrize("samples", [6])
+def test_decoding_a_few_samples_at_a_time_needs_less_memory(samples: int):
+    prompts = [f"a {number}" for number in range(samples)]
+    most = {}
+    for samples_per_decode in (None, 1):
+        pipe = tiny_sd3_pipeline(torch.float32)
+        pipe.vae.requires_grad_(False)
+        callback = FlowBPCallback(get_method("draft-k"), samples_per_decode=samples_per_decode)
+        with LiveBytes() as memory, callback.record(pipe):
+            latents = sample(pipe, prompts, output_type="latent")
+            before = memory.live
+            memory.most = before
+            images = pipe.vae.decode(latents).sample
+            gradient = torch.autograd.grad(REWARD(images, prompts).sum(), callback.endpoint)[0]
+        most[samples_per_decode] = memory.most - before
+        assert gradient.shape == latents.shape
+    assert most[1] < 0.4 * most[None]
+
+
+def test_steps_that_are_not_needed_leave_nothing(pipe: StableDiffusion3Pipeline):
+    """What stays alive after a rollout does not grow with its length."""
+    kept = {}
+    record(pipe, FlowBPCallback(get_method("draft-k")))
+    for steps in (6, 30):
+        callback = FlowBPCallback(get_method("draft-k"))
+        with LiveBytes() as memory:
+            images = record(pipe, callback, num_inference_steps=steps)
+            kept[steps] = memory.live
+        assert images.requires_grad
+    # The schedule itself: sigmas and timesteps, a few times.
+    assert abs(kept[30] - kept[6]) < 2048 < 0.1 * kept[6]
+
+
+# DRaFT-LV's copies.
+
+
+def record_copies(pipe: StableDiffusion3Pipeline, seed: int, prompts: list[str] = PROMPTS) -> tuple[Any, torch.Tensor]:
+    callback = FlowBPCallback(get_method("draft-lv", num_noised=2), noise_generator=generator(seed))
+    assert callback.copies == 2
+    with callback.record(pipe):
+        images = [sample(pipe, prompts, callback_on_step_end=callback) for _ in range(1 + callback.copies)]
+    return callback, torch.cat(images)
+
+
+def test_copies_compute_only_the_last_step(pipe: StableDiffusion3Pipeline):
+    expected = sample(pipe)
+    with computations(pipe) as batches:
+        callback, images = record_copies(pipe, 5)
+    assert batches == [4] * (STEPS + 1 + 1)
+    assert torch.equal(images[:2], expected)
+    with computations(pipe) as batches:
+        out = callback.backward(REWARD, images, PROMPTS)
+    assert batches == [2] * 3
+    assert out.rewards.shape == out.weights.shape == (6,)
+
+
+def test_copies_start_from_the_re_noised_sample(pipe: StableDiffusion3Pipeline):
+    callback, _ = record_copies(pipe, 5)
+    first, *copies = callback.trajectories
+    noise = generator(5)
+    for copy in copies:
+        drawn = torch.randn(first.latents[STEPS].shape, generator=noise)
+        sigma = first.sigmas[STEPS - 1]
+        expected = (1 - sigma) * first.latents[STEPS] + sigma * drawn
+        torch.testing.assert_close(copy.latents[STEPS - 1], expected, rtol=1e-6, atol=1e-6)
+        assert set(copy.steps) == {STEPS - 1} and copy.surrogate == first.surrogate
+
+
+def test_copies_are_reproducible_by_their_noise_generator(pipe: StableDiffusion3Pipeline):
+    first, images = record_copies(pipe, 5)
+    _, again = record_copies(pipe, 5)
+    _, other = record_copies(pipe, 6)
+    assert torch.equal(images, again)
+    assert torch.equal(images[:2], other[:2]) and not torch.equal(images[2:], other[2:])
+    assert not torch.equal(images[2:4], images[4:])
+    assert len(first.trajectories) == 3
+
+
+def test_missing_copies_are_refused(pipe: StableDiffusion3Pipeline):
+    callback = FlowBPCallback(get_method("draft-lv", num_noised=2))
+    images = record(pipe, callback)
+    with refused("Expected 3 pipeline calls in the record() block (callback.copies is 2), got 1"):
+        callback.backward(REWARD, images, PROMPTS)
+
+
+# Precision.
+
+
+def test_a_float32_lora_over_a_bfloat16_base_gets_float32_gradients():
+    pipe = tiny_sd3_pipeline(torch.bfloat16, lora_rank=2)
+    cast_training_params(pipe.transformer, dtype=torch.float32)
+    callback = sparse()
+    images = record(pipe, callback)
+    out = callback.backward(lambda images, prompts: REWARD(images.float(), prompts), images, PROMPTS)
+    assert out.rewards.dtype == torch.float32 and callback.endpoint.dtype == torch.bfloat16
+    trained = [parameter for parameter in pipe.transformer.parameters() if parameter.requires_grad]
+    assert trained and all(parameter.dtype == parameter.grad.dtype == torch.float32 for parameter in trained)
+    assert all(torch.isfinite(parameter.grad).all() for parameter in trained)
+    assert sum(parameter.grad.abs().sum() > 0 for parameter in trained) > len(trained) / 2
+    base = [parameter for parameter in pipe.transformer.parameters() if not parameter.requires_grad]
+    assert all(parameter.grad is None for parameter in base)
+
+
+def test_gradients_reach_the_transformer_only(pipe: StableDiffusion3Pipeline):
+    for module in (pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
+        module.requires_grad_(True)
+    callback = sparse()
+    callback.backward(REWARD, record(pipe, callback), PROMPTS)
+    assert isinstance(pipe.transformer, SD3Transformer2DModel)
+    for module in (pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
+        assert all(parameter.grad is None for parameter in module.parameters())
