@@ -39,7 +39,7 @@ from diffusers import (
     StableDiffusion3Pipeline,
 )
 from diffusers.training_utils import cast_training_params
-from diffusers.utils.logging import disable_progress_bar
+from diffusers.utils.logging import set_verbosity_error
 from peft import LoraConfig
 from torch.profiler import ProfilerActivity, profile, record_function
 from tqdm.auto import tqdm
@@ -940,7 +940,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the benchmark, print the tables and return the report."""
     args = parse_args(argv)
     torch.set_num_threads(args.num_threads)
-    disable_progress_bar()
+    set_verbosity_error()
     load_before = os.getloadavg()[0]
     bench = build(MODELS[args.model], args)
     sigmas = _sigmas(args.num_inference_steps)

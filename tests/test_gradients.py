@@ -26,6 +26,7 @@ from brute_force import (
     leg_supports,
     plain,
     relative_difference,
+    sample,
     stock_gradients,
     surrogate_graph,
     toy_reward,
@@ -34,6 +35,7 @@ from diffusers import StableDiffusion3Pipeline
 from tiny_sd3 import tiny_sd3_pipeline
 
 from flowbp import FlowBPCallback, Objective, Surrogate, Term, get_method
+from flowbp import weights as engine_weights
 
 EXACT = 1e-10
 FLOAT32_SCHEDULER = 1e-6
@@ -107,15 +109,6 @@ OPTIONS = [
     ("flowbp-lagrange", {**LAGRANGE, "step_sampling": "uniform"}),
     ("flowbp-lagrange", {**LAGRANGE, "step_sampling": "dirichlet", "dirichlet": (1.0, 3.0, 1.0), "max_tail": 2}),
 ]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The models are so small that more threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def drawn_steps(name: str, surrogate: Surrogate, endpoint_of_same_draw: tuple[str, int] | None = None) -> Drawn:
@@ -258,6 +251,16 @@ def test_brute_force_tells_the_rows_and_branches_apart():
         assert all(relative_difference(one, other) > 0.01 for other in found[:place])
 
 
+def test_the_tiny_velocity_depends_on_sigma():
+    """Not only on the state: the same latents at the next step's time have another velocity, by over 5 %."""
+    pipe = tiny_sd3_pipeline(seed=4, float64_scheduler=True)
+    rollout = sample(pipe, Sampling(PROMPTS[:2], 6, 3.5))
+    with torch.no_grad():
+        for step in range(5):
+            moved = rollout.velocity(rollout.latents[step], step + 1) - rollout.velocities[step]
+            assert moved.norm() > 0.05 * rollout.velocities[step].norm()
+
+
 def test_brute_force_integrates_polynomials_exactly():
     """Its Lagrange weights, on uneven nodes: exact for every power below the order, so they also sum to the leg."""
     nodes = [0.93, 0.71, 0.52, 0.2]
@@ -368,6 +371,25 @@ def test_weights_of_a_thousand_draws():
                 for term in surrogate.terms:
                     found[term.step] = term.weight
                 torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_legs_follow_a_field_that_depends_on_sigma():
+    """The flow of x' = cos(3 sigma) - x has a closed form: higher orders close in on it, on uneven sigmas."""
+    sigmas = torch.tensor([1.0, 0.97, 0.9, 0.88, 0.8, 0.7, 0.66, 0.5, 0.43, 0.3, 0.22, 0.1, 0.0], dtype=torch.float64)
+    states = 1.7 * torch.exp(-sigmas) + (torch.cos(3 * sigmas) + 3 * torch.sin(3 * sigmas)) / 10
+    velocities = torch.cos(3 * sigmas) - states
+    for start, end in ((0, 8), (2, 12)):
+        errors = []
+        for order in range(1, 7):
+            supports = engine_weights.leg_supports("lagrange", start, end, order)
+            weights = engine_weights.leg_weights("lagrange", sigmas, start, end, supports)
+            value = states[start] + sum(w * velocities[step] for w, step in zip(weights, supports, strict=True))
+            errors.append(abs(value - states[end]).item())
+        # An odd order may be no better than the even one below it, as with Newton and Cotes.
+        assert errors[0] > 0.03
+        assert errors[3] < errors[1] / 50
+        assert errors[5] < errors[3] / 5
+        assert errors[5] < 5e-5
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.5])

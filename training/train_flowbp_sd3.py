@@ -244,6 +244,12 @@ def main(argv: list[str] | None = None) -> None:
         ),
     )
     rank, device = accelerator.process_index, accelerator.device
+    expected_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != expected_processes:
+        raise ValueError(
+            f"expected {expected_processes} processes (WORLD_SIZE), accelerate runs {accelerator.num_processes}; on CPUs "
+            "set ACCELERATE_USE_CPU=true."
+        )
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     hub_model_id = args.hub_model_id or args.output_dir.resolve().name
     if accelerator.is_main_process:
@@ -426,7 +432,7 @@ def main(argv: list[str] | None = None) -> None:
             "step": done,
             "reward": scores.mean().item(),
             "reward_std": scores.std(correction=0).item(),
-            "loss": torch.stack(losses).mean().item(),
+            "loss": accelerator.gather(torch.stack(losses).float().to(device)).mean().item(),
             "gradient_norm": gradient_norm.item(),
             "learning_rate": lr_scheduler.get_last_lr()[0],
             "seconds": time.perf_counter() - started,
