@@ -49,6 +49,7 @@ from flowbp.objectives import connector_gaps, sample_weights
 
 STAGES = ("rollout", "decode", "reward", "sweep", "optimizer")
 VARIANTS = ("sweep", "usual", "floor")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_NUM_ACTIVE = (1, 2, 4, 8)
 LORA_RANK = 16
 # The attention layers that diffusers' LoRA script for Stable Diffusion 3 trains.
@@ -80,29 +81,54 @@ class ModelSize:
 MODELS: Mapping[str, ModelSize] = {
     # For the tests, and to see a table in seconds.
     "tiny": ModelSize(
-        {"num_layers": 2, "attention_head_dim": 8, "num_attention_heads": 4, "pos_embed_max_size": 16}
-        | {"joint_attention_dim": 32, "pooled_projection_dim": 32, "caption_projection_dim": 32, "sample_size": 8},
-        {"block_out_channels": (4, 4), "layers_per_block": 1, "norm_num_groups": 2},
+        transformer={
+            "num_layers": 2,
+            "attention_head_dim": 8,
+            "num_attention_heads": 4,
+            "caption_projection_dim": 32,
+            "joint_attention_dim": 32,
+            "pooled_projection_dim": 32,
+            "sample_size": 8,
+            "pos_embed_max_size": 16,
+        },
+        vae={"block_out_channels": (4, 4), "layers_per_block": 1, "norm_num_groups": 2},
         text_tokens=4,
         resolution=16,
         num_inference_steps=10,
     ),
-    # About 100M parameters. The VAE is narrow, so that the transformer's graph is the larger one, as at full size.
+    # About 100M parameters. The VAE is narrow, so that the transformer's graph is the larger one.
     "100m": ModelSize(
-        {"num_layers": 11, "attention_head_dim": 64, "num_attention_heads": 8, "pos_embed_max_size": 32}
-        | {"joint_attention_dim": 768, "pooled_projection_dim": 768, "caption_projection_dim": 512, "sample_size": 32}
-        | {"qk_norm": "rms_norm"},
-        {"block_out_channels": (16, 32, 32, 32), "layers_per_block": 2, "norm_num_groups": 8},
+        transformer={
+            "num_layers": 11,
+            "attention_head_dim": 64,
+            "num_attention_heads": 8,
+            "caption_projection_dim": 512,
+            "joint_attention_dim": 768,
+            "pooled_projection_dim": 768,
+            "sample_size": 32,
+            "pos_embed_max_size": 32,
+            "qk_norm": "rms_norm",
+        },
+        vae={"block_out_channels": (16, 32, 32, 32), "layers_per_block": 2, "norm_num_groups": 8},
         text_tokens=77,
         resolution=128,
         num_inference_steps=10,
     ),
     # The published config of Stable Diffusion 3.5 Medium, and 77 CLIP tokens followed by 256 of T5.
     "sd3.5-medium": ModelSize(
-        {"num_layers": 24, "attention_head_dim": 64, "num_attention_heads": 24, "pos_embed_max_size": 384}
-        | {"joint_attention_dim": 4096, "pooled_projection_dim": 2048, "caption_projection_dim": 1536}
-        | {"sample_size": 128, "qk_norm": "rms_norm", "dual_attention_layers": tuple(range(13))},
-        {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "norm_num_groups": 32},
+        transformer={
+            "num_layers": 24,
+            "attention_head_dim": 64,
+            "num_attention_heads": 24,
+            "caption_projection_dim": 1536,
+            "joint_attention_dim": 4096,
+            "pooled_projection_dim": 2048,
+            "sample_size": 128,
+            "pos_embed_max_size": 384,
+            "qk_norm": "rms_norm",
+            "dual_attention_layers": tuple(range(13)),
+        },
+        vae={"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "norm_num_groups": 32},
         text_tokens=333,
         resolution=512,
         num_inference_steps=25,
@@ -326,7 +352,7 @@ class Bench:
 
 def build(size: ModelSize, args: argparse.Namespace) -> Bench:
     """The pipeline with random weights and a LoRA, a reward model, an optimizer and inputs."""
-    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
+    device, dtype = torch.device(args.device), DTYPES[args.dtype]
     torch.manual_seed(args.seed)
     levels = len(size.vae["block_out_channels"])
     with torch.device(device):
@@ -667,7 +693,7 @@ def summary(measured: Measured) -> dict[str, Any] | None:
 
 
 def _with_total(peaks: Mapping[str, int]) -> dict[str, int]:
-    return {"total": max(peaks.values())} | {stage: peaks.get(stage, 0) for stage in STAGES}
+    return {"total": max(peaks.values())} | {stage: peaks[stage] for stage in STAGES}
 
 
 def compare(first: Mapping[str, Any] | None, second: Mapping[str, Any] | None) -> dict[str, float | None]:
@@ -709,8 +735,13 @@ def case_report(case: Case, measured: Mapping[str, Measured]) -> dict[str, Any]:
     }
 
 
-def targets(cases: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The project's targets that these cases can decide, with what was found."""
+def targets(cases: Sequence[Mapping[str, Any]], clock: str) -> list[dict[str, Any]]:
+    """The project's targets that these cases can decide, with what was found.
+
+    Args:
+        cases: of `case_report`.
+        clock: `"seconds"` or `"cpu_seconds"`, which decides about times.
+    """
     found = []
 
     def add(name: str, value: float | None, bound: float) -> None:
@@ -729,8 +760,8 @@ def targets(cases: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 add(f"{words}: memory / usual way's, K = {terms}", share, bound)
         for terms, case in by_terms.items():
             if scale > 1:
-                add(f"{words}: seconds / usual way's, K = {terms}", case["sweep_to_usual"]["seconds"], 0.8)
-            add(f"{words}: seconds / floor's, K = {terms}", case["sweep_to_floor"]["seconds"], 1.05)
+                add(f"{words}: seconds / usual way's, K = {terms}", case["sweep_to_usual"][clock], 0.8)
+            add(f"{words}: seconds / floor's, K = {terms}", case["sweep_to_floor"][clock], 1.05)
     return found
 
 
@@ -775,28 +806,35 @@ def markdown(report: Mapping[str, Any]) -> str:
         f"{settings['steps_per_forward']}, samples_per_decode {settings['samples_per_decode']}. On {on}; torch "
         f"{report['versions']['torch']}, diffusers {report['versions']['diffusers']}. Medians of "
         f"{settings['repeats']} repeats in which the three variants took turns; ratios are medians of the repeats' "
-        f"ratios. Load average {report['load_average'][0]:.1f} before, {report['load_average'][1]:.1f} after.",
-        "",
-        "## Seconds per update",
-        "",
-        "| guidance | K | sweep | usual | floor | sweep / usual | sweep / floor | floor / usual |",
-        "|---|---|---|---|---|---|---|---|",
+        f"ratios. Load average {report['load_average'][0]:.1f} before, {report['load_average'][1]:.1f} after on "
+        f"{machine['cores']} cores.",
     ]
 
     def label(case: Mapping[str, Any]) -> str:
         return f"| {case['guidance_scale']:g} | {case['num_terms']} |"
 
-    def cell(value: float | None, unit: str = "") -> str:
-        return "out of memory" if value is None else f"{value:.2f}{unit}"
+    def cell(value: float | None) -> str:
+        return "out of memory" if value is None else f"{value:.2f}"
 
     def total(case: Mapping[str, Any], variant: str, name: str, scale: float = 1.0) -> float | None:
         return None if case[variant] is None else case[variant][name]["total"] / scale
 
     pairs = ("sweep_to_usual", "sweep_to_floor", "floor_to_usual")
-    for case in report["cases"]:
-        cells = [cell(total(case, variant, "seconds")) for variant in VARIANTS]
-        cells += [cell(case[pair]["seconds"]) for pair in pairs]
-        lines.append(f"{label(case)} {' | '.join(cells)} |")
+    clocks = {"seconds": "Seconds per update"}
+    if report["target_clock"] == "cpu_seconds":
+        clocks = {"cpu_seconds": "CPU seconds per update (one thread)", "seconds": "Wall seconds per update"}
+    for clock, title in clocks.items():
+        lines += [
+            "",
+            f"## {title}",
+            "",
+            "| guidance | K | sweep | usual | floor | sweep / usual | sweep / floor | floor / usual |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        for case in report["cases"]:
+            cells = [cell(total(case, variant, clock)) for variant in VARIANTS]
+            cells += [cell(case[pair][clock]) for pair in pairs]
+            lines.append(f"{label(case)} {' | '.join(cells)} |")
     saved = machine["gpu"] is None
     lines += [
         "",
@@ -804,7 +842,8 @@ def markdown(report: Mapping[str, Any]) -> str:
         "",
         "Allocated: the allocator's peak." + (" Saved: live bytes kept for backward." if saved else ""),
         "",
-        "| guidance | K | sweep, allocated | usual | sweep / usual |" + (" sweep, saved | usual | sweep / usual |" * saved),
+        "| guidance | K | sweep, allocated | usual | sweep / usual |"
+        + (" sweep, saved | usual | sweep / usual |" * saved),
         "|---|---|---|---|---|" + "---|---|---|" * saved,
     ]
     for case in report["cases"]:
@@ -815,7 +854,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         lines.append(f"{label(case)} {' | '.join(cells)} |")
     lines += [
         "",
-        "## By stage: seconds; allocated MiB",
+        f"## By stage: {'CPU ' * (report['target_clock'] == 'cpu_seconds')}seconds; allocated MiB",
         "",
         f"| guidance | K | variant | {' | '.join(STAGES)} |",
         "|---|---|---|" + "---|" * len(STAGES),
@@ -825,7 +864,7 @@ def markdown(report: Mapping[str, Any]) -> str:
             if case[variant] is None:
                 continue
             cells = [
-                f"{case[variant]['seconds'][stage]:.3f}; "
+                f"{case[variant][report['target_clock']][stage]:.3f}; "
                 f"{case[variant]['peak_allocated_bytes'][stage] / 2**20:.0f}"
                 for stage in STAGES
             ]
@@ -870,10 +909,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--repeats", type=int, default=5, help="Timed updates of each variant of each case (default: 5).")
     add("--steps_per_forward", type=int, default=1, help="The callback's option; the usual way has none (default: 1).")
     add("--samples_per_decode", type=int, help="The callback's option; the usual way has none (default: all).")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="Default: cuda where there is one.")
+    add(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="Default: cuda where there is one.",
+    )
     add(
         "--dtype",
-        choices=("float32", "bfloat16", "float16"),
+        choices=list(DTYPES),
         help="Dtype of the models; the LoRA is float32 (default: float32 on the CPU, bfloat16 on a GPU).",
     )
     add("--num_threads", type=int, default=1, help="CPU threads of torch (default: 1).")
@@ -881,12 +925,17 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--output", type=Path, help="JSON file to write; the table goes beside it as .md (default: print only).")
     args = parser.parse_args(argv)
     size = MODELS[args.model]
-    args.num_inference_steps = args.num_inference_steps or size.num_inference_steps
-    args.resolution = args.resolution or size.resolution
-    args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
-    for name in ("batch", "repeats", "num_inference_steps", "num_threads"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}.")
+    if args.num_inference_steps is None:
+        args.num_inference_steps = size.num_inference_steps
+    if args.resolution is None:
+        args.resolution = size.resolution
+    if args.dtype is None:
+        args.dtype = "bfloat16" if args.device == "cuda" else "float32"
+    counts = ("batch", "repeats", "num_inference_steps", "num_threads", "steps_per_forward", "samples_per_decode")
+    for name in counts:
+        value = vars(args)[name]
+        if value is not None and value < 1:
+            parser.error(f"--{name} must be at least 1, got {value}.")
     multiple = 2 * 2 ** (len(size.vae["block_out_channels"]) - 1)
     largest = size.transformer["pos_embed_max_size"] * multiple
     if args.resolution % multiple or not 0 < args.resolution <= largest:
@@ -895,8 +944,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         )
     if args.output is not None and args.output.suffix != ".json":
         parser.error(f"--output must end in .json, got {args.output}.")
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        parser.error(f"--device {args.device}: this torch sees no GPU; use --device cpu.")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: this torch sees no GPU; use --device cpu.")
     try:
         args.methods = chosen_methods(args.method, args.num_active, args.num_inference_steps)
     except ValueError as error:
@@ -957,10 +1006,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     started = time.time()
     measured = measure(bench, cases, args.repeats)
     reports = [case_report(case, result) for case, result in zip(cases, measured, strict=True)]
+    # One thread's CPU time is what its wall time would be on an idle machine.
+    clock = "cpu_seconds" if bench.device.type == "cpu" and args.num_threads == 1 else "seconds"
     names = ("model", "method", "num_inference_steps", "resolution", "batch", "repeats", "steps_per_forward")
     names += ("samples_per_decode", "device", "dtype", "seed")
     report = {
-        "settings": {name: getattr(args, name) for name in names}
+        "settings": {name: vars(args)[name] for name in names}
         | {
             "transformer_parameters": sum(p.numel() for p in bench.pipe.transformer.parameters()),
             "trainable_parameters": sum(p.numel() for p in bench.trainable),
@@ -971,7 +1022,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "load_average": [load_before, os.getloadavg()[0]],
         "seconds_of_benchmark": time.time() - started,
         "cases": reports,
-        "targets": targets(reports),
+        "target_clock": clock,
+        "targets": targets(reports, clock),
     }
     text = markdown(report)
     print(text)

@@ -61,21 +61,22 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output_dir", type=Path, required=True, help="folder of the finished pipeline (float16)")
     parser.add_argument("--work_dir", type=Path, required=True, help="folder of checkpoints, sample grids and the log")
     parser.add_argument("--vae", type=Path, help="folder of an already trained AutoencoderKL; its training is skipped")
-    parser.add_argument("--checkpoint", type=Path, help="folder of a checkpoint to finish; no training but the VAE's")
+    parser.add_argument("--resume_from", type=Path, help="folder of a checkpoint whose flow model is trained on")
+    parser.add_argument("--checkpoint", type=Path, help="folder of a checkpoint to go on from")
     parser.add_argument("--vae_steps", type=int, default=1800)
     parser.add_argument("--decoder_steps", type=int, default=1000, help="further steps of the decoder alone")
     parser.add_argument("--vae_batch_size", type=int, default=16)
     parser.add_argument("--vae_learning_rate", type=float, default=2e-3)
-    parser.add_argument("--max_train_steps", type=int, default=4000)
+    parser.add_argument("--max_train_steps", type=int, default=2400, help="0 saves and measures --checkpoint as it is")
     parser.add_argument("--train_batch_size", type=int, default=128)
     parser.add_argument("--learning_rate", type=float, default=1.5e-3)
     parser.add_argument("--warmup_steps", type=int, default=100)
     parser.add_argument("--ema_decay", type=float, default=0.995)
     parser.add_argument("--pictures_per_prompt", type=int, default=2, help="drawn and encoded once, before training")
     parser.add_argument("--empty_captions", type=float, default=0.1, help="share of captions dropped, for guidance")
-    parser.add_argument("--shift", type=float, default=1.0, help="of the scheduler's sigmas")
+    parser.add_argument("--shift", type=float, default=3.0, help="of the scheduler's sigmas")
     parser.add_argument("--num_inference_steps", type=int, default=10)
-    parser.add_argument("--guidance_scale", type=float, default=2.0)
+    parser.add_argument("--guidance_scale", type=float, default=3.0)
     parser.add_argument("--eval_steps", type=int, default=200)
     parser.add_argument("--stop_at", type=float, default=0.45, help="share of pictures read right at which to stop")
     parser.add_argument("--seed", type=int, default=0)
@@ -84,7 +85,18 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def make_tokenizer() -> CLIPTokenizer:
     """A CLIP tokenizer with one token for each word of the prompts and one for each digit and quote."""
-    words = ["the", "text", "in", "on", "a", "background", *COLOURS]
+    # A merge made for one word also acts inside the others, in this order: green's "gr" must come before red's "re", and
+    # background's "backg" before green's "gr". tests/test_text_pictures.py checks every prompt's tokens.
+    words = [
+        "the",
+        "text",
+        "in",
+        "on",
+        "a",
+        "background",
+        "green",
+        *(colour for colour in COLOURS if colour != "green"),
+    ]
     vocabulary, merges = {}, []
     for character in '"0123456789abcdefghijklmnopqrstuvwxyz':
         for unit in (character, character + "</w>"):
@@ -95,14 +107,21 @@ def make_tokenizer() -> CLIPTokenizer:
             left, right = units[0], units[1]
             if left + right not in vocabulary:
                 vocabulary[left + right] = len(vocabulary)
-                merges.append((left, right))
+                merges.append((-len(word), left, right))
             units = [left + right, *units[2:]]
+    # Merges that come first win: those of long words first, or the "re" of "red" would break up "green".
+    merges = [(left, right) for _, left, right in sorted(merges, key=lambda merge: merge[0])]
     for special in ("<|startoftext|>", "<|endoftext|>"):
         vocabulary[special] = len(vocabulary)
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=TOKENS)
+    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=TOKENS)
+    split = [word for word in words if len(tokenizer.tokenize(word)) != 1]
+    if split:
+        raise ValueError(f"expected one token for each word, the merges break up {', '.join(split)}")
+    return tokenizer
 
 
-def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
+def make_text_encoder() -> CLIPTextModelWithProjection:
+    tokenizer = make_tokenizer()
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=64,
@@ -365,15 +384,21 @@ def train_flow(
                 average.restore(parameters)
 
 
-def make_pipeline(vae: AutoencoderKL, shift: float) -> StableDiffusion3Pipeline:
+def make_pipeline(
+    vae: AutoencoderKL,
+    transformer: SD3Transformer2DModel,
+    text_encoder: CLIPTextModelWithProjection,
+    text_encoder_2: CLIPTextModelWithProjection,
+    shift: float,
+) -> StableDiffusion3Pipeline:
     tokenizer = make_tokenizer()
     pipe = StableDiffusion3Pipeline(
-        transformer=make_transformer(),
+        transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
         vae=vae,
-        text_encoder=make_text_encoder(tokenizer),
+        text_encoder=text_encoder,
         tokenizer=tokenizer,
-        text_encoder_2=make_text_encoder(tokenizer),
+        text_encoder_2=text_encoder_2,
         tokenizer_2=tokenizer,
         text_encoder_3=None,
         tokenizer_3=None,
@@ -441,7 +466,13 @@ def main(arguments: list[str] | None = None) -> None:
     save_grid(returned[:64], args.work_dir / "round-trip.png")
 
     if args.checkpoint is None:
-        pipe = make_pipeline(vae, args.shift)
+        if args.resume_from is None:
+            tokenizer = make_tokenizer()
+            parts = (make_transformer(), make_text_encoder(tokenizer), make_text_encoder(tokenizer))
+        else:
+            earlier = load_pipeline(args.resume_from)
+            parts = (earlier.transformer, earlier.text_encoder, earlier.text_encoder_2)
+        pipe = make_pipeline(vae, *parts, args.shift)
         check_encoding(pipe, [*stop_prompts[:4], ""])
         train_flow(args, pipe, pretraining, stop_prompts, reader, log)
     else:

@@ -9,7 +9,6 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
-
 INK, GREY, TEAL, AMBER = "#1b1f24", "#8a929c", "#0f7b6c", "#c2571a"
 STEPS = 8
 ACTIVE = (1, 3, 5, 6)

@@ -165,6 +165,15 @@ def test_grad_mode_is_restored_inside_no_grad(pipe: StableDiffusion3Pipeline):
     assert images.requires_grad
 
 
+def test_grad_mode_is_restored_after_a_pipeline_without_a_decorator_of_its_own(pipe: StableDiffusion3Pipeline):
+    undecorated = type(pipe).__call__.__wrapped__
+    callback = sparse()
+    with torch.no_grad():
+        with callback.record(pipe):
+            undecorated(pipe, PROMPTS, **CALL)
+        assert not torch.is_grad_enabled()
+
+
 def test_hooks_of_a_scheduler_class_that_inherits_its_step(pipe: StableDiffusion3Pipeline):
     class Inherits(FlowMatchEulerDiscreteScheduler):
         pass

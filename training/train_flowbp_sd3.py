@@ -64,6 +64,10 @@ LORA_LAYERS = (
 )
 
 
+# Those of diffusers' schedules that need no further options.
+LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line, and the recipe that `--config` names."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
@@ -155,7 +159,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--gradient_accumulation_steps", type=int, default=1, help="Passes per update.")
     add("--max_train_steps", type=int, default=300, help="Updates (the paper: 300).")
     add("--learning_rate", type=float, default=1e-4, help="Learning rate after warm-up.")
-    add("--lr_scheduler", default="constant", help="linear, cosine, cosine_with_restarts, polynomial, constant, ...")
+    add("--lr_scheduler", choices=LR_SCHEDULERS, default="constant", help="Schedule of the learning rate.")
     add("--lr_warmup_steps", type=int, default=0, help="Updates of warm-up.")
     add("--lr_num_cycles", type=int, default=1, help="Restarts of cosine_with_restarts.")
     add("--lr_power", type=float, default=1.0, help="Power of polynomial.")
@@ -371,8 +375,9 @@ def main(argv: list[str] | None = None) -> None:
         folder = args.output_dir / f"checkpoint-{update}"
         state = {"update": update, "prompts": sampler.state_dict(), "scaler": scaler.state_dict()}
         save_checkpoint(folder, lora_state(), optimizer, lr_scheduler, state)
-        for old in checkpoints(args.output_dir)[: -(args.checkpoints_total_limit or 0) or None]:
-            shutil.rmtree(old)
+        if args.checkpoints_total_limit is not None:
+            for old in checkpoints(args.output_dir)[: -args.checkpoints_total_limit]:
+                shutil.rmtree(old)
 
     progress = tqdm(
         range(first_update, args.max_train_steps),

@@ -149,8 +149,13 @@ class FlowBPCallback:
         try:
             with self._recorder:
                 yield self
-        except BaseException:
+        except BaseException as error:
             self._recorder = None
+            if isinstance(error, RuntimeError) and "numpy() on Tensor that requires grad" in str(error):
+                raise RecordingError(
+                    f"{type(pipe).__name__} turns its pictures into numpy arrays, which carry no gradient; call it with "
+                    'output_type="pt" (a pipeline that always does so cannot be trained through).'
+                ) from error
             raise
         finally:
             self._is_recording = False
@@ -234,6 +239,10 @@ class FlowBPCallback:
         Raises:
             ValueError: for an adjoint of another shape, or a transformer without trainable parameters.
         """
+        if self._is_recording:
+            raise RecordingError(
+                "backward was called inside the record() block, where transformer calls are hooked; leave the block first."
+            )
         adjoints = [adjoint] if isinstance(adjoint, torch.Tensor) else list(adjoint)
         trajectories = self.trajectories
         if [tuple(each.shape) for each in adjoints] != [tuple(each.endpoint.shape) for each in trajectories]:

@@ -39,7 +39,8 @@ def tail_window(num_steps: int, tail_ratio: float, smallest: int = 1) -> int:
         raise ValueError(
             f"The rollout has {num_steps} steps, this method needs at least {smallest}; raise `num_inference_steps`."
         )
-    return num_steps - max(smallest, math.ceil(tail_ratio * num_steps))
+    # Rounded first, because 0.28 * 25 is a little above 7 in floating point.
+    return num_steps - max(smallest, math.ceil(round(tail_ratio * num_steps, 9)))
 
 
 def late_biased_steps(

@@ -101,6 +101,9 @@ def load_checkpoint(
         moments.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
     lr_scheduler.load_state_dict(state.pop("lr_scheduler"))
+    # A schedule sets rates when it steps; until then the optimizer needs those of the checkpoint.
+    for group, rate in zip(optimizer.param_groups, lr_scheduler.get_last_lr(), strict=True):
+        group["lr"] = rate
     return load_file(folder / "lora.safetensors"), state
 
 

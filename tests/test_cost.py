@@ -1,0 +1,274 @@
+# Copyright 2026 The FlowBP for diffusers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""benchmarks/cost.py: its instruments, its three variants and its report, on a tiny model."""
+
+import importlib.util
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from flowbp import METHODS, get_method
+
+SCRIPT = Path(__file__).parent.parent / "benchmarks" / "cost.py"
+
+
+def _load_script():
+    spec = importlib.util.spec_from_file_location("flowbp_cost_benchmark", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses look their module up by name.
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+cost = _load_script()
+CPU = torch.device("cpu")
+
+
+def _bench(*options):
+    args = cost.parse_args(["--model", "tiny", "--device", "cpu", *options])
+    return cost.build(cost.MODELS["tiny"], args)
+
+
+def _case(method, guidance_scale=3.5, num_steps=10):
+    return cost.Case(
+        method.draw(cost._sigmas(num_steps), torch.Generator().manual_seed(1)),
+        guidance_scale,
+        method.unconditional_gradient and guidance_scale > 1,
+        seed=1,
+    )
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    path = tmp_path_factory.mktemp("cost") / "results" / "cost.json"
+    options = ["--model", "tiny", "--device", "cpu", "--num_active", "1", "4", "--guidance_scale", "3.5"]
+    threads = torch.get_num_threads()
+    try:
+        returned = cost.main([*options, "--repeats", "2", "--num_threads", "1", "--output", str(path)])
+    finally:
+        torch.set_num_threads(threads)
+    written = json.loads(path.read_text(encoding="utf-8"))
+    assert json.loads(json.dumps(returned)) == written
+    return written, path.with_suffix(".md").read_text(encoding="utf-8")
+
+
+# Instruments.
+
+
+def test_saved_bytes_counts_each_storage_once_and_its_release():
+    left = torch.randn(100, 30, requires_grad=True)
+    right = torch.randn(30, 50, requires_grad=True)
+    counter = cost.SavedBytes([right])
+    with counter:
+        product = left @ right
+        squared = product * product
+        assert counter.live == left.nbytes + product.nbytes
+        squared.sum().backward()
+    assert counter.live == 0
+    assert counter.take_peak() == left.nbytes + product.nbytes
+    assert counter.take_peak() == 0
+
+
+def test_allocator_peaks_follow_the_stages():
+    def run():
+        stages = cost.Stages(CPU)
+        stages.mark("rollout")
+        first = torch.empty(3000, dtype=torch.float32)
+        del first
+        stages.mark("sweep")
+        second = torch.empty(5000, dtype=torch.float32)
+        third = torch.empty(2000, dtype=torch.float32)
+        del second
+        stages.mark("optimizer")
+        del third
+        stages.mark(None)
+
+    peaks = cost.cpu_allocator_peaks(run)
+    assert peaks == {"rollout": 12000, "sweep": 28000, "optimizer": 8000}
+
+
+def test_stages_split_the_time():
+    stages = cost.Stages(CPU)
+    stages.mark("rollout")
+    time.sleep(0.03)
+    stages.mark("decode")
+    stages.mark("rollout")
+    time.sleep(0.02)
+    stages.mark(None)
+    time.sleep(0.02)
+    assert 0.05 <= stages.seconds["rollout"] < stages.seconds["rollout"] + stages.seconds["decode"] < 5
+    assert stages.cpu_seconds["rollout"] < 0.05
+    assert stages.seconds["sweep"] == 0
+
+
+# Variants.
+
+
+@pytest.mark.parametrize("guidance_scale", [3.5, 1.0])
+@pytest.mark.parametrize("name", METHODS)
+def test_usual_way_has_the_same_gradient(name, guidance_scale):
+    bench = _bench("--batch", "2")
+    case = _case(get_method(name), guidance_scale, num_steps=10 if name != "refl" else 12)
+    bench.pipe.scheduler.set_timesteps(10 if name != "refl" else 12)
+    gradients = {}
+    for variant in ("sweep", "usual"):
+        measured = cost.Measured()
+        assert cost._run(measured, variant, bench, case, cost.Stages(CPU))
+        gradients[variant] = measured.gradient
+    difference = gradients["sweep"] - gradients["usual"]
+    # Measured: below 1e-6; float32 rounding and nothing else.
+    assert difference.norm() < 2e-5 * gradients["usual"].norm()
+    assert gradients["usual"].norm() > 0
+
+
+@pytest.mark.parametrize("variant", ["sweep", "usual", "floor"])
+def test_transformer_passes(variant):
+    bench = _bench()
+    case = _case(get_method("flowbp-sparse", num_active=3))
+    batches = {True: [], False: []}
+
+    def note(module, args, kwargs):
+        batches[torch.is_grad_enabled()].append(len(kwargs["hidden_states"]))
+
+    # A block inside, because the recorder stops gradients inside the transformer's own call.
+    bench.pipe.transformer.transformer_blocks[0].register_forward_pre_hook(note, with_kwargs=True)
+    cost._run(cost.Measured(), variant, bench, case, cost.Stages(CPU))
+    # Three active steps: with both branches the usual way, with the conditional one alone otherwise.
+    assert batches == {False: [2] * 10, True: [2 if variant == "usual" else 1] * 3}
+
+
+def test_saved_bytes_grow_with_the_batch():
+    peaks = []
+    for batch in (1, 2):
+        bench = _bench("--batch", str(batch))
+        measured = cost.Measured()
+        cost._measure_memory(measured, "sweep", bench, _case(get_method("flowbp-sparse", num_active=2)))
+        peaks.append(measured.peak_saved["sweep"])
+    assert 1.7 < peaks[1] / peaks[0] <= 2
+
+
+def test_too_little_memory_is_reported(monkeypatch):
+    def exhausted(bench, case, stages):
+        raise torch.OutOfMemoryError("simulated")
+
+    monkeypatch.setattr(cost, "UPDATES", {**cost.UPDATES, "usual": exhausted})
+    bench, case = _bench(), _case(get_method("flowbp-sparse"))
+    measured = cost.Measured()
+    assert not cost._run(measured, "usual", bench, case, cost.Stages(CPU))
+    assert cost.summary(measured) is None
+    assert set(cost.compare(None, None).values()) == {None}
+
+
+# The report.
+
+
+def test_report_names_the_machine_and_the_versions(report):
+    found, _ = report
+    assert found["versions"]["torch"] == torch.__version__
+    assert set(found["versions"]) == {"python", "flowbp", "torch", "diffusers", "transformers", "peft"}
+    assert found["hardware"]["cpu"] and found["hardware"]["cores"] >= 1
+    assert found["hardware"]["threads"] == 1 and found["hardware"]["gpu"] is None
+    assert found["settings"]["method"] == "flowbp-sparse" and found["settings"]["repeats"] == 2
+    assert found["settings"]["trainable_parameters"] < found["settings"]["transformer_parameters"]
+
+
+def test_report_is_computed_from_the_repeats(report):
+    found, _ = report
+    assert [case["num_terms"] for case in found["cases"]] == [1, 4]
+    for case in found["cases"]:
+        for variant in cost.VARIANTS:
+            numbers = case[variant]
+            assert len(numbers["seconds_of_repeats"]) == 2
+            assert len(set(numbers["seconds_of_repeats"])) == 2, "two timings are never equal"
+            assert numbers["seconds"]["total"] == statistics.median(numbers["seconds_of_repeats"])
+            by_stage = [numbers["seconds"][stage] for stage in cost.STAGES]
+            # The medians of two repeats are means, which add up.
+            assert sum(by_stage) == pytest.approx(numbers["seconds"]["total"])
+            assert min(by_stage) > 0
+            for name in ("peak_allocated_bytes", "peak_saved_bytes"):
+                assert numbers[name]["total"] == max(numbers[name][stage] for stage in cost.STAGES)
+            # Whatever is kept for backward is allocated.
+            assert 0 < numbers["peak_saved_bytes"]["total"] <= numbers["peak_allocated_bytes"]["total"]
+        pairs = zip(case["sweep"]["seconds_of_repeats"], case["usual"]["seconds_of_repeats"], strict=True)
+        assert case["sweep_to_usual"]["seconds"] == statistics.median(one / other for one, other in pairs)
+        assert 0 < case["gradient_difference"] < 2e-5
+
+
+def test_report_shows_constant_memory(report):
+    one, four = report[0]["cases"]
+    assert four["sweep"]["peak_saved_bytes"]["sweep"] == one["sweep"]["peak_saved_bytes"]["sweep"]
+    assert four["usual"]["peak_saved_bytes"]["sweep"] > 3.5 * one["usual"]["peak_saved_bytes"]["sweep"]
+    # One branch of one step against both branches of one step.
+    assert one["usual"]["peak_saved_bytes"]["sweep"] > 1.5 * one["sweep"]["peak_saved_bytes"]["sweep"]
+
+
+def test_targets_are_judged(report):
+    found, _ = report
+    by_name = {target["target"]: target for target in found["targets"]}
+    share = found["cases"][1]["sweep_to_usual"]
+    assert by_name["guidance 3.5: memory / usual way's, K = 4"]["value"] == share["peak_allocated_bytes"]
+    assert by_name["guidance 3.5: seconds / usual way's, K = 4"]["value"] == share[found["target_clock"]]
+    assert not any("K = 8" in name for name in by_name)
+    for target in found["targets"]:
+        assert target["reached"] == (target["value"] <= target["bound"])
+
+
+def test_table_holds_the_numbers(report):
+    found, table = report
+    case = found["cases"][1]
+    row = f"| 3.5 | 4 | {case['sweep']['cpu_seconds']['total']:.2f} | {case['usual']['cpu_seconds']['total']:.2f} |"
+    assert row in table
+    assert f"{case['sweep']['peak_saved_bytes']['total'] / 2**20:.2f}" in table
+    assert found["hardware"]["cpu"] in table
+
+
+# Models and the command line.
+
+
+@pytest.mark.parametrize(("name", "parameters"), [("100m", 102.6e6), ("sd3.5-medium", 2243e6)])
+def test_model_sizes(name, parameters):
+    from diffusers import SD3Transformer2DModel
+
+    with torch.device("meta"):
+        transformer = SD3Transformer2DModel(
+            in_channels=16, out_channels=16, patch_size=2, **cost.MODELS[name].transformer
+        )
+    assert sum(p.numel() for p in transformer.parameters()) == pytest.approx(parameters, rel=1e-3)
+
+
+def test_default_numbers_of_active_steps():
+    def counts(name, num_steps=10):
+        return [method.options["num_active"] for method in cost.chosen_methods(name, None, num_steps)]
+
+    assert counts("flowbp-sparse") == [1, 2, 4, 8]
+    assert counts("flowbp-bridge") == [2, 4, 8]
+    assert counts("flowbp-sparse", num_steps=4) == [1, 2, 4]
+    assert [method.options["last_k"] for method in cost.chosen_methods("draft-k", [3], 10)] == [3]
+    assert len(cost.chosen_methods("flowbp-lagrange", None, 10)) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--method", "flowbp-lagrange", "--num_active", "3"], "flowbp-lagrange has no number of active steps"),
+        (["--num_active", "11"], "use at most 10"),
+        (["--resolution", "100"], "--resolution must be a multiple of 16"),
+        (["--repeats", "0"], "--repeats must be at least 1, got 0"),
+        (["--output", "cost.txt"], "--output must end in .json, got cost.txt"),
+        (["--steps_per_forward", "0"], "--steps_per_forward must be at least 1, got 0"),
+        (["--num_activ", "2"], "unrecognized arguments"),
+    ],
+)
+def test_refusals(options, message, capsys):
+    with pytest.raises(SystemExit) as error:
+        cost.parse_args(options)
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err
