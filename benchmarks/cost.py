@@ -801,8 +801,8 @@ def markdown(report: Mapping[str, Any]) -> str:
         f"# Cost of one update: {settings['method']}, {settings['model']}",
         "",
         f"{settings['transformer_parameters'] / 1e6:.0f}M parameters, LoRA rank {LORA_RANK} on attention "
-        f"({settings['trainable_parameters'] / 1e6:.1f}M), {settings['dtype']}, {settings['resolution']} pixels, batch "
-        f"{settings['batch']}, N = {settings['num_inference_steps']}, steps_per_forward "
+        f"({settings['trainable_parameters'] / 1e6:.1f}M), {settings['dtype']}, {settings['resolution']} pixels, "
+        f"batch {settings['batch']}, N = {settings['num_inference_steps']}, steps_per_forward "
         f"{settings['steps_per_forward']}, samples_per_decode {settings['samples_per_decode']}. On {on}; torch "
         f"{report['versions']['torch']}, diffusers {report['versions']['diffusers']}. Medians of "
         f"{settings['repeats']} repeats in which the three variants took turns; ratios are medians of the repeats' "
@@ -893,8 +893,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--num_active",
         type=int,
         nargs="+",
-        help="Numbers of active steps K, for the methods that have such an option (draft-k: its last_k). Default: those "
-        f"of {', '.join(map(str, DEFAULT_NUM_ACTIVE))} that the method takes. Other methods run with their own.",
+        help="Numbers of active steps K, for the methods that have such an option (draft-k: its last_k). Default: "
+        f"those of {', '.join(map(str, DEFAULT_NUM_ACTIVE))} that the method takes. Other methods run with their own.",
     )
     add(
         "--guidance_scale",

@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--pretrained_model_name_or_path", required=True, help="Folder of the pipeline.")
     add("--output_dir", type=Path, required=True, help="Folder of the LoRA; evaluation.json goes there.")
     add("--eval_prompts", required=True, help="Held-out prompts, one a line.")
-    add("--num_eval_prompts", type=int, default=512, help="How many of them.")
+    add("--num_eval_prompts", type=int, default=384, help="How many of them.")
     add("--eval_batch_size", type=int, default=32, help="Pictures drawn together.")
     add("--resolution", type=int, required=True, help="Height and width of the pictures.")
     add("--num_inference_steps", type=int, required=True, help="Steps of a rollout.")

@@ -25,8 +25,8 @@ EVALUATION = ROOT / "demo" / "evaluation.yaml"
 
 ROLLOUT = ("num_inference_steps", "guidance_scale", "max_sequence_length")
 
-# Training makes and frees the same large blocks in every update. glibc's allocator gives them back to the system each time,
-# and the page faults that follow can cost more than the arithmetic; told to keep them, it does not.
+# Training makes and frees the same large blocks in every update. glibc's allocator gives them back to the system each
+# time, and the page faults that follow can cost more than the arithmetic; told to keep them, it does not.
 ALLOCATOR = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(2**36),

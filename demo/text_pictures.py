@@ -10,7 +10,7 @@ Pillow (`ImageFont.load_default`), Aileron Regular 1.102 by Sora Sagano: its own
 and its publisher (https://dotcolon.net/fonts/aileron) gives it as CC0.
 
 Single digits are left out: on drawn pictures of one digit the PP-OCR recognisers read only 68 to 96 % right, against
-98 to 100 % of two or three digits at these sizes.
+96 to 100 % of two or three digits at these sizes.
 """
 
 import random
@@ -20,7 +20,7 @@ from functools import cache
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-# Chosen so that all 56 ordered pairs are read right by both recognisers on at least 92 % (mean 99 %) of drawn pictures.
+# Chosen so that both recognisers read each of the 56 ordered pairs on at least 92 % of drawn pictures (mean 99 %).
 COLOURS = {
     "black": (20, 20, 20),
     "white": (245, 245, 245),
@@ -80,7 +80,7 @@ def draw_picture(text: str, foreground: str, background: str, resolution: int, r
         resolution: width and height of the picture in pixels, at least 32 (sizes and shifts scale with it).
         rng: gives size and place.
 
-    Returns an RGB picture. Raises ValueError where text or colours are not of this world, or the resolution is too low.
+    Returns an RGB picture. Raises ValueError where text or colours are not of this world or the resolution is too low.
     """
     parse_prompt(make_prompt(text, foreground, background))
     if resolution < 32:
@@ -102,8 +102,8 @@ def draw_picture(text: str, foreground: str, background: str, resolution: int, r
 def split_prompts(seed: int) -> tuple[list[str], list[str], list[str]]:
     """Return three disjoint lists of prompts: pretraining (12288), reward training (2048), held-out evaluation (512).
 
-    A quarter of each list has two digits, the rest three. No text of the held-out prompts occurs in either of the other
-    lists. Pretraining and reward training share texts, never prompts. The same seed gives the same lists.
+    A quarter of each list has two digits, the rest three. No text of the held-out prompts occurs in the other lists.
+    Pretraining and reward training share texts, never prompts. The same seed gives the same lists.
     """
     rng = random.Random(seed)
     texts = list(TEXTS)

@@ -5,7 +5,7 @@
 """The engine's gradients against independent computations of them.
 
 Three oracles: `brute_force` (each method's formula as one autograd graph), the stock pipeline's own autograd, and the
-engine itself under other memory settings. Against the brute force the bound is 1e-10 (seen: 2e-15), with float64 sigmas
+engine itself under other memory settings. Against the brute force the bound is 1e-10 (seen: 2e-15): float64 sigmas
 and with the stock scheduler's float32 sigmas and roundings, which the brute force repeats. Autograd through the stock
 scheduler rounds the gradient itself to float32 at every step, so there the bound is 1e-6 (seen: 5e-8).
 """

@@ -508,7 +508,7 @@ import sys
 
 class Absent:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("diffusers", "transformers", "peft", "accelerate", "huggingface_hub", "datasets"):
+        if name.partition(".")[0] in "diffusers transformers peft accelerate huggingface_hub datasets".split():
             raise ModuleNotFoundError(f"{name} is absent", name=name)
 
 sys.meta_path.insert(0, Absent())

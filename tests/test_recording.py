@@ -2,10 +2,10 @@
 #
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""Recording: the rollout is the user's inference, the hooks come off, little is kept, and what cannot be proven is refused.
+"""Recording: the rollout is the user's inference, hooks come off, little is kept, what cannot be proven is refused.
 
-Refusals are provoked with real components that are broken on purpose: schedulers that do not make Euler steps, hooks on
-the transformer, dropout, callbacks that alter what they are given.
+Refusals are provoked with real components that are broken on purpose: schedulers that do not make Euler steps, hooks
+on the transformer, dropout, callbacks that alter what they are given.
 """
 
 import re
@@ -805,7 +805,7 @@ class Saved:
 
 
 class SavedBytes:
-    """Bytes that autograd holds for backward: now, and the most so far. Parameters, which exist anyway, do not count."""
+    """Bytes that autograd holds for backward: now, and the most so far. Parameters exist anyway and do not count."""
 
     def __init__(self, transformer: torch.nn.Module) -> None:
         self.parameters = {parameter.untyped_storage().data_ptr() for parameter in transformer.parameters()}

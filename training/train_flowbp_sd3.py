@@ -8,8 +8,8 @@
         --pretrained_model_name_or_path stabilityai/stable-diffusion-3.5-medium \
         --method flowbp-lagrange --reward my_package.my_module:make_reward --prompts prompts.txt
 
-Every update: draw a surrogate, record a rollout of the stock pipeline, score its pictures, sweep the surrogate's terms,
-step the optimizer. The LoRA in `--output_dir` loads with `pipe.load_lora_weights(output_dir)`.
+Every update: draw a surrogate, record a rollout of the stock pipeline, score its pictures, sweep the surrogate's
+terms, step the optimizer. The LoRA in `--output_dir` loads with `pipe.load_lora_weights(output_dir)`.
 """
 
 import argparse
@@ -251,8 +251,8 @@ def main(argv: list[str] | None = None) -> None:
     expected_processes = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != expected_processes:
         raise ValueError(
-            f"expected {expected_processes} processes (WORLD_SIZE), accelerate runs {accelerator.num_processes}; on CPUs "
-            "set ACCELERATE_USE_CPU=true."
+            f"expected {expected_processes} processes (WORLD_SIZE), accelerate runs {accelerator.num_processes}; on "
+            "CPUs set ACCELERATE_USE_CPU=true."
         )
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     hub_model_id = args.hub_model_id or args.output_dir.resolve().name

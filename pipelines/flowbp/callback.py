@@ -153,8 +153,8 @@ class FlowBPCallback:
             self._recorder = None
             if isinstance(error, RuntimeError) and "numpy() on Tensor that requires grad" in str(error):
                 raise RecordingError(
-                    f"{type(pipe).__name__} turns its pictures into numpy arrays, which carry no gradient; call it with "
-                    'output_type="pt" (a pipeline that always does so cannot be trained through).'
+                    f"{type(pipe).__name__} turns its pictures into numpy arrays, which carry no gradient; call it "
+                    'with output_type="pt" (a pipeline that always does so cannot be trained through).'
                 ) from error
             raise
         finally:
@@ -241,7 +241,8 @@ class FlowBPCallback:
         """
         if self._is_recording:
             raise RecordingError(
-                "backward was called inside the record() block, where transformer calls are hooked; leave the block first."
+                "backward was called inside the record() block, where transformer calls are hooked; leave the block "
+                "first."
             )
         adjoints = [adjoint] if isinstance(adjoint, torch.Tensor) else list(adjoint)
         trajectories = self.trajectories
@@ -253,7 +254,8 @@ class FlowBPCallback:
         recorder = self._recorder
         if not any(p.requires_grad for module in recorder.transformers for p in module.parameters()):
             raise ValueError(
-                f"{recorder.name}: the transformer has no trainable parameters; add a LoRA adapter or set requires_grad."
+                f"{recorder.name}: the transformer has no trainable parameters; add a LoRA adapter or set "
+                "requires_grad."
             )
         # The first component is the one that training scripts wrap.
         modules: Mapping[torch.nn.Module, torch.nn.Module] = (
@@ -272,9 +274,9 @@ class FlowBPCallback:
             raise ValueError("`prompts` must be a list with a prompt for each image, got one string.")
         if not isinstance(images, torch.Tensor) or not images.requires_grad:
             raise RecordingError(
-                f"The images are not connected to the recorded rollout, got {type(images).__name__}; call the pipeline "
-                'with output_type="pt" inside record() and pass what it returned (post-processing through numpy cannot '
-                "be trained through)."
+                f"The images are not connected to the recorded rollout, got {type(images).__name__}; call the "
+                'pipeline with output_type="pt" inside record() and pass what it returned (post-processing through '
+                "numpy cannot be trained through)."
             )
         of_sample = len(images) // len(self.trajectories)
         if len(prompts) != len(images):
@@ -330,8 +332,8 @@ class FlowBPCallback:
             gradients = torch.autograd.grad(images, endpoints, cotangent, allow_unused=True)
         if any(gradient is None for gradient in gradients):
             raise RecordingError(
-                f"{self._recorder.name}: the rewards do not depend on the recorded endpoint; score the images that the "
-                "pipeline calls of this record() block returned, all of them."
+                f"{self._recorder.name}: the rewards do not depend on the recorded endpoint; score the images that "
+                "the pipeline calls of this record() block returned, all of them."
             )
         return list(gradients)
 

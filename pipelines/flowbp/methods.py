@@ -114,7 +114,7 @@ class Surrogate:
             raise ValueError(f"`tau`, `max_gap_j` and `max_gap_0` need two legs, this surrogate has {len(self.legs)}.")
 
     def last_step(self, num_steps: int) -> int:
-        """The last step that a rollout of `num_steps` steps must run for this surrogate: its endpoint's or its legs'."""
+        """The last step that a rollout of `num_steps` steps must run: that of the endpoint or of the last leg."""
         endpoint = num_steps - 1 if self.endpoint == "sample" else self.endpoint[1]
         return max([endpoint, *(leg.end - 1 for leg in self.legs)])
 

@@ -6,8 +6,8 @@
 
 The pipeline is cut at two places only: at the transformer's calls and at `scheduler.step`. A transformer call runs
 without gradients and hands its outputs on as leaves; `scheduler.step` hands the next latents on as a leaf. What the
-pipeline itself computes between leaf and leaf (doubling, casts, guidance, packing) stays an autograd graph, the *glue*,
-so that gradients can later go through the pipeline's own code (DESIGN.md, section 3).
+pipeline itself computes between leaf and leaf (doubling, casts, guidance, packing) stays an autograd graph, the
+*glue*, so that gradients can later go through the pipeline's own code (DESIGN.md, section 3).
 
 What cannot be proven to fit this picture is refused with a `RecordingError`.
 """
@@ -24,7 +24,8 @@ from torch.utils.checkpoint import checkpoint
 from .methods import Method, Surrogate
 
 # Largest relative difference (maximum norm) between a recorded output and its replay where rows are dropped, steps are
-# joined or another kernel may run. A tiny SD3 at B against 2B differs by 1e-15, 6e-7 and 8e-3 (float64, float32, bf16).
+# joined or another kernel may run. A tiny SD3 at B against 2B differs by 1e-15, 6e-7 and 8e-3 (float64, float32,
+# bf16).
 REPLAY_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 _PLAIN_ARGUMENTS = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, type(None))
@@ -155,8 +156,8 @@ class Recorder:
             # Small rates could hide in the tolerance of a replay, so this is not left to the comparison.
             if isinstance(module, torch.nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
                 raise RecordingError(
-                    f"{self.name}: the transformer has dropout {module.p:g} switched on, expected none: a replay would "
-                    "draw another mask; call pipe.transformer.eval()."
+                    f"{self.name}: the transformer has dropout {module.p:g} switched on, expected none: a replay "
+                    "would draw another mask; call pipe.transformer.eval()."
                 )
         self.trajectories: list[Trajectory] = []
         self._undo: list[Callable[[], None]] = []
@@ -468,7 +469,7 @@ class Recorder:
                 "Euler step for each, use FlowMatchEulerDiscreteScheduler."
             )
         length = (sigmas[step + 1].double() - sigmas[step].double()).to(sample.device)
-        # The scheduler computes in float32, but rounds the product to the velocity's dtype and the sum to the latents'.
+        # The scheduler computes in float32, but rounds the product to the velocity's dtype, the sum to the latents'.
         move = length * velocity.detach().double()
         expected = sample.detach().double() + move
         rounding = torch.finfo(following.dtype).eps * expected.abs() + torch.finfo(velocity.dtype).eps * move.abs()

@@ -240,8 +240,8 @@ class Sweep:
             if problem:
                 raise RecordingError(
                     f"{self.name}: step {numbers[0]}: the transformer called again does not reproduce its recorded "
-                    f"output: {problem}; switch dropout and caches off (transformer.eval()) and change nothing between "
-                    "record and backward."
+                    f"output: {problem}; switch dropout and caches off (transformer.eval()) and change nothing "
+                    "between record and backward."
                 )
             tensors, cotangents = [], []
             for position, (call, gradient) in enumerate(zip(calls, gradients, strict=True)):

@@ -2,7 +2,7 @@
 #
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""What the training scripts share besides the engine: seeds, checkpoints, the log of updates and the push to the Hub."""
+"""What the training scripts share besides the engine: seeds, checkpoints, the log of updates, the push to the Hub."""
 
 import hashlib
 import json

@@ -36,7 +36,8 @@ def leg_supports(kind: str, start: int, end: int, order: int) -> tuple[int, ...]
 
     `lagrange` and `uniform` take `order` steps spread evenly over the leg, the left end always among them: positions
     `linspace(0, end - start - 1, order)` rounded half to even. A leg of fewer than `order` steps is supported by
-    all of its steps. `adams-bashforth` takes the `order` steps that end at `start` (fewer where the rollout begins later).
+    all of its steps. `adams-bashforth` takes the `order` steps that end at `start` (fewer where the rollout begins
+    later).
 
     Args:
         kind: one of `LEG_WEIGHTS`.
