@@ -71,7 +71,7 @@ def main() -> None:
     print("\nUse the LoRA:\n")
     print(
         f'  pipe = StableDiffusion3Pipeline.from_pretrained("{ROOT / "demo" / "pipeline"}", text_encoder_3=None, '
-        "tokenizer_3=None)"
+        "tokenizer_3=None, dtype=torch.float32)"
     )
     print(f'  pipe.load_lora_weights("{output}")')
     print(f"  pipe('the text \"42\" in red on a yellow background', {rollout}).images[0]")

@@ -290,6 +290,27 @@ def test_augmentation_is_small(images):
     assert len(set(columns[seen].tolist())) > 1 and len(set(rows[seen].tolist())) > 1
 
 
+def test_colour_invariant_scores_see_shapes_only(images):
+    """Other colours of the same shapes score the same, and no gradient asks for other colours or more contrast."""
+    reward = OCRReward("v4", colour_invariant=True).to(torch.float64)
+    prompts = [prompt(text) for text in TEXTS]
+    pictures = 0.2 + 0.5 * images.double()
+    scores = reward(pictures.requires_grad_(), prompts)
+    assert scores.min() > -0.5
+    recoloured = 0.9 - 0.6 * pictures.detach()[:, [2, 0, 1]]
+    # The axis of colours is found in each picture anew, and a small constant keeps flat pictures finite.
+    assert torch.allclose(reward(recoloured, prompts), scores.detach(), atol=0.05)
+    (gradient,) = torch.autograd.grad(scores.sum(), pictures)
+    centred = (pictures - pictures.mean((2, 3), keepdim=True)).detach()
+    size = gradient.flatten(1).norm(dim=1)
+    # A step towards another colour everywhere, or towards more contrast, is at right angles to the gradient.
+    assert (gradient.sum((2, 3)).norm(dim=1) / size).max() < 1e-6 * pictures[0, 0].numel() ** 0.5
+    assert ((gradient * centred).sum((1, 2, 3)).abs() / (size * centred.flatten(1).norm(dim=1))).max() < 1e-2
+    plain = OCRReward("v4").to(torch.float64)
+    (other,) = torch.autograd.grad(plain(pictures, prompts).sum(), pictures)
+    assert (other.sum((2, 3)).norm(dim=1) / other.flatten(1).norm(dim=1)).max() > 0.1
+
+
 def test_quoted_text():
     assert quoted_text('the text "42" in "red"') == "42"
     for bad in ["the text 42 in red", 'the text "42 in red', 'the text "" in red']:

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 
 
-def _ocr(version: str) -> Callable[..., nn.Module]:
+def _ocr(version: str, colour_invariant: bool = False) -> Callable[..., nn.Module]:
     def make(augment: bool = False, generator: torch.Generator | None = None) -> nn.Module:
         from .ocr import OCRReward
 
-        return OCRReward(version, augment, generator)
+        return OCRReward(version, augment, generator, colour_invariant=colour_invariant)
 
     return make
 
@@ -32,6 +32,7 @@ def _ocr(version: str) -> Callable[..., nn.Module]:
 REWARDS: dict[str, Callable[..., nn.Module]] = {
     "ocr": _ocr("v4"),  # the faster of the two, for training
     "ocr-v4": _ocr("v4"),
+    "ocr-shapes": _ocr("v4", colour_invariant=True),  # colours and contrast do not count
     "ocr-v5": _ocr("v5"),  # the held-out judge of what `ocr` trains
 }
 

@@ -100,6 +100,10 @@ class OCRReward(nn.Module):
         augment: shift the picture by up to `MAX_SHIFT` pixels, blur it and add noise, at random, before the
             recogniser; this keeps training from finding texture that only this recogniser reads. `read` and `exact`
             never augment.
+        colour_invariant: score the picture's shapes only: it is projected on the axis along which its colours vary
+            most and standardised, with the rarer side (the text) dark. Scores then give no gradient towards other
+            colours or more contrast, which would otherwise be an easy way to read better. `read` and `exact` always
+            see the picture as it is.
         generator: a CPU generator for the augmentation; `None` uses torch's global one. Numbers are drawn sample by
             sample, so scoring a batch in parts draws the same.
         stretch: the picture is resized to height 48 and to this times the width that would keep its aspect ratio,
@@ -117,12 +121,14 @@ class OCRReward(nn.Module):
         augment: bool = False,
         generator: torch.Generator | None = None,
         stretch: float | None = None,
+        colour_invariant: bool = False,
     ):
         super().__init__()
         if stretch is not None and not stretch > 0:
             raise ValueError(f"stretch: expected a number above 0, or None for the version's own, got {stretch}.")
         self.network, characters = _load(version)
         self.version, self.augment, self.generator = version, augment, generator
+        self.colour_invariant = colour_invariant
         self.stretch = VERSIONS[version].stretch if stretch is None else stretch
         # Chinese fonts have ASCII's characters a second time at full width (U+FF01 to U+FF5E). A lone "0" in a picture
         # may be either, so their probabilities are added up and the full-width classes dropped.
@@ -153,7 +159,7 @@ class OCRReward(nn.Module):
         _check(images, prompts)
         columns = self._width(images) // STRIDE
         targets = [self._classes(quoted_text(prompt), columns) for prompt in prompts]
-        log_probabilities = self._log_probabilities(images, augment=self.augment)
+        log_probabilities = self._log_probabilities(images, self.augment, self.colour_invariant)
         lengths = torch.tensor([len(target) for target in targets])
         loss = F.ctc_loss(
             log_probabilities.transpose(0, 1),
@@ -169,7 +175,7 @@ class OCRReward(nn.Module):
     def read(self, images: Tensor) -> list[str]:
         """What the recogniser reads in each image (B, 3, H, W): the likeliest class of each column, repeats merged."""
         _check(images)
-        places = self._log_probabilities(images, augment=False).argmax(-1).cpu()
+        places = self._log_probabilities(images, augment=False, colour_invariant=False).argmax(-1).cpu()
         return ["".join(self.characters[place] for place in row.unique_consecutive().tolist()) for row in places]
 
     def exact(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -196,13 +202,15 @@ class OCRReward(nn.Module):
             )
         return [self.class_of[character] for character in target]
 
-    def _log_probabilities(self, images: Tensor, augment: bool) -> Tensor:
+    def _log_probabilities(self, images: Tensor, augment: bool, colour_invariant: bool) -> Tensor:
         """(B, columns, classes) in float32 or float64."""
         weight = next(self.network.buffers())
         # Resizing, and the score from the logits on, are never done in half precision.
         precise = torch.promote_types(weight.dtype, torch.float32)
         x = images.to(weight.device, precise)
         x = F.interpolate(x, (HEIGHT, self._width(images)), mode="bilinear", align_corners=False, antialias=True)
+        if colour_invariant:
+            x = _shapes(x)
         if augment:
             x = self._augment(x)
         logits = self.network((x.flip(1) * 2 - 1).to(weight)).to(precise)  # BGR in [-1, 1]
@@ -227,6 +235,23 @@ class OCRReward(nn.Module):
         flat = F.conv2d(flat, taps[:, None, None, :], groups=len(taps))
         flat = F.conv2d(flat, taps[:, None, :, None], groups=len(taps))
         return flat[0].unflatten(0, (-1, 3)) + MAX_NOISE * uniform[:, 3].reshape(-1, 1, 1, 1) * normal
+
+
+def _shapes(x: Tensor) -> Tensor:
+    """Pictures (B, 3, H, W) without their colours: (B, 3, H, W) grey, standardised, the rarer side dark.
+
+    The axis and its direction are constants of the gradient; mean and spread are not, so that a gradient which only
+    shifts or stretches colours vanishes.
+    """
+    centred = x - x.mean((2, 3), keepdim=True)
+    pixels = centred.detach().flatten(2)
+    axis = torch.linalg.eigh(pixels @ pixels.transpose(1, 2)).eigenvectors[:, :, -1]
+    y = (centred * axis[:, :, None, None]).sum(1, keepdim=True)
+    skew = y.detach().pow(3).mean((1, 2, 3), keepdim=True)
+    y = torch.where(skew > 0, -y, y)
+    y = y / (y.pow(2).mean((1, 2, 3), keepdim=True) + 1e-4).sqrt()
+    # Text on a sixth of the picture then lies near 0.1 and its background near 0.9.
+    return (0.8 + 0.3 * y).expand_as(x)
 
 
 def _check(images: Tensor, prompts: Sequence[str] | None = None) -> None:
