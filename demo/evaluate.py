@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 
 from flowbp.config import parse_args_with_config
 from flowbp.prompts import load_prompts
+from flowbp.rewards import load_reward
 from flowbp.rewards.ocr import OCRReward
 from flowbp.training_utils import make_generator, missing_components
 
@@ -37,7 +38,13 @@ MEASURES = {
 
 @torch.no_grad()
 def measure(
-    pipe: StableDiffusion3Pipeline, prompts: list[str], call: dict[str, Any], seed: int, batch_size: int, title: str
+    pipe: StableDiffusion3Pipeline,
+    reward: torch.nn.Module,
+    prompts: list[str],
+    call: dict[str, Any],
+    seed: int,
+    batch_size: int,
+    title: str,
 ) -> dict[str, torch.Tensor]:
     """Draw a picture of each prompt, from noise that only `seed` and the prompt's place decide, and measure it.
 
@@ -50,7 +57,7 @@ def measure(
         batch = prompts[start : start + batch_size]
         noise = [make_generator("evaluation", seed, start + place) for place in range(len(batch))]
         images = pipe(batch, generator=noise, output_type="pt", **call).images.float()
-        values = (trained(images, batch), trained.exact(images, batch), judge.exact(images, batch))
+        values = (reward(images, batch), trained.exact(images, batch), judge.exact(images, batch))
         for name, value in zip(MEASURES, (*values, colours_right(images, batch)), strict=True):
             found[name].append(value.double())
     return {name: torch.cat(values) for name, values in found.items()}
@@ -110,6 +117,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--config", help="YAML file with values for these options; the command line wins over it.")
     add("--pretrained_model_name_or_path", required=True, help="Folder of the pipeline.")
     add("--output_dir", type=Path, required=True, help="Folder of the LoRA; evaluation.json goes there.")
+    add("--reward", required=True, help="The training reward.")
     add("--eval_prompts", required=True, help="Held-out prompts, one a line.")
     add("--num_eval_prompts", type=int, default=384, help="How many of them.")
     add("--eval_batch_size", type=int, default=32, help="Pictures drawn together.")
@@ -133,9 +141,10 @@ def main(argv: list[str] | None = None) -> None:
         "max_sequence_length": args.max_sequence_length,
     }
     started = time.perf_counter()
-    base = measure(pipe, prompts, call, args.seed, args.eval_batch_size, "base")
+    reward = load_reward(args.reward)
+    base = measure(pipe, reward, prompts, call, args.seed, args.eval_batch_size, "base")
     pipe.load_lora_weights(args.output_dir)
-    aligned = measure(pipe, prompts, call, args.seed, args.eval_batch_size, "aligned")
+    aligned = measure(pipe, reward, prompts, call, args.seed, args.eval_batch_size, "aligned")
     rows = summarise(base, aligned)
     report = {"prompts": len(prompts), "seed": args.seed, "seconds": time.perf_counter() - started, "rows": rows}
     (args.output_dir / "evaluation.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
