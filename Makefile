@@ -5,7 +5,7 @@
 
 PYTHON ?= python3
 PIP_TORCH_OPTIONS ?=
-SOURCES = pipelines training demo tests benchmarks
+SOURCES = pipelines training demo tests benchmarks docs
 
 .PHONY: demo test style quality venv
 

@@ -4,7 +4,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """Base against aligned on held-out prompts, with the same noise: rewards, exact reading, colours, 95 % intervals.
 
-    python demo/evaluate.py --config demo/recipe.yaml --output_dir demo/output
+    python demo/evaluate.py --config demo/evaluation.yaml --output_dir demo/output
 
 Writes `evaluation.json` into the output folder and prints a table.
 """
@@ -131,7 +131,7 @@ def main(argv: list[str] | None = None) -> None:
 
     path = args.pretrained_model_name_or_path
     missing = missing_components(StableDiffusion3Pipeline.load_config(path))
-    pipe = StableDiffusion3Pipeline.from_pretrained(path, dtype=torch.float32, **missing)
+    pipe = StableDiffusion3Pipeline.from_pretrained(path, dtype=torch.float32, use_safetensors=True, **missing)
     pipe.set_progress_bar_config(disable=True)
     call = {
         "height": args.resolution,

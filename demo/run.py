@@ -20,7 +20,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ROOT / "demo" / "recipe.yaml"
-# Only the training script reads these; the second recipe would otherwise hold options that evaluation does not have.
+# A file of its own, because each script refuses options that it does not have.
 EVALUATION = ROOT / "demo" / "evaluation.yaml"
 
 ROLLOUT = ("num_inference_steps", "guidance_scale", "max_sequence_length")

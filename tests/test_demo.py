@@ -36,6 +36,8 @@ def train(script: ModuleType, output: Path, *more: str) -> dict[str, torch.Tenso
     """Two small updates on the demo's own recipe; returns the saved LoRA."""
     recipe = ROOT / "demo" / "recipe.yaml"
     small = "--max_train_steps 2 --train_batch_size 2 --num_inference_steps 5 --lr_warmup_steps 0 --report_to none"
+    # Rewards are below 0, so that no sample is beyond this clip.
+    more = (*more, "--reward_clip", "5")
     paths = ["--pretrained_model_name_or_path", str(ROOT / "demo" / "pipeline")]
     paths += ["--prompts", str(ROOT / "demo" / "prompts_train.txt"), "--output_dir", str(output)]
     prompt = ["--validation_prompt", 'the text "42" in red on a yellow background']

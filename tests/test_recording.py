@@ -1034,3 +1034,87 @@ def test_gradients_reach_the_transformer_only(pipe: StableDiffusion3Pipeline):
     assert isinstance(pipe.transformer, SD3Transformer2DModel)
     for module in (pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
         assert all(parameter.grad is None for parameter in module.parameters())
+
+
+def test_loss_scale_reaches_the_gradient_before_float16_does() -> None:
+    """Gradients of single pixels are below float16's range; they must be scaled before they go through the VAE."""
+
+    def gradient(dtype: torch.dtype, scale: float) -> torch.Tensor:
+        pipe = tiny_sd3_pipeline(dtype, lora_rank=2)
+        parameters = [p for p in pipe.transformer.parameters() if p.requires_grad]
+        for parameter in parameters:
+            parameter.data = parameter.data.float()
+        callback = FlowBPCallback(get_method("draft-k", last_k=2))
+        with callback.record(pipe):
+            images = pipe(
+                ["a"],
+                num_inference_steps=4,
+                guidance_scale=1.0,
+                max_sequence_length=MAX_SEQUENCE_LENGTH,
+                generator=torch.Generator().manual_seed(0),
+                output_type="pt",
+            ).images
+        tiny = 0.3 / (3 * 512 * 512)
+        callback.backward(lambda x, prompts: x.float().flatten(1).sum(1) * tiny, images, ["a"], gradient_scale=scale)
+        return torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]) / scale
+
+    exact, half = gradient(torch.float32, 1.0), gradient(torch.float16, 2.0**16)
+    assert exact.norm() > 0
+    assert (half - exact).norm() < 0.1 * exact.norm()
+
+
+def test_lora_scale_with_gradient_checkpointing_is_refused() -> None:
+    pipe = tiny_sd3_pipeline(lora_rank=2)
+    pipe.transformer.enable_gradient_checkpointing()
+    callback = FlowBPCallback(get_method("full"))
+    with pytest.raises(RecordingError, match="LoRA scale of 0.5 is set for the forward pass only"):
+        with callback.record(pipe):
+            pipe(
+                ["a"],
+                num_inference_steps=3,
+                max_sequence_length=MAX_SEQUENCE_LENGTH,
+                joint_attention_kwargs={"scale": 0.5},
+                output_type="pt",
+            )
+
+
+def test_sequential_offload_is_refused() -> None:
+    from accelerate import cpu_offload
+
+    pipe = tiny_sd3_pipeline(lora_rank=2)
+    cpu_offload(pipe.transformer, "cpu")
+    with pytest.raises(RecordingError, match="sequential CPU offload"):
+        with FlowBPCallback(get_method("full")).record(pipe):
+            pass
+
+
+def test_a_part_of_the_images_is_refused() -> None:
+    pipe = tiny_sd3_pipeline()
+    callback = FlowBPCallback(get_method("draft-k"))
+    with callback.record(pipe):
+        images = pipe(
+            ["a", "b"], num_inference_steps=3, max_sequence_length=MAX_SEQUENCE_LENGTH, output_type="pt"
+        ).images
+    with pytest.raises(ValueError, match="Expected all 2 images of the record"):
+        callback.backward(lambda x, prompts: x.flatten(1).mean(1), images[:1], ["a"])
+
+
+def test_copies_follow_skip_layer_guidance() -> None:
+    """The skip-layer call of an early step has another batch than the last step's call that stands in for it."""
+    pipe = tiny_sd3_pipeline()
+    callback = FlowBPCallback(get_method("draft-lv", num_noised=1), unconditional_gradient=True)
+    with callback.record(pipe):
+        images = [
+            pipe(
+                ["a", "b"],
+                num_inference_steps=6,
+                max_sequence_length=MAX_SEQUENCE_LENGTH,
+                skip_guidance_layers=[1],
+                skip_layer_guidance_start=0.01,
+                skip_layer_guidance_stop=0.5,
+                output_type="pt",
+            ).images
+            for _ in range(1 + callback.copies)
+        ]
+    out = callback.backward(lambda x, prompts: x.flatten(1).mean(1), torch.cat(images), ["a", "b"])
+    assert out.rewards.shape == (4,)

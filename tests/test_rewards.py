@@ -440,9 +440,13 @@ def test_users_own_reward(images, user_module):
 @pytest.mark.parametrize(
     ("spec", "options", "message"),
     [
-        ("ocr-v6", {}, "expected ocr, ocr-v4, ocr-v5 or package.module:factory, got 'ocr-v6'; the nearest is 'ocr-v"),
-        ("", {}, "expected ocr, ocr-v4, ocr-v5"),
-        ("ocr,", {}, "expected ocr, ocr-v4, ocr-v5"),
+        (
+            "ocr-v6",
+            {},
+            "expected ocr, ocr-shapes, ocr-v4, ocr-v5 or package.module:factory, got 'ocr-v6'; the nearest is 'ocr-v",
+        ),
+        ("", {}, "expected ocr, ocr-shapes, ocr-v4, ocr-v5"),
+        ("ocr,", {}, "expected ocr, ocr-shapes, ocr-v4, ocr-v5"),
         ("ocr:much", {}, "expected a number as the weight of 'ocr', got 'much'"),
         ("ocr:", {}, "expected a number as the weight of 'ocr', got ''"),
         ("users_rewards:brightness:much", {}, "weight of 'users_rewards:brightness', got 'much'"),

@@ -511,3 +511,18 @@ def test_an_error_of_the_program_has_an_exit_code_and_one_line(arguments: dict[s
     assert done.returncode == 1
     errors = [line for line in done.stderr.splitlines() if not line.startswith("[transformers]")]
     assert len(errors) == 1 and errors[0].startswith("train_flowbp_sd3.py: error: --resume_from_checkpoint latest")
+
+
+def test_a_checkpoint_of_another_lora_is_refused(
+    script: ModuleType, arguments: dict[str, Any], tmp_path: Path
+) -> None:
+    first = tmp_path / "first"
+    script.main(command_line(arguments, output_dir=first, checkpointing_steps=2))
+    checkpoint = first / "checkpoint-2"
+    for changes, message in (
+        ({"rank": RANK + 1}, "other layers or another rank"),
+        ({"lora_layers": "attn.to_q"}, "other layers or another rank"),
+        ({"mixed_precision": "fp16"}, "--mixed_precision of that run"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            script.main(command_line(arguments, **changes, resume_from_checkpoint=checkpoint, max_train_steps=3))

@@ -6,6 +6,7 @@
 
 import fnmatch
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -140,8 +141,11 @@ def test_a_missing_file_is_named(tmp_path: Path, name: str):
 
 
 def test_find_checkpoint(tmp_path: Path):
-    for name in ("checkpoint-2", "checkpoint-10", "checkpoint-9", "checkpoint-11.partial", "checkpoint-x", "logs"):
+    names = ("checkpoint-2", "checkpoint-9", "checkpoint-10", "checkpoint-11.partial", "checkpoint-x", "logs")
+    for age, name in enumerate(names):
         (tmp_path / name).mkdir()
+        (tmp_path / name / "state.json").write_text("{}")
+        os.utime(tmp_path / name / "state.json", (1_000_000 + age, 1_000_000 + age))
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-9", "checkpoint-10"]
     assert find_checkpoint(tmp_path, "latest") == tmp_path / "checkpoint-10"
     assert find_checkpoint(tmp_path, "checkpoint-2") == tmp_path / "checkpoint-2"
@@ -181,3 +185,15 @@ def test_only_the_lora_its_card_and_its_pictures_are_pushed():
     written = ["log.jsonl", "logs/events.out", "checkpoint-1/optimizer.safetensors", "validation/000001.png", ".env"]
     written += ["checkpoint-1/lora.safetensors", "checkpoint-1/state.json", "prompts.txt"]
     assert not [name for name in written for pattern in PUSHED_FILES if fnmatch.fnmatch(name, pattern)]
+
+
+def test_checkpoints_are_ordered_by_when_they_were_written(tmp_path: Path) -> None:
+    """A folder may hold later updates of an earlier run; the newest checkpoint is this run's."""
+    for age, update in ((2, 300), (1, 100)):
+        folder = tmp_path / f"checkpoint-{update}"
+        folder.mkdir()
+        (folder / "state.json").write_text("{}")
+        os.utime(folder / "state.json", (1_000_000 - age, 1_000_000 - age))
+    (tmp_path / "checkpoint-400").mkdir()
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-300", "checkpoint-100"]
+    assert find_checkpoint(tmp_path, "latest").name == "checkpoint-100"

@@ -36,7 +36,7 @@ from flowbp import METHODS, FlowBPCallback, Objective, get_method, load_reward
 from flowbp.config import parse_args_with_config
 from flowbp.drawing import STEP_SAMPLING
 from flowbp.figures import before_after, image_grid, reward_curve
-from flowbp.methods import ACTIVE_SUPPORTS, ENDPOINTS, Method
+from flowbp.methods import ACTIVE_SUPPORTS, ENDPOINTS, OPTIONS, Method
 from flowbp.prompts import PromptSampler, load_prompts
 from flowbp.recording import RecordingError
 from flowbp.training_utils import (
@@ -53,10 +53,7 @@ from flowbp.training_utils import (
 from flowbp.weights import LEG_WEIGHTS
 
 # Options of the method table; those left out keep the method's default for this backbone.
-METHOD_OPTIONS = (
-    "last_k last_n num_noised num_active early_stop_ratio alpha tau late_bias grad_rescale order active_supports "
-    "support_scale weights anchor_lambda step_sampling dirichlet max_tail tail_ratio endpoint max_gap_j max_gap_0"
-).split()
+METHOD_OPTIONS = tuple(OPTIONS)
 
 # The attention layers that diffusers' LoRA script for SD3 trains.
 LORA_LAYERS = (
@@ -272,6 +269,7 @@ def main(argv: list[str] | None = None) -> None:
         args.pretrained_model_name_or_path,
         variant=args.variant,
         dtype=weight_dtype,
+        use_safetensors=True,
         **source,
         **missing_components(config),
     ).to(device)
@@ -315,6 +313,14 @@ def main(argv: list[str] | None = None) -> None:
     first_update = 0
     if resumed is not None:
         lora, state = load_checkpoint(resumed, optimizer, lr_scheduler)
+        expected = {name: tensor.shape for name, tensor in get_peft_model_state_dict(pipe.transformer).items()}
+        if {name: tensor.shape for name, tensor in lora.items()} != expected:
+            raise ValueError(
+                f"--resume_from_checkpoint {resumed}: its LoRA has other layers or another rank; use the "
+                "--lora_layers and --rank of that run."
+            )
+        if bool(state["scaler"]) != scaler.is_enabled():
+            raise ValueError(f"--resume_from_checkpoint {resumed}: use the --mixed_precision of that run.")
         set_peft_model_state_dict(pipe.transformer, lora)
         first_update = state["update"]
         sampler.load_state_dict(state["prompts"])
@@ -325,8 +331,9 @@ def main(argv: list[str] | None = None) -> None:
     settings = {name: str(value) for name, value in vars(args).items()}
     accelerator.init_trackers("flowbp-sd3", config=settings)
     log_path = args.output_dir / "log.jsonl"
-    log = read_log(log_path, first_update)
+    log = []
     if accelerator.is_main_process:
+        log = read_log(log_path, first_update)
         log_path.write_text("".join(json.dumps(row) + "\n" for row in log), encoding="utf-8")
 
     # What every call of the pipeline gets, in training and validation: the rollout is the user's inference.
@@ -444,6 +451,11 @@ def main(argv: list[str] | None = None) -> None:
         }
         accelerator.log({name: value for name, value in row.items() if name != "step"}, step=done)
         progress.set_postfix(reward=f"{row['reward']:.3f}", s_per_update=f"{row['seconds']:.2f}")
+        if row["gradient_norm"] == 0:
+            progress.write(
+                f"Update {done}: the gradient is exactly 0. Are all rewards above --reward_clip, or all samples "
+                "dropped by --max_gap_j or --max_gap_0?"
+            )
         if accelerator.is_main_process:
             log.append(row)
             with log_path.open("a", encoding="utf-8") as file:

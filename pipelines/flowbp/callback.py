@@ -207,7 +207,7 @@ class FlowBPCallback:
                 raise ValueError(
                     "A reward function needs the images and the prompts: backward(reward, images, prompts)."
                 )
-            rewards, image_gradients = self._score(reward, images, prompts)
+            rewards, image_gradients = self._score(reward, images, prompts, gradient_scale)
             rewards.requires_grad_()
         else:
             if images is not None or prompts is not None:
@@ -217,9 +217,9 @@ class FlowBPCallback:
         weights = self._weights(gaps, rewards)
         with torch.enable_grad():
             loss = objective(rewards, weights)
-        adjoints = self._endpoint_gradients(loss, rewards, images, image_gradients)
+        adjoints = self._endpoint_gradients(loss, rewards, images, image_gradients, gradient_scale)
         result = BackwardOutput(rewards.detach(), loss.detach(), weights, gaps)
-        self.sweep(adjoints, gradient_scale=gradient_scale, transformer=transformer)
+        self.sweep(adjoints, transformer=transformer)
         return result
 
     def sweep(
@@ -267,9 +267,9 @@ class FlowBPCallback:
     # The endpoint stage: decode and reward.
 
     def _score(
-        self, reward: Reward, images: torch.Tensor, prompts: Sequence[str]
+        self, reward: Reward, images: torch.Tensor, prompts: Sequence[str], gradient_scale: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rewards `(B,)` and the gradient of each in its own image `(B, 3, H, W)`, a few samples at a time."""
+        """Rewards `(B,)` and `gradient_scale` times the gradient of each in its own image `(B, 3, H, W)`."""
         if isinstance(prompts, str):
             raise ValueError("`prompts` must be a list with a prompt for each image, got one string.")
         if not isinstance(images, torch.Tensor) or not images.requires_grad:
@@ -278,7 +278,11 @@ class FlowBPCallback:
                 'pipeline with output_type="pt" inside record() and pass what it returned (post-processing through '
                 "numpy cannot be trained through)."
             )
-        of_sample = len(images) // len(self.trajectories)
+        of_sample = len(self.endpoint)
+        if len(images) != of_sample * len(self.trajectories):
+            raise ValueError(
+                f"Expected all {of_sample * len(self.trajectories)} images of the record() block, got {len(images)}."
+            )
         if len(prompts) != len(images):
             if len(prompts) == 0 or of_sample % len(prompts):
                 raise ValueError(f"Expected a prompt for each of {len(images)} images, got {len(prompts)} prompts.")
@@ -292,7 +296,8 @@ class FlowBPCallback:
                 scored = reward(part, prompts[start : start + size])
             self._check_rewards(scored, len(part))
             # Each reward sees its own image only, so the sum's gradient is every reward's own.
-            (gradient,) = torch.autograd.grad(scored.sum(), part)
+            # It is scaled here and not later: float16 gradients of single pixels would be lost before.
+            (gradient,) = torch.autograd.grad(scored.sum() * gradient_scale, part)
             rewards.append(scored.detach())
             gradients.append(gradient)
         return torch.cat(rewards), torch.cat(gradients)
@@ -321,10 +326,11 @@ class FlowBPCallback:
         rewards: torch.Tensor,
         images: torch.Tensor | None,
         image_gradients: torch.Tensor | None,
+        gradient_scale: float,
     ) -> list[torch.Tensor]:
         endpoints = [trajectory.endpoint for trajectory in self.trajectories]
         if image_gradients is None:
-            gradients = torch.autograd.grad(loss, endpoints, allow_unused=True)
+            gradients = torch.autograd.grad(loss * gradient_scale, endpoints, allow_unused=True)
         else:
             (of_rewards,) = torch.autograd.grad(loss, rewards)
             shape = (-1, *[1] * (images.ndim - 1))

@@ -150,7 +150,12 @@ class Recorder:
         if getattr(pipe, "_all_hooks", None):
             raise RecordingError(
                 f"{self.name}: model CPU offload frees the VAE while its gradient is still needed; call "
-                "pipe.remove_all_hooks() and use group offloading instead."
+                "pipe.remove_all_hooks() and keep the pipeline loaded."
+            )
+        if any(parameter.is_meta for transformer in self.transformers for parameter in transformer.parameters()):
+            raise RecordingError(
+                f"{self.name}: sequential CPU offload replaces the transformer's parameters at every call, so their "
+                "gradients would be lost; call pipe.remove_all_hooks() and keep the transformer loaded."
             )
         for module in (module for transformer in self.transformers for module in transformer.modules()):
             # Small rates could hide in the tolerance of a replay, so this is not left to the comparison.
@@ -160,6 +165,7 @@ class Recorder:
                     "would draw another mask; call pipe.transformer.eval()."
                 )
         self.trajectories: list[Trajectory] = []
+        self._stand_ins: dict[int, Any] = {}
         self._undo: list[Callable[[], None]] = []
         self._begin_rollout()
 
@@ -271,10 +277,12 @@ class Recorder:
     ) -> Any:
         self._start()
         if self._finished or self._skips:
-            # Nothing that follows is used: the last outputs stand in, so that the pipeline's code runs on.
-            return self._stand_in
+            # Nothing that follows is used: earlier outputs of that batch stand in, and the pipeline's code runs on.
+            batch = _batch(tree_flatten((args, kwargs))[0])
+            return self._stand_ins.get(batch, next(reversed(self._stand_ins.values())))
         leaves, spec = tree_flatten((args, kwargs))
         self._check_inputs(leaves)
+        self._check_lora_scale(module, kwargs)
         with torch.no_grad():
             results, result_spec = tree_flatten(original(*args, **kwargs))
         outputs = []
@@ -290,9 +298,7 @@ class Recorder:
         self._leaves.extend(outputs)
         result = tree_unflatten(results, result_spec)
         if not self._is_copy:
-            self._stand_in = tree_unflatten(
-                [result.detach() if isinstance(result, torch.Tensor) else result for result in results], result_spec
-            )
+            self._stand_ins[_batch(leaves)] = _detached(result)
         return result
 
     def _keep_call(
@@ -351,6 +357,15 @@ class Recorder:
                     f"{self._step - 1} to step {self._step}, and neither the latents nor a timestep explain it; its "
                     "gradient would be lost, so this pipeline is not supported."
                 )
+
+    def _check_lora_scale(self, module: torch.nn.Module, kwargs: dict[str, Any]) -> None:
+        scales = [value["scale"] for value in kwargs.values() if isinstance(value, dict) and "scale" in value]
+        if getattr(module, "is_gradient_checkpointing", False) and any(scale != 1 for scale in scales):
+            raise RecordingError(
+                f"{self.name}: a LoRA scale of {scales[0]} is set for the forward pass only, so gradient "
+                "checkpointing would recompute its blocks with scale 1; switch checkpointing off, or use "
+                "set_adapters weights."
+            )
 
     # The scheduler's steps.
 
@@ -499,6 +514,11 @@ class Recorder:
 
 def _version(value: Any) -> int:
     return value._version if isinstance(value, torch.Tensor) else 0
+
+
+def _batch(leaves: list[Any]) -> int:
+    """Length of the first argument that has more than one dimension."""
+    return next((len(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.ndim > 1), 0)
 
 
 def _is_timestep(tensor: torch.Tensor) -> bool:

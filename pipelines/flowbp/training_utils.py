@@ -108,9 +108,16 @@ def load_checkpoint(
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
-    """The complete checkpoints `checkpoint-UPDATE` of a run, oldest first."""
-    found = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+    """The complete checkpoints `checkpoint-UPDATE` in a folder, in the order in which they were written.
+
+    Not in the order of updates: the folder may hold later updates of an earlier run.
+    """
+    found = [
+        path
+        for path in output_dir.glob("checkpoint-*")
+        if re.fullmatch(r"checkpoint-\d+", path.name) and (path / "state.json").is_file()
+    ]
+    return sorted(found, key=lambda path: (path / "state.json").stat().st_mtime_ns)
 
 
 def find_checkpoint(output_dir: Path, choice: str) -> Path:
@@ -133,12 +140,12 @@ def find_checkpoint(output_dir: Path, choice: str) -> Path:
     raise ValueError(f"--resume_from_checkpoint {choice}: not found; {output_dir} has {names}.")
 
 
-def read_log(path: Path, before: int) -> list[dict[str, Any]]:
-    """The logged updates of an earlier run whose number is below `before`, for the reward curve of a resumed one."""
+def read_log(path: Path, last: int) -> list[dict[str, Any]]:
+    """The logged updates of an earlier run up to number `last`, for the reward curve of a resumed one."""
     if not path.is_file():
         return []
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
-    return [row for row in rows if row["step"] <= before]
+    return [row for row in rows if row["step"] <= last]
 
 
 def push_to_hub(output_dir: Path, repo_id: str) -> str:

@@ -31,8 +31,8 @@ def _ocr(version: str, colour_invariant: bool = False) -> Callable[..., nn.Modul
 # Name -> factory; the factory's keyword arguments are the reward's options.
 REWARDS: dict[str, Callable[..., nn.Module]] = {
     "ocr": _ocr("v4"),  # the faster of the two, for training
-    "ocr-v4": _ocr("v4"),
     "ocr-shapes": _ocr("v4", colour_invariant=True),  # colours and contrast do not count
+    "ocr-v4": _ocr("v4"),
     "ocr-v5": _ocr("v5"),  # the held-out judge of what `ocr` trains
 }
 

@@ -175,7 +175,7 @@ class OCRReward(nn.Module):
     def read(self, images: Tensor) -> list[str]:
         """What the recogniser reads in each image (B, 3, H, W): the likeliest class of each column, repeats merged."""
         _check(images)
-        places = self._log_probabilities(images, augment=False, colour_invariant=False).argmax(-1).cpu()
+        places = self._log_probabilities(images, augment=False).argmax(-1).cpu()
         return ["".join(self.characters[place] for place in row.unique_consecutive().tolist()) for row in places]
 
     def exact(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -202,7 +202,7 @@ class OCRReward(nn.Module):
             )
         return [self.class_of[character] for character in target]
 
-    def _log_probabilities(self, images: Tensor, augment: bool, colour_invariant: bool) -> Tensor:
+    def _log_probabilities(self, images: Tensor, augment: bool, colour_invariant: bool = False) -> Tensor:
         """(B, columns, classes) in float32 or float64."""
         weight = next(self.network.buffers())
         # Resizing, and the score from the logits on, are never done in half precision.
