@@ -48,7 +48,7 @@ EVALUATION_PROMPTS = 384  # of the held-out prompts; the others tell when to sto
 Log = Callable[..., None]  # writes its keywords as one line of JSON
 
 # glibc gives large blocks back to the system after each use and takes them again, zeroed page by page: on two cores
-# this made a training step up to ten times slower. These settings make it keep them.
+# this makes a training step several times slower. These settings make it keep them.
 MALLOC_SETTINGS = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": "17179869184",
@@ -235,7 +235,7 @@ def fit_vae(
     errors = []
     for step in range(1, steps + 1):
         images = draw_batch(rng.choices(prompts, k=args.vae_batch_size), rng) * 2 - 1
-        with torch.autocast("cpu", torch.bfloat16):  # 1.6 times faster where the CPU has bfloat16
+        with torch.autocast("cpu", torch.bfloat16):  # faster where the CPU has bfloat16
             posterior = vae.encode(images).latent_dist
             decoded = vae.decode(posterior.sample()).sample
         posterior, decoded = DiagonalGaussianDistribution(posterior.parameters.float()), decoded.float()

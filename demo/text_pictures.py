@@ -9,8 +9,7 @@ equal to the background. Size and position of the text vary and are not part of 
 Pillow (`ImageFont.load_default`), Aileron Regular 1.102 by Sora Sagano: its own name table says "No Rights Reserved",
 and its publisher (https://dotcolon.net/fonts/aileron) gives it as CC0.
 
-Single digits are left out: on drawn pictures of one digit the PP-OCR recognisers read only 68 to 96 % right, against
-96 to 100 % of two or three digits at these sizes.
+Single digits are left out: at these font sizes the PP-OCR recognisers read them less reliably than two or three digits.
 """
 
 import random
@@ -20,7 +19,7 @@ from functools import cache
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-# Chosen so that both recognisers read each of the 56 ordered pairs on at least 92 % of drawn pictures (mean 99 %).
+# Chosen so that both recognisers read drawn pictures of all 56 ordered pairs; demo/pretrain.py prints the share ("drawn").
 COLOURS = {
     "black": (20, 20, 20),
     "white": (245, 245, 245),
