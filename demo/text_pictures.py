@@ -9,7 +9,7 @@ equal to the background. Size and position of the text vary and are not part of 
 Pillow (`ImageFont.load_default`), Aileron Regular 1.102 by Sora Sagano: its own name table says "No Rights Reserved",
 and its publisher (https://dotcolon.net/fonts/aileron) gives it as CC0.
 
-Single digits are left out: at these font sizes the PP-OCR recognisers read them less reliably than two or three digits.
+Single digits are left out: at these font sizes the PP-OCR recognisers read them less reliably than two or three.
 """
 
 import random
@@ -19,7 +19,7 @@ from functools import cache
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-# Chosen so that both recognisers read drawn pictures of all 56 ordered pairs; demo/pretrain.py prints the share ("drawn").
+# Chosen so that both recognisers read drawn pictures of all 56 ordered pairs; demo/pretrain.py prints how often.
 COLOURS = {
     "black": (20, 20, 20),
     "white": (245, 245, 245),
