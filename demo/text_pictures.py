@@ -4,12 +4,12 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """Pictures of text: a drawn world of prompts and pictures whose captions are exact.
 
-A prompt reads `the text "42" in red on a yellow background`: two or three digits, eight colours, the foreground never
+A prompt reads `the text "42" in red on a yellow background`: one to three digits, eight colours, the foreground never
 equal to the background. Size and position of the text vary and are not part of the prompt. The font is the one inside
 Pillow (`ImageFont.load_default`), Aileron Regular 1.102 by Sora Sagano: its own name table says "No Rights Reserved",
 and its publisher (https://dotcolon.net/fonts/aileron) gives it as CC0.
 
-Single digits are left out: at these font sizes the PP-OCR recognisers read them less reliably than two or three.
+Single digits are drawn larger: the PP-OCR recognisers misread them more often at the sizes of the longer texts.
 """
 
 import random
@@ -31,13 +31,14 @@ COLOURS = {
     "orange": (250, 135, 20),
 }
 COLOUR_PAIRS = tuple((fg, bg) for fg in COLOURS for bg in COLOURS if fg != bg)
-TEXTS = tuple(str(n).zfill(length) for length in (2, 3) for n in range(10**length))
+TEXTS = tuple(str(n).zfill(length) for length in (1, 2, 3) for n in range(10**length))
 
 # Font sizes in pixels at 48 x 48, by length of the text; the largest three-digit text still fits.
-_SIZES = {2: (23, 25, 27), 3: (22, 23, 24)}
+_SIZES = {1: (34, 36, 38), 2: (23, 25, 27), 3: (22, 23, 24)}
 _MAX_SHIFT = 4  # pixels at 48 x 48 from the centre, each way
-_PROMPT = re.compile(r'the text "([0-9]{2,3})" in ([a-z]+) on a ([a-z]+) background')
-_HELD_OUT_TEXTS = 220
+_PROMPT = re.compile(r'the text "([0-9]{1,3})" in ([a-z]+) on a ([a-z]+) background')
+_HELD_OUT_TEXTS = 0.2  # share of the texts of each length
+_SHARES = {1: 1 / 32, 2: 8 / 32, 3: 23 / 32}  # of each list, by length: there are few prompts with a single digit
 _LIST_LENGTHS = {"pretraining": 12288, "reward": 2048, "held_out": 512}
 
 
@@ -53,7 +54,7 @@ def parse_prompt(prompt: str) -> tuple[str, str, str]:
     match = _PROMPT.fullmatch(prompt.strip())
     if match is None:
         raise ValueError(
-            "expected a prompt like 'the text \"42\" in red on a yellow background' with two or three digits,"
+            "expected a prompt like 'the text \"42\" in red on a yellow background' with one to three digits,"
             f" got {prompt!r}"
         )
     text, foreground, background = match.groups()
@@ -74,7 +75,7 @@ def draw_picture(text: str, foreground: str, background: str, resolution: int, r
     """Draw `text` at a random size and place.
 
     Args:
-        text: two or three digits.
+        text: one to three digits.
         foreground, background: names in `COLOURS`.
         resolution: width and height of the picture in pixels, at least 32 (sizes and shifts scale with it).
         rng: gives size and place.
@@ -101,16 +102,16 @@ def draw_picture(text: str, foreground: str, background: str, resolution: int, r
 def split_prompts(seed: int) -> tuple[list[str], list[str], list[str]]:
     """Return three disjoint lists of prompts: pretraining (12288), reward training (2048), held-out evaluation (512).
 
-    A quarter of each list has two digits, the rest three. No text of the held-out prompts occurs in the other lists.
+    Of each list 1/32 have one digit, 8/32 two, the rest three. No text of the held-out prompts occurs in the others.
     Pretraining and reward training share texts, never prompts. The same seed gives the same lists.
     """
     rng = random.Random(seed)
-    texts = list(TEXTS)
-    rng.shuffle(texts)
     lists = {name: [] for name in _LIST_LENGTHS}
-    for digits, share in ((2, 0.25), (3, 0.75)):
-        held_out = [text for text in texts[:_HELD_OUT_TEXTS] if len(text) == digits]
-        seen = [text for text in texts[_HELD_OUT_TEXTS:] if len(text) == digits]
+    for length, share in _SHARES.items():
+        texts = [text for text in TEXTS if len(text) == length]
+        rng.shuffle(texts)
+        cut = round(_HELD_OUT_TEXTS * len(texts))
+        held_out, seen = texts[:cut], texts[cut:]
         for names, pool in ((("held_out",), held_out), (("pretraining", "reward"), seen)):
             prompts = [make_prompt(text, *pair) for text in pool for pair in COLOUR_PAIRS]
             rng.shuffle(prompts)

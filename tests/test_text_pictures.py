@@ -54,7 +54,7 @@ def test_prompts_round_trip():
     "prompt, message",
     [
         ("a cat", "expected a prompt like"),
-        ('the text "4" in red on a blue background', "two or three digits"),
+        ('the text "4200" in red on a blue background', "one to three digits"),
         ('the text "42" in mauve on a blue background', "unknown colour 'mauve'"),
         ('the text "42" in red on a red background', "both 'red'"),
     ],
@@ -68,7 +68,7 @@ def test_prompts_of_another_world_are_refused(prompt, message):
 def test_make_prompt_refuses_what_parse_prompt_refuses():
     with pytest.raises(ValueError, match="unknown colour"):
         make_prompt("42", "red", "beige")
-    with pytest.raises(ValueError, match="two or three digits"):
+    with pytest.raises(ValueError, match="one to three digits"):
         make_prompt("4200", "red", "blue")
 
 

@@ -1,0 +1,97 @@
+# Copyright 2026 The FlowBP for diffusers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""What a family of the matrix is: a tiny pipeline, and the calls that are put to the test."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from diffusers import DiffusionPipeline
+from tiny_sd3 import redraw
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a step's transformer outputs: all rows of a call, or the first or second half of them.
+
+    Attributes:
+        call: number of the transformer call within a step, from 0.
+        rows: which of its rows; of a list of outputs, which of its entries.
+    """
+
+    call: int
+    rows: Literal["all", "first half", "second half"] = "all"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to call a family's pipeline.
+
+    Attributes:
+        label: in the matrix, such as "guidance" or "no guidance".
+        arguments: of the pipeline's call, prompts as embeddings; the oracle adds `generator`, `output_type="pt"` and
+            `return_dict=False`.
+        unconditional: where the unconditional branch is computed; `None` without guidance, or where the case has more
+            than one such branch.
+        refused: pattern of the refusal, for a case that the recorder must refuse.
+        unconditional_refused: pattern of the refusal of `unconditional_gradient=False` alone.
+    """
+
+    label: str
+    arguments: Mapping[str, Any]
+    unconditional: Part | None = None
+    refused: str | None = None
+    unconditional_refused: str | None = None
+
+
+@dataclass(frozen=True)
+class Family:
+    """A pipeline class of diffusers.
+
+    Attributes:
+        name: as people call the model, such as "Qwen-Image".
+        pipeline: name of the class in diffusers.
+        output: "image" or "video".
+        build: makes the tiny pipeline with random weights, ready for the test (see `ready`).
+        cases: makes the calls; gets the pipeline that `build` made.
+        note: what a reader of the matrix should know, one short sentence or empty.
+    """
+
+    name: str
+    pipeline: str
+    output: Literal["image", "video"]
+    build: Callable[[], DiffusionPipeline]
+    cases: Callable[[DiffusionPipeline], list[Case]]
+    note: str = ""
+
+
+def ready(
+    pipe: DiffusionPipeline, gain: float = 1.0, vae_gain: float = 0.7, dtype: torch.dtype = torch.float64
+) -> DiffusionPipeline:
+    """Redraw all weights at a scale where every path matters, and leave only the transformers trainable.
+
+    Args:
+        pipe: with modules built from configs.
+        gain: of the transformers' matrices, N(0, gain^2 / fan_in).
+        vae_gain: the same for the other modules.
+        dtype: of all modules.
+
+    Returns the same pipeline, in evaluation mode.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for name, module in pipe.components.items():
+        if not isinstance(module, torch.nn.Module):
+            continue
+        is_transformer = "transformer" in name
+        redraw(module, gain if is_transformer else vae_gain, generator)
+        module.eval().requires_grad_(is_transformer).to(dtype)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def embeddings(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """Standard normal numbers that stand for a text encoder's output."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
