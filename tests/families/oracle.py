@@ -4,9 +4,9 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """The stock pipeline as oracle: torch's autograd through its own undecorated call gives the exact gradient.
 
-Nothing here uses the engine's recorder: the oracle calls `type(pipe).__call__.__wrapped__`, the pipeline's code without
-its `no_grad`, and differentiates a fixed random projection of what it returns. Where only the conditional branch is to
-have a gradient, the unconditional outputs are detached in a wrapped transformer.
+The oracle uses nothing of the engine: it calls `type(pipe).__call__.__wrapped__`, the pipeline's code without its
+`no_grad`, and differentiates a fixed random projection of what it returns. Where only the conditional branch is to have
+a gradient, the unconditional outputs are detached in a wrapped transformer.
 """
 
 import functools
