@@ -475,7 +475,7 @@ class Memory:
 
 def test_guidance_with_memory_is_refused(pipe: StableDiffusion3Pipeline):
     pipe.transformer.register_forward_hook(Memory().on_output, with_kwargs=True)
-    with refused("the velocity of step 1 depends on outputs of step 0 (guidance with memory); switch") as caught:
+    with refused("the velocity of step 1 depends on outputs of earlier steps (guidance with memory); switch") as caught:
         record(pipe, FlowBPCallback(get_method("full")))
     one_line(caught)
 
@@ -484,7 +484,7 @@ def test_inputs_that_depend_on_an_earlier_output_are_refused(pipe: StableDiffusi
     memory = Memory()
     pipe.transformer.register_forward_pre_hook(memory.on_input, with_kwargs=True)
     pipe.transformer.register_forward_hook(memory.remember, with_kwargs=True)
-    with refused("transformer's inputs at step 1 depend on outputs of step 0 other than through the latents"):
+    with refused("transformer's inputs at step 1 depend on outputs of earlier steps other than through the latents"):
         record(pipe, FlowBPCallback(get_method("full")))
 
 

@@ -49,6 +49,10 @@ class FlowBPCallback:
         steps_per_forward: evaluate up to this many active steps that share an adjoint in one forward pass. Memory
             against speed, the gradient stays the same.
         noise_generator: generator of the noise of DRaFT-LV's copies; `None` uses torch's global one.
+        strict: call every recorded transformer call of every active step again as a whole before its gradient is
+            taken, and refuse what does not reproduce the recording: one more forward pass for each. Without it only
+            what the sweep computes is compared.
+        on_stage: called with "rollout", "decode", "reward" and "sweep" when that stage begins, to measure them.
 
     Raises:
         ValueError: for options outside their range.
@@ -72,6 +76,8 @@ class FlowBPCallback:
         samples_per_decode: int | None = None,
         steps_per_forward: int = 1,
         noise_generator: torch.Generator | None = None,
+        strict: bool = False,
+        on_stage: Callable[[str], None] | None = None,
     ) -> None:
         if not isinstance(method, Method | Surrogate):
             raise ValueError(f"`method` must come from get_method() or be a Surrogate, got {type(method).__name__}.")
@@ -87,6 +93,8 @@ class FlowBPCallback:
         self.samples_per_decode = samples_per_decode
         self.steps_per_forward = steps_per_forward
         self.noise_generator = noise_generator
+        self.strict = strict
+        self.on_stage = on_stage if on_stage is not None else lambda stage: None
         self._recorder: Recorder | None = None
         self._is_recording = False
 
@@ -144,7 +152,9 @@ class FlowBPCallback:
         """
         if self._is_recording:
             raise RecordingError("This callback is recording already; close the first record() block, or use another.")
-        self._recorder = Recorder(pipe, self.method, self.generator, self.noise_generator, self.samples_per_decode)
+        self._recorder = Recorder(
+            pipe, self.method, self.generator, self.noise_generator, self.samples_per_decode, self.on_stage
+        )
         self._is_recording = True
         try:
             with self._recorder:
@@ -251,6 +261,7 @@ class FlowBPCallback:
                 f"`adjoint` must have the endpoint's shape {tuple(self.endpoint.shape)} for each of "
                 f"{len(trajectories)} trajectories, got {[tuple(each.shape) for each in adjoints]}."
             )
+        self.on_stage("sweep")
         recorder = self._recorder
         if not any(p.requires_grad for module in recorder.transformers for p in module.parameters()):
             raise ValueError(
@@ -261,7 +272,7 @@ class FlowBPCallback:
         modules: Mapping[torch.nn.Module, torch.nn.Module] = (
             {} if transformer is None else {recorder.transformers[0]: transformer}
         )
-        sweep = Sweep(recorder.name, self.unconditional_gradient, self.steps_per_forward, modules)
+        sweep = Sweep(recorder.name, self.unconditional_gradient, self.steps_per_forward, modules, self.strict)
         sweep.run(trajectories, [_widened(each) * gradient_scale for each in adjoints])
 
     # The endpoint stage: decode and reward.
@@ -292,6 +303,7 @@ class FlowBPCallback:
         rewards, gradients = [], []
         for start in range(0, len(images), size):
             part = images[start : start + size].detach().requires_grad_()
+            self.on_stage("reward")
             with torch.enable_grad():
                 scored = reward(part, prompts[start : start + size])
             self._check_rewards(scored, len(part))
@@ -328,6 +340,7 @@ class FlowBPCallback:
         image_gradients: torch.Tensor | None,
         gradient_scale: float,
     ) -> list[torch.Tensor]:
+        self.on_stage("decode")
         endpoints = [trajectory.endpoint for trajectory in self.trajectories]
         if image_gradients is None:
             gradients = torch.autograd.grad(loss * gradient_scale, endpoints, allow_unused=True)

@@ -11,7 +11,7 @@ generator. Nothing here knows about models: adding a method is adding a row to `
 import difflib
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -117,6 +117,14 @@ class Surrogate:
         """The last step that a rollout of `num_steps` steps must run: that of the endpoint or of the last leg."""
         endpoint = num_steps - 1 if self.endpoint == "sample" else self.endpoint[1]
         return max([endpoint, *(leg.end - 1 for leg in self.legs)])
+
+    def negated(self) -> "Surrogate":
+        """The same surrogate for velocities of the other sign: those that point from noise to image."""
+        terms = tuple(replace(term, weight=-term.weight) for term in self.terms)
+        legs = tuple(
+            replace(leg, weights=tuple(-weight for weight in leg.weights), anchor=-leg.anchor) for leg in self.legs
+        )
+        return replace(self, terms=terms, legs=legs)
 
     def check(self, num_steps: int) -> None:
         """Raise ValueError unless the surrogate fits a rollout of `num_steps` steps."""

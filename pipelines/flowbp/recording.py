@@ -45,6 +45,8 @@ class Call:
         leaves: its flattened arguments; tensors detached and kept as they were at the call.
         attached: `{index in leaves: tensor in the glue}` for the inputs through which a gradient must return.
         outputs: the recorded floating point outputs, leaves of the glue.
+        is_list: whether the outputs are a list with a tensor for each sample; lists of that length among the arguments
+            then have one for each sample too. Otherwise the samples are the rows of `outputs[0]`.
         versions: version counters of the trainable parameters at the call.
     """
 
@@ -53,7 +55,13 @@ class Call:
     leaves: list[Any]
     attached: dict[int, torch.Tensor]
     outputs: list[torch.Tensor]
+    is_list: bool
     versions: list[int]
+
+    @property
+    def size(self) -> int:
+        """How many samples the call has, those of all branches of guidance together."""
+        return len(self.outputs) if self.is_list else len(self.outputs[0])
 
 
 @dataclass(eq=False)
@@ -76,7 +84,7 @@ class Trajectory:
     """A recorded rollout. Only what the surrogate needs is kept.
 
     Attributes:
-        sigmas: `(N + 1,)`, the scheduler's.
+        sigmas: `(N + 1,)`, the scheduler's; falling to 0, or rising to 1 where it inverts them.
         surrogate: what was drawn for it.
         latents: `{step: (B, ...)}` detached; `latents[N]` is the sample.
         velocities: `{step: (B, ...)}` detached.
@@ -103,9 +111,12 @@ def reaches(tensors: Sequence[torch.Tensor], leaves: Sequence[torch.Tensor]) -> 
     leaves = [leaf for leaf in leaves if leaf.requires_grad]
     if not tensors or not leaves:
         return False
-    ones = [torch.ones_like(tensor) for tensor in tensors]
-    found = torch.autograd.grad(tensors, leaves, ones, allow_unused=True, retain_graph=True)
-    return any(gradient is not None for gradient in found)
+    # Random cotangents, so that nothing cancels: where latents are overwritten in place, the graph keeps a path to the
+    # old ones along which every gradient is exactly zero.
+    generator = torch.Generator().manual_seed(0)
+    cotangents = [torch.randn(tensor.shape, generator=generator).to(tensor) for tensor in tensors]
+    found = torch.autograd.grad(tensors, leaves, cotangents, allow_unused=True, retain_graph=True)
+    return any(gradient is not None and bool(gradient.count_nonzero()) for gradient in found)
 
 
 class Recorder:
@@ -117,6 +128,7 @@ class Recorder:
         generator: CPU generator of the surrogate.
         noise_generator: generator of DRaFT-LV's re-noising.
         samples_per_decode: the VAE decodes this many samples at a time; `None` for all.
+        on_stage: called with "rollout" and "decode" when that stage begins.
 
     Raises:
         RecordingError: for a pipeline without scheduler or transformer, or under model CPU offload.
@@ -129,6 +141,7 @@ class Recorder:
         generator: torch.Generator | None,
         noise_generator: torch.Generator | None,
         samples_per_decode: int | None,
+        on_stage: Callable[[str], None],
     ) -> None:
         self.pipe = pipe
         self.name = type(pipe).__name__
@@ -136,6 +149,7 @@ class Recorder:
         self.generator = generator
         self.noise_generator = noise_generator
         self.samples_per_decode = samples_per_decode
+        self.on_stage = on_stage
         self.scheduler = pipe.components.get("scheduler")
         self.transformers = [
             module
@@ -165,7 +179,7 @@ class Recorder:
                     "would draw another mask; call pipe.transformer.eval()."
                 )
         self.trajectories: list[Trajectory] = []
-        self._stand_ins: dict[int, Any] = {}
+        self._stand_ins: dict[tuple[int, int], Any] = {}
         self._undo: list[Callable[[], None]] = []
         self._begin_rollout()
 
@@ -251,9 +265,13 @@ class Recorder:
         elif isinstance(self.method, Surrogate):
             surrogate = self.method
             surrogate.check(len(sigmas) - 1)
+        elif sigmas[0] < sigmas[-1]:
+            # Schedulers with inverted sigmas count from 0, noise, to 1: velocities have the other sign.
+            surrogate = self.method.draw(1 - sigmas, self.generator).negated()
         else:
             surrogate = self.method.draw(sigmas, self.generator)
         self._trajectory = Trajectory(sigmas, surrogate)
+        self.on_stage("rollout")
         self._is_copy = bool(self.trajectories)
         self._last = surrogate.last_step(len(sigmas) - 1)
         self._active = {term.step for term in surrogate.terms}
@@ -278,42 +296,54 @@ class Recorder:
         self._start()
         if self._finished or self._skips:
             # Nothing that follows is used: earlier outputs of that batch stand in, and the pipeline's code runs on.
-            batch = _batch(tree_flatten((args, kwargs))[0])
-            return self._stand_ins.get(batch, next(reversed(self._stand_ins.values())))
+            layout = _layout(tree_flatten((args, kwargs))[0])
+            return self._stand_ins.get(layout, next(reversed(self._stand_ins.values())))
         leaves, spec = tree_flatten((args, kwargs))
         self._check_inputs(leaves)
         self._check_lora_scale(module, kwargs)
         with torch.no_grad():
-            results, result_spec = tree_flatten(original(*args, **kwargs))
+            returned = original(*args, **kwargs)
+        results, result_spec = tree_flatten(returned)
         outputs = []
-        for index, result in enumerate(results):
-            if isinstance(result, torch.Tensor) and result.is_floating_point():
-                leaf = result.detach().requires_grad_()
+        for index, value in enumerate(results):
+            if isinstance(value, torch.Tensor) and value.is_floating_point():
+                leaf = value.detach().requires_grad_()
                 outputs.append(leaf)
                 # A copy, because pipelines may write into what they are given.
                 results[index] = leaf.clone()
         self._inputs.append([(leaf, _version(leaf)) for leaf in leaves])
         if self._step in self._active:
-            self._calls.append(self._keep_call(module, spec, leaves, outputs))
+            self._calls.append(self._keep_call(module, spec, leaves, outputs, _is_list(returned, outputs)))
         self._leaves.extend(outputs)
         result = tree_unflatten(results, result_spec)
         if not self._is_copy:
-            self._stand_ins[_batch(leaves)] = _detached(result)
+            self._stand_ins[_layout(leaves)] = _detached(result)
         return result
 
     def _keep_call(
-        self, module: torch.nn.Module, spec: TreeSpec, leaves: list[Any], outputs: list[torch.Tensor]
+        self,
+        module: torch.nn.Module,
+        spec: TreeSpec,
+        leaves: list[Any],
+        outputs: list[torch.Tensor],
+        is_list: bool,
     ) -> Call:
         attached = {}
         sources = list(self._leaves)
         if self._step in self._coupled and self._latents is not None:
             sources.append(self._latents)
+        kept = list(leaves)
         for index, leaf in enumerate(leaves):
-            if isinstance(leaf, torch.Tensor) and reaches([leaf], sources):
-                attached[index] = leaf
-        kept = [self._keep(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+            if not isinstance(leaf, torch.Tensor):
+                continue
+            if reaches([leaf], sources):
+                # A copy in the glue: a pipeline that later writes into this tensor changes its place in the graph.
+                attached[index] = leaf.clone()
+                kept[index] = attached[index].detach()
+            else:
+                kept[index] = self._keep(leaf)
         versions = [parameter._version for parameter in module.parameters() if parameter.requires_grad]
-        return Call(module, spec, kept, attached, outputs, versions)
+        return Call(module, spec, kept, attached, outputs, is_list, versions)
 
     def _keep(self, tensor: torch.Tensor) -> torch.Tensor:
         """A detached copy; one for all steps where the pipeline passes the same, unchanged tensor again."""
@@ -335,8 +365,8 @@ class Recorder:
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         if reaches(tensors, self._previous_leaves):
             raise RecordingError(
-                f"{self.name}: the transformer's inputs at step {self._step} depend on outputs of step "
-                f"{self._step - 1} other than through the latents; such state is not supported."
+                f"{self.name}: the transformer's inputs at step {self._step} depend on outputs of earlier steps other "
+                "than through the latents; such state is not supported."
             )
         if len(self._inputs) >= len(self._previous_inputs):
             return
@@ -397,7 +427,7 @@ class Recorder:
     def _keep_step(self, velocity: torch.Tensor, sample: torch.Tensor) -> None:
         trajectory, step = self._trajectory, self._step
         if step in self._needed_latents:
-            trajectory.latents[step] = sample.detach()
+            trajectory.latents[step] = sample.detach().clone()
         if step in self._needed_velocities:
             trajectory.velocities[step] = velocity.detach()
         if step in self._active:
@@ -409,7 +439,7 @@ class Recorder:
                 )
             if reaches([velocity], self._previous_leaves):
                 raise RecordingError(
-                    f"{self.name}: the velocity of step {step} depends on outputs of step {step - 1} (guidance with "
+                    f"{self.name}: the velocity of step {step} depends on outputs of earlier steps (guidance with "
                     "memory); switch that guidance off."
                 )
             trajectory.steps[step] = ActiveStep(
@@ -419,7 +449,8 @@ class Recorder:
         if endpoint != "sample" and endpoint[1] == step:
             # Made as the scheduler makes its steps, so that the posterior mean has the latents' dtype.
             wide = _widest(sample, velocity)
-            mean = sample.detach().to(wide) - trajectory.sigmas[step].to(sample.device) * velocity.detach().to(wide)
+            leap = (trajectory.sigmas[-1] - trajectory.sigmas[step]).to(sample.device)
+            mean = sample.detach().to(wide) + leap * velocity.detach().to(wide)
             self._endpoint = mean.to(sample.dtype).requires_grad_()
 
     def _hand_on(self, following: torch.Tensor, as_tuple: bool) -> Any:
@@ -432,13 +463,14 @@ class Recorder:
                 self._endpoint = following.clone().requires_grad_()
             trajectory.endpoint = self._endpoint
             self._finished = True
+            self.on_stage("decode")
             self._forget_glue()
             if hasattr(type(self.pipe), "interrupt"):
                 self.pipe._interrupt = True
             leaf = self._endpoint
         else:
             leaf = following.requires_grad_()
-            self._previous_leaves = [*self._leaves, *([self._latents] if self._latents is not None else [])]
+            self._previous_leaves += [*self._leaves, *([self._latents] if self._latents is not None else [])]
             self._previous_inputs = self._inputs
             self._latents, self._leaves, self._inputs, self._calls = leaf, [], [], []
             self._step += 1
@@ -456,7 +488,8 @@ class Recorder:
         generator = self.noise_generator
         device = generator.device if generator is not None else sample.device
         noise = torch.randn(sample.shape, generator=generator, dtype=torch.float32, device=device)
-        sigma = self._trajectory.sigmas[self._last].to(sample.device)
+        sigmas = self._trajectory.sigmas
+        sigma = (sigmas[self._last] - sigmas[-1]).abs().to(sample.device)
         wide = _widest(sample, noise)
         return ((1 - sigma) * sample.to(wide) + sigma * noise.to(sample.device, wide)).to(sample.dtype)
 
@@ -516,9 +549,16 @@ def _version(value: Any) -> int:
     return value._version if isinstance(value, torch.Tensor) else 0
 
 
-def _batch(leaves: list[Any]) -> int:
-    """Length of the first argument that has more than one dimension."""
-    return next((len(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.ndim > 1), 0)
+def _layout(leaves: list[Any]) -> tuple[int, int]:
+    """What tells calls of other batches apart: how many arguments, and the first matrix' length."""
+    return len(leaves), next((len(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.ndim > 1), 0)
+
+
+def _is_list(result: Any, outputs: list[torch.Tensor]) -> bool:
+    """Whether a transformer returned `(list of tensors, ...)`, one for each sample."""
+    values = list(result.values()) if isinstance(result, dict) else result
+    first = values[0] if isinstance(values, list | tuple) and values else None
+    return isinstance(first, list | tuple) and len(first) == len(outputs)
 
 
 def _is_timestep(tensor: torch.Tensor) -> bool:

@@ -14,8 +14,10 @@ through the recorded glue to the transformer's outputs, the transformer is calle
 goes through the glue to the latents.
 """
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
@@ -36,6 +38,8 @@ class Sweep:
             computed.
         steps_per_forward: up to this many steps that share an adjoint are evaluated in one forward pass.
         modules: `{recorded transformer: module to call in its place}`, for wrapped transformers.
+        strict: every recorded call of every active step is first called again as a whole, without gradients, and
+            compared with the recording.
     """
 
     def __init__(
@@ -44,13 +48,16 @@ class Sweep:
         unconditional_gradient: bool,
         steps_per_forward: int,
         modules: Mapping[torch.nn.Module, torch.nn.Module],
+        strict: bool = False,
     ) -> None:
         self.name = name
         self.unconditional_gradient = unconditional_gradient
         self.steps_per_forward = steps_per_forward
         self.modules = modules
+        self.strict = strict
         # Turned off for good where rows or steps prove not to be separable.
         self._can_cut = True
+        self._watches_gradients = True
 
     def run(self, trajectories: Sequence[Trajectory], adjoints: Sequence[torch.Tensor]) -> None:
         """Add the gradient to the transformers' parameters.
@@ -90,6 +97,9 @@ class Sweep:
             for position, term in enumerate(chunk):
                 adjoint = self._run_chunk(trajectory, (term,), adjoint, is_last and position == len(chunk) - 1)
             return adjoint
+        if self.strict:
+            for term, step in zip(chunk, steps, strict=True):
+                self._check_whole(term.step, step)
         gradients = [_StepGradients(step) for step in steps]
         rows = [self._rows(term.step, step) for term, step in zip(chunk, steps, strict=True)]
         for term, step, gradient in zip(chunk, steps, gradients, strict=True):
@@ -133,19 +143,22 @@ class Sweep:
         return rows
 
     def _parts(self, step: ActiveStep) -> list[tuple[int, slice]]:
-        """The branches of guidance as (call, rows): each call's output cut to the latents' batch."""
+        """The branches of guidance as (call, samples): each call's output cut to the latents' batch."""
         batch = len(step.velocity)
         parts = []
         for number, call in enumerate(step.calls):
-            size = len(call.outputs[0])
-            if size % batch:
-                raise self._undecided(f"an output of batch {size} for latents of batch {batch}")
-            parts += [(number, slice(start, start + batch)) for start in range(0, size, batch)]
+            if call.size % batch:
+                raise self._undecided(f"an output of batch {call.size} for latents of batch {batch}")
+            parts += [(number, slice(start, start + batch)) for start in range(0, call.size, batch)]
         return parts
 
     def _unconditional_part(self, number: int, step: ActiveStep, parts: list[tuple[int, slice]]) -> int:
         """Index of the part that guidance `u + s (c - u)`, s > 1, weighs against the sum of all parts."""
-        outputs = [call.outputs[0] for call in step.calls]
+        # Of a call with several output tensors the first holds the velocity; of a list every sample's.
+        of_parts = [
+            _recorded(step.calls[call], (rows,))[: None if step.calls[call].is_list else 1] for call, rows in parts
+        ]
+        outputs = [output for of_part in of_parts for output, _ in of_part]
         found: set[int] = set()
         for seed in range(2):
             generator = torch.Generator().manual_seed(seed)
@@ -153,7 +166,11 @@ class Sweep:
             pulled = torch.autograd.grad(step.velocity, outputs, probe, allow_unused=True, retain_graph=True)
             if any(gradient is None for gradient in pulled):
                 raise self._undecided(f"a transformer call at step {number} that the velocity does not use")
-            pieces = [pulled[call][rows].flatten().double() for call, rows in parts]
+            remaining = iter(pulled)
+            pieces = [
+                torch.cat([_take(next(remaining), cut).flatten().double() for _, cut in of_part])
+                for of_part in of_parts
+            ]
             if len({piece.shape for piece in pieces}) > 1:
                 raise self._undecided(f"outputs of several shapes at step {number}")
             whole = torch.stack(pieces).sum(0)
@@ -224,7 +241,8 @@ class Sweep:
                 stack.enter_context(module.no_sync())
             stack.enter_context(torch.enable_grad())
             try:
-                inputs, outputs = _forward(module, calls, rows)
+                with self._watch(recorded):
+                    inputs, outputs = _forward(module, calls, rows)
                 problem = self._difference(calls, rows, outputs, is_whole, module is recorded)
             except torch.OutOfMemoryError:
                 raise
@@ -238,18 +256,16 @@ class Sweep:
                 self._run_calls(calls, rows, gradients, numbers, synchronise)
                 return
             if problem:
-                raise RecordingError(
-                    f"{self.name}: step {numbers[0]}: the transformer called again does not reproduce its recorded "
-                    f"output: {problem}; switch dropout and caches off (transformer.eval()) and change nothing "
-                    "between record and backward."
-                )
+                raise self._not_reproduced(numbers[0], problem)
             tensors, cotangents = [], []
             for position, (call, gradient) in enumerate(zip(calls, gradients, strict=True)):
-                for index, output in enumerate(call.outputs):
+                kept = {output for output, _ in _recorded(call, masks[position])}
+                for replayed, (output, cut) in zip(outputs[position], _recorded(call, rows[position]), strict=True):
                     cotangent = gradient.cotangents.get(output)
-                    if cotangent is not None:
-                        tensors.append(outputs[position][index])
-                        cotangents.append(_masked(_take(cotangent, rows[position]), masks[position]))
+                    if cotangent is not None and output in kept:
+                        tensors.append(replayed)
+                        mask = None if call.is_list else masks[position]
+                        cotangents.append(_masked(_take(cotangent, cut), mask))
             torch.autograd.backward(tensors, cotangents)
             del outputs, tensors
         for call, call_rows, leaves, gradient in zip(calls, rows, inputs, gradients, strict=True):
@@ -258,6 +274,50 @@ class Sweep:
                 [call.attached[index] for index in received],
                 [_put_back(grad, call.leaves[index], call_rows) for index, grad in received.items()],
             )
+
+    @contextmanager
+    def _watch(self, module: torch.nn.Module) -> Iterator[None]:
+        """Raise RecordingError where a part of the transformer switches gradients off; at the first pass only."""
+        if not self._watches_gradients:
+            yield
+            return
+
+        def check(name: str, part: torch.nn.Module, inputs: object) -> None:
+            if not torch.is_grad_enabled():
+                raise RecordingError(
+                    f"{self.name}: {name} ({type(part).__name__}) runs without gradients inside the transformer, so "
+                    "its part of the gradient would be missing; if its code does so in evaluation mode only, put the "
+                    "module that holds it in training mode."
+                )
+
+        # Parts without parameters, such as tables of positions, may do as they like.
+        handles = [
+            part.register_forward_pre_hook(functools.partial(check, name))
+            for name, part in module.named_modules()
+            if next(part.parameters(recurse=False), None) is not None
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+        self._watches_gradients = False
+
+    def _check_whole(self, number: int, step: ActiveStep) -> None:
+        """Raise RecordingError unless every call of a step, repeated whole, gives what was recorded."""
+        for call in step.calls:
+            with torch.no_grad():
+                _, outputs = _forward(call.module, [call], [None])
+            problem = self._difference([call], [None], outputs, is_whole=True, is_recorded_module=True)
+            if problem:
+                raise self._not_reproduced(number, problem)
+
+    def _not_reproduced(self, number: int, problem: str) -> RecordingError:
+        return RecordingError(
+            f"{self.name}: step {number}: the transformer called again does not reproduce its recorded output: "
+            f"{problem}; switch dropout and caches off (transformer.eval()) and change nothing between record and "
+            "backward."
+        )
 
     def _difference(
         self,
@@ -269,10 +329,11 @@ class Sweep:
     ) -> str | None:
         """In words, how replayed outputs differ from the recorded ones beyond rounding; `None` if they do not."""
         for call, call_rows, replayed in zip(calls, rows, outputs, strict=True):
-            if len(replayed) != len(call.outputs):
-                return f"it has {len(replayed)} floating point outputs, recorded were {len(call.outputs)}"
-            for new, old in zip(replayed, call.outputs, strict=True):
-                old, new = _take(old.detach(), call_rows), new.detach()
+            recorded = _recorded(call, call_rows)
+            if len(replayed) != len(recorded):
+                return f"it has {len(replayed)} floating point outputs, recorded were {len(recorded)}"
+            for new, (old, cut) in zip(replayed, recorded, strict=True):
+                old, new = _take(old.detach(), cut), new.detach()
                 if new.shape != old.shape:
                     return f"shape {tuple(new.shape)}, recorded was {tuple(old.shape)}"
                 if is_whole and is_recorded_module and new.device.type == "cpu":
@@ -327,6 +388,7 @@ def _forward(
     """
     inputs: list[dict[int, torch.Tensor]] = [{} for _ in calls]
     joined = []
+    lists = _list_entries(calls[0])
     for index, first in enumerate(calls[0].leaves):
         if not isinstance(first, torch.Tensor):
             joined.append(first)
@@ -334,7 +396,7 @@ def _forward(
         pieces = []
         for call, call_rows, leaves in zip(calls, rows, inputs, strict=True):
             piece = call.leaves[index]
-            if _has_batch(piece, call):
+            if index not in lists and _has_batch(piece, call):
                 piece = _take(piece, call_rows)
             if index in call.attached:
                 piece = piece.detach().requires_grad_()
@@ -342,24 +404,52 @@ def _forward(
             pieces.append(piece)
         joined.append(torch.cat(pieces) if len(pieces) > 1 and _has_batch(first, calls[0]) else pieces[0])
     args, kwargs = tree_unflatten(joined, calls[0].spec)
+    if lists and rows[0] is not None:
+        chosen = [number for part in rows[0] for number in range(part.start, part.stop)]
+        args = [[value[number] for number in chosen] if _is_sample_list(value, calls[0]) else value for value in args]
+        kwargs = {
+            name: [value[number] for number in chosen] if _is_sample_list(value, calls[0]) else value
+            for name, value in kwargs.items()
+        }
     results = [
         result
         for result in tree_flatten(module(*args, **kwargs))[0]
         if isinstance(result, torch.Tensor) and result.is_floating_point()
     ]
-    sizes = [len(_take(call.outputs[0], call_rows)) for call, call_rows in zip(calls, rows, strict=True)]
     if len(calls) == 1:
         return inputs, [results]
+    sizes = [len(_take(call.outputs[0], call_rows)) for call, call_rows in zip(calls, rows, strict=True)]
     return inputs, [list(pieces) for pieces in zip(*(result.split(sizes) for result in results), strict=True)]
 
 
 def _has_batch(tensor: torch.Tensor, call: Call) -> bool:
-    return tensor.ndim > 0 and len(tensor) == len(call.outputs[0])
+    return tensor.ndim > 0 and len(tensor) == call.size
+
+
+def _is_sample_list(value: Any, call: Call) -> bool:
+    """Whether an argument of a call with a list of outputs is a list with an entry for each sample."""
+    return call.is_list and isinstance(value, list | tuple) and len(value) == call.size
+
+
+def _list_entries(call: Call) -> set[int]:
+    """Indices in `call.leaves` of the entries of its lists of samples."""
+    args, kwargs = tree_unflatten(list(range(len(call.leaves))), call.spec)
+    lists = [value for value in (*args, *kwargs.values()) if _is_sample_list(value, call)]
+    return {index for value in lists for index in tree_flatten(value)[0]}
+
+
+def _recorded(call: Call, rows: Rows) -> list[tuple[torch.Tensor, Rows]]:
+    """The recorded outputs of these samples, each with the rows to take of it."""
+    if call.is_list and rows is not None:
+        return [(call.outputs[number], None) for part in rows for number in range(part.start, part.stop)]
+    return [(output, rows) for output in call.outputs]
 
 
 def _joinable(calls: Sequence[Call], rows: Sequence[Rows]) -> bool:
     """Whether calls of several steps can be one call: same structure, and what has no batch is the same."""
     first = calls[0]
+    if first.is_list:
+        return False
     for call, call_rows in zip(calls[1:], rows[1:], strict=True):
         if call.module is not first.module or call.spec != first.spec or call_rows != rows[0]:
             return False

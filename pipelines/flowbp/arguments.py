@@ -1,0 +1,241 @@
+# Copyright 2026 The FlowBP for diffusers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""The options that the training scripts share, and the checks of their values.
+
+A script adds the groups that it wants; what differs between backbones (the rollout's options) is in the scripts.
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+import torch
+
+from .config import parse_args_with_config
+from .drawing import STEP_SAMPLING
+from .methods import ACTIVE_SUPPORTS, ENDPOINTS, METHODS, OPTIONS, Method, get_method
+from .objectives import Objective
+from .training_utils import make_generator
+from .weights import LEG_WEIGHTS
+
+# Those of diffusers' schedules that need no further options.
+LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, model: str, lora_layers: str) -> None:
+    """Add the model, its LoRA, and what makes both fit the memory.
+
+    Args:
+        parser: of the script.
+        model: what `--pretrained_model_name_or_path` must be, in words.
+        lora_layers: default of `--lora_layers`.
+    """
+    group = parser.add_argument_group("model")
+    add = group.add_argument
+    add("--pretrained_model_name_or_path", required=True, help=f"Folder or Hub id of {model}.")
+    add("--revision", help="Branch, tag or commit of the model on the Hub.")
+    add("--variant", help="Variant of the model files, such as fp16.")
+    add("--rank", type=int, default=4, help="Rank of the LoRA.")
+    add("--lora_alpha", type=int, default=4, help="Scale of the LoRA: its update counts lora_alpha / rank.")
+    add("--lora_layers", default=lora_layers, help="Names of the layers that get a LoRA, with commas between them.")
+    add(
+        "--mixed_precision",
+        choices=("no", "fp16", "bf16"),
+        help="Dtype of the frozen model; the LoRA stays float32. Default: what accelerate launch was told.",
+    )
+    add(
+        "--bnb_quantization_config_path",
+        "--quantization_config_path",
+        dest="quantization_config_path",
+        type=Path,
+        help="JSON file of a diffusers quantisation config for the frozen transformer; bitsandbytes' unless its "
+        "quant_method says torchao or quanto.",
+    )
+    add("--gradient_checkpointing", action="store_true", help="Recompute blocks of transformer and VAE: less memory.")
+    add("--offload", action="store_true", help="Text encoders wait on the CPU between uses.")
+    add("--group_offload", action="store_true", help="Text encoders stay on the CPU, their layers visit the GPU.")
+    add("--allow_tf32", action="store_true", help="Allow TF32 matrix products on Ampere and later GPUs.")
+
+
+def add_prompt_embeds_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the cache of prompt embeddings, for scripts that know their pipeline's `encode_prompt`."""
+    group = parser.add_argument_group("prompt embeddings")
+    add = group.add_argument
+    add(
+        "--precompute_prompt_embeds",
+        action="store_true",
+        help="Encode all prompts before the transformer is loaded, keep them on disk and free the text encoders.",
+    )
+    add(
+        "--prompt_embeds_dir",
+        type=Path,
+        default=Path("~/.cache/flowbp/prompt_embeds"),
+        help="Folder of the kept embeddings, by model and a hash of prompts and settings.",
+    )
+
+
+def add_method_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the row of the table and its options. Those left out keep the row's default for the backbone."""
+    group = parser.add_argument_group("method: a row of the table; options left out keep the row's default")
+    add = group.add_argument
+    add("--method", choices=tuple(METHODS), default="flowbp-lagrange", help="How the gradient returns.")
+    add("--last_k", type=int, help="draft-k: how many of the last steps.")
+    add("--last_n", type=int, help="refl: the endpoint is drawn among this many last steps.")
+    add("--num_noised", type=int, help="draft-lv: re-noised copies of the sample.")
+    add("--num_active", type=int, help="drtune, flowbp-sparse, flowbp-bridge: active steps K.")
+    add("--early_stop_ratio", type=float, help="drtune: share of the last steps among which it stops.")
+    add("--alpha", type=float, help="leapalign, flowbp-bridge, flowbp-lagrange: coupling at step j.")
+    add("--tau", type=float, help="leapalign, flowbp-lagrange: floor of the gaps in the sample weights.")
+    add("--late_bias", type=float, help="flowbp-sparse, flowbp-bridge: preference for late steps.")
+    add("--grad_rescale", type=float, help="FlowBP rows: 0 leaves the weights, 1 makes them stand for all steps.")
+    add("--order", type=int, help="flowbp-lagrange: support steps of a leg.")
+    add("--active_supports", choices=ACTIVE_SUPPORTS, help="flowbp-lagrange: supports that get a gradient.")
+    add("--support_scale", type=float, help="flowbp-lagrange: factor on supports other than the left end.")
+    add("--weights", choices=LEG_WEIGHTS, help="flowbp-lagrange: weights of a leg.")
+    add("--anchor_lambda", type=float, help="flowbp-lagrange: 1 is no single leap blended into the first leg.")
+    add("--step_sampling", choices=STEP_SAMPLING, help="rows with k and j: how they are drawn.")
+    add("--dirichlet", type=float, nargs=3, metavar=("TAIL", "MIDDLE", "HEAD"), help="Its concentrations.")
+    add("--max_tail", type=int, help="rows with k and j: cap on N - j.")
+    add("--tail_ratio", type=float, help="FlowBP rows: share of the last steps that can be active.")
+    add("--endpoint", choices=ENDPOINTS, help="What the reward sees.")
+    add("--max_gap_j", type=float, help="leapalign, flowbp-lagrange: drop samples with a larger gap at j.")
+    add("--max_gap_0", type=float, help="leapalign, flowbp-lagrange: drop samples with a larger gap at the end.")
+    add(
+        "--unconditional_gradient",
+        action=argparse.BooleanOptionalAction,
+        help="Send gradients through the unconditional branch of guidance too. Default: the method's.",
+    )
+    add("--samples_per_decode", type=int, help="Decode and score this many pictures at a time: less memory.")
+    add("--steps_per_forward", type=int, default=1, help="Steps evaluated together where they can be: more speed.")
+    add(
+        "--strict",
+        action="store_true",
+        help="Repeat every active transformer call whole and compare, at every update; else at the first one only.",
+    )
+
+
+def add_reward_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add reward, objective and prompts."""
+    group = parser.add_argument_group("reward and prompts")
+    add = group.add_argument
+    add("--reward", required=True, help="Name, weighted sum (a:0.7,b:0.3) or package.module:factory.")
+    add("--reward_augment", action="store_true", help="Shift, blur and noise pictures a little before the reward.")
+    add("--reward_clip", type=float, help="Reward at which a sample stops to count (hinge; HPSv2.1: 0.55).")
+    add("--loss_scale", type=float, default=1.0, help="Factor on the loss.")
+    add(
+        "--undo_guidance",
+        action=argparse.BooleanOptionalAction,
+        help="Divide the loss by the guidance scale. Default: the method's.",
+    )
+    add("--prompts", required=True, help=".txt, .jsonl, .csv or .parquet file, or a datasets folder or Hub id.")
+    add("--prompt_column", help="Column of the prompts. Default: prompt, caption or text.")
+    add("--prompt_split", default="train", help="Split of a dataset.")
+
+
+def add_training_arguments(parser: argparse.ArgumentParser, output_dir: str) -> None:
+    """Add the optimizer, checkpoints and reports, named as in diffusers' LoRA scripts.
+
+    Args:
+        parser: of the script.
+        output_dir: default of `--output_dir`.
+    """
+    group = parser.add_argument_group("training")
+    add = group.add_argument
+    add("--output_dir", type=Path, default=Path(output_dir), help="Folder of everything that is written.")
+    add("--seed", type=int, default=0, help="Seed of noise, surrogates, prompt order and the LoRA's start.")
+    add("--train_batch_size", type=int, default=4, help="Prompts per process and pass.")
+    add("--gradient_accumulation_steps", type=int, default=1, help="Passes per update.")
+    add("--max_train_steps", type=int, default=300, help="Updates (the paper: 300).")
+    add("--learning_rate", type=float, default=1e-4, help="Learning rate after warm-up.")
+    add("--lr_scheduler", choices=LR_SCHEDULERS, default="constant", help="Schedule of the learning rate.")
+    add("--lr_warmup_steps", type=int, default=0, help="Updates of warm-up.")
+    add("--lr_num_cycles", type=int, default=1, help="Restarts of cosine_with_restarts.")
+    add("--lr_power", type=float, default=1.0, help="Power of polynomial.")
+    add("--adam_beta1", type=float, default=0.9, help="AdamW.")
+    add("--adam_beta2", type=float, default=0.999, help="AdamW.")
+    add("--adam_weight_decay", type=float, default=1e-4, help="AdamW.")
+    add("--adam_epsilon", type=float, default=1e-8, help="AdamW.")
+    add("--max_grad_norm", type=float, default=1.0, help="Gradients are clipped to this norm.")
+    add("--checkpointing_steps", type=int, default=500, help="Updates between checkpoints.")
+    add("--checkpoints_total_limit", type=int, help="How many checkpoints to keep.")
+    add("--resume_from_checkpoint", help="latest, or a checkpoint's name or path.")
+    add(
+        "--dry_run",
+        action="store_true",
+        help="One update, then print peak memory and seconds by stage and exit; nothing is written.",
+    )
+
+    group = parser.add_argument_group("reports")
+    add = group.add_argument
+    add("--validation_prompt", nargs="+", help="Prompts of the validation pictures. Default: the first prompts.")
+    add("--num_validation_images", type=int, default=4, help="Pictures of each, or how many of the first prompts.")
+    add("--validation_steps", type=int, default=50, help="Updates between validations.")
+    add("--report_to", default="tensorboard", help="An accelerate tracker, all, or none.")
+    add("--logging_dir", default="logs", help="Folder of the tracker in --output_dir.")
+    add("--push_to_hub", action="store_true", help="Push LoRA and pictures to the Hub at the end.")
+    add("--hub_model_id", help="Repository on the Hub. Default: the output folder's name.")
+
+
+# Options that must be at least 1.
+COUNTS = (
+    "rank lora_alpha resolution height width num_frames num_inference_steps max_sequence_length train_batch_size "
+    "max_train_steps gradient_accumulation_steps checkpointing_steps checkpoints_total_limit validation_steps "
+    "num_validation_images steps_per_forward samples_per_decode"
+).split()
+# Options that must be above 0.
+POSITIVE = ("learning_rate", "max_grad_norm", "loss_scale")
+
+
+def parse_training_args(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    """Parse the command line and the recipe that `--config` names, and check ranges.
+
+    Args:
+        parser: of the script, with the groups above.
+        argv: the arguments; those of the process by default.
+
+    Raises:
+        SystemExit: with code 2 and one line, for what the user can put right.
+    """
+    args = parse_args_with_config(parser, argv)
+    for name, value in vars(args).items():
+        if name in COUNTS and value is not None and value < 1:
+            parser.error(f"--{name} must be at least 1, got {value}")
+        if name in POSITIVE and not value > 0:
+            parser.error(f"--{name} must be above 0, got {value}")
+    if args.mixed_precision is None:
+        args.mixed_precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        if args.mixed_precision not in ("no", "fp16", "bf16"):
+            parser.error(f"--mixed_precision must be no, fp16 or bf16, accelerate says {args.mixed_precision}")
+    if args.offload and args.group_offload:
+        parser.error("--offload and --group_offload exclude each other; choose one")
+    return args
+
+
+def choose_method(args: argparse.Namespace, backbone: str) -> Method:
+    """The row with its options, tried once on the run's number of steps, so that what does not fit fails now.
+
+    Args:
+        args: of `parse_training_args`.
+        backbone: whose defaults the options that were left out take, see `get_method`.
+
+    Raises:
+        ValueError: for options that the row does not have, or that do not fit `--num_inference_steps`.
+    """
+    given = {name: vars(args)[name] for name in OPTIONS if vars(args)[name] is not None}
+    method = get_method(args.method, backbone=backbone, **given)
+    method.draw(torch.linspace(1, 0, args.num_inference_steps + 1), make_generator("trial"))
+    return method
+
+
+def choose_objective(args: argparse.Namespace, method: Method, guidance_scale: float) -> Objective:
+    """The objective of a run.
+
+    Args:
+        args: of `parse_training_args`.
+        method: which says whether to undo the gain of guidance where `--undo_guidance` does not.
+        guidance_scale: by which guidance multiplies the conditional branch; 1 without it.
+    """
+    undo_guidance = method.undo_guidance if args.undo_guidance is None else args.undo_guidance
+    return Objective(args.reward_clip, args.loss_scale, guidance_scale if undo_guidance else 1.0)

@@ -1,0 +1,159 @@
+# Copyright 2026 The FlowBP for diffusers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""Prompts as embeddings: encoded when they are needed, or once before training and kept on disk.
+
+Both give what the pipeline's own `encode_prompt` gives, by the argument names of the pipeline's call.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.hooks import apply_group_offloading
+from diffusers.training_utils import offload_models
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+Embeds = dict[str, torch.Tensor]
+# Prompts encoded together, and kept in one file: a file of SD3.5 embeddings (256 tokens, bf16) has about 180 MB.
+PROMPTS_PER_BATCH = 16
+PROMPTS_PER_FILE = 64
+
+
+def text_encoders(pipe: DiffusionPipeline) -> list[torch.nn.Module]:
+    """The pipeline's text encoders, frozen and in evaluation mode."""
+    return [
+        module.requires_grad_(False).eval()
+        for name, module in pipe.components.items()
+        if name.startswith("text_encoder") and isinstance(module, torch.nn.Module)
+    ]
+
+
+class PromptEncoder:
+    """Encodes prompts when they are needed.
+
+    Args:
+        pipe: with text encoders and tokenizers; other components are not used.
+        encode: `encode(pipe, prompts) -> {argument of the call: (B, ...)}`.
+        device: to compute on.
+        offload: the encoders wait on the CPU between uses.
+        group_offload: they stay on the CPU and diffusers' group offloading brings one layer at a time.
+    """
+
+    def __init__(
+        self,
+        pipe: DiffusionPipeline,
+        encode: Callable[[DiffusionPipeline, list[str]], Embeds],
+        device: torch.device,
+        offload: bool = False,
+        group_offload: bool = False,
+    ) -> None:
+        self.pipe = pipe
+        self.encode = encode
+        self.device = device
+        self.offload = offload
+        self.encoders = text_encoders(pipe)
+        for encoder in self.encoders:
+            if group_offload:
+                apply_group_offloading(
+                    encoder,
+                    onload_device=device,
+                    offload_device=torch.device("cpu"),
+                    offload_type="leaf_level",
+                    use_stream=device.type == "cuda",
+                )
+            elif not offload:
+                encoder.to(device)
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[str]) -> Embeds:
+        """Embeddings `{argument: (B, ...)}` of B prompts."""
+        with offload_models(*self.encoders, device=self.device, offload=self.offload):
+            return self.encode(self.pipe, list(prompts))
+
+
+class PromptEmbeds:
+    """Embeddings that were encoded before training, read from disk a batch at a time.
+
+    Args:
+        folder: written by `precompute`.
+        prompts: those that were encoded, in order.
+        device: of the tensors that are given out.
+    """
+
+    def __init__(self, folder: Path, prompts: Sequence[str], device: torch.device) -> None:
+        self.folder = folder
+        self.device = device
+        self.places = {prompt: divmod(number, PROMPTS_PER_FILE) for number, prompt in enumerate(prompts)}
+
+    def __call__(self, prompts: Sequence[str]) -> Embeds:
+        """Embeddings `{argument: (B, ...)}` of B prompts.
+
+        Raises:
+            ValueError: for a prompt that was not encoded.
+        """
+        rows: list[Embeds] = []
+        for prompt in prompts:
+            if prompt not in self.places:
+                raise ValueError(f"No embeddings of {prompt!r} in {self.folder}; it was not among the run's prompts.")
+            file, row = self.places[prompt]
+            with safe_open(self.folder / f"{file:05d}.safetensors", framework="pt") as tensors:
+                rows.append({name: tensors.get_slice(name)[row : row + 1] for name in tensors.keys()})
+        return {name: torch.cat([row[name] for row in rows]).to(self.device) for name in rows[0]}
+
+
+def cache_folder(root: Path, model: str, prompts: Sequence[str], settings: Mapping[str, Any]) -> Path:
+    """Where the embeddings of these prompts belong: `root/<model>/<hash>`.
+
+    Args:
+        root: of all caches.
+        model: folder or Hub id.
+        prompts: all prompts of the run, in order.
+        settings: what else the embeddings depend on (revision, dtype, lengths, versions).
+    """
+    content = json.dumps([model, list(prompts), {name: str(value) for name, value in settings.items()}])
+    digest = hashlib.sha256(content.encode()).hexdigest()[:16]
+    return root / model.strip("/").replace("/", "--") / digest
+
+
+def precompute(folder: Path, prompts: Sequence[str], encoder: PromptEncoder, say: Callable[[str], None]) -> None:
+    """Encode all prompts once and write them as safetensors; a finished folder is left as it is.
+
+    Args:
+        folder: of `cache_folder`.
+        prompts: without repetitions.
+        encoder: what encodes them.
+        say: gets a line with the size before anything is written.
+
+    Raises:
+        OSError: where the disk has less room than the embeddings need.
+    """
+    if folder.is_dir():
+        say(f"Prompt embeddings: {folder} exists already.")
+        return
+    size = sum(tensor.nbytes for tensor in encoder(prompts[:1]).values()) * len(prompts)
+    say(f"Prompt embeddings: {len(prompts)} prompts, {size / 2**20:.1f} MiB, into {folder}")
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    free = shutil.disk_usage(partial).free
+    if free < size:
+        raise OSError(
+            f"Prompt embeddings need {size / 2**20:.0f} MiB, {folder} has {free / 2**20:.0f} MiB free; choose another "
+            "--prompt_embeds_dir."
+        )
+    for start in range(0, len(prompts), PROMPTS_PER_FILE):
+        of_file = prompts[start : start + PROMPTS_PER_FILE]
+        batches = [
+            encoder(of_file[first : first + PROMPTS_PER_BATCH]) for first in range(0, len(of_file), PROMPTS_PER_BATCH)
+        ]
+        joined = {name: torch.cat([batch[name] for batch in batches]).cpu().contiguous() for name in batches[0]}
+        save_file(joined, partial / f"{start // PROMPTS_PER_FILE:05d}.safetensors")
+    partial.rename(folder)
