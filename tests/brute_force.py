@@ -9,17 +9,20 @@ method's surrogate out as one autograd graph in which every active velocity is a
 sampled latents (straight-through), decodes, scores, and calls `backward` once. What it takes from the engine is only
 which steps were drawn (`Drawn`); all weights, gaps and sample weights are computed here, by exact rational integration
 of Lagrange polynomials where a method integrates.
+
+What differs between Stable Diffusion 3, FLUX.1 and FLUX.2-Klein is the table `BACKBONES`. Of FLUX pipelines only the
+transformer, the VAE and the scheduler are used, no function of the pipeline itself.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import DiffusionPipeline, Flux2KleinPipeline, FluxPipeline, StableDiffusion3Pipeline
 
 Velocity = Callable[[torch.Tensor, int], torch.Tensor]
 Objective = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -29,9 +32,11 @@ Objective = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 class Sampling:
     """What a rollout is asked for; the fields are the pipeline call's arguments of the same names.
 
-    `seed` seeds one generator for the whole batch; `seeds` one generator per image; `latents` (B, C, H, W) replaces
-    both. `float32_scheduler` says that the pipeline's scheduler is the stock one, which rounds the latents that it is
-    given to float32.
+    `seed` seeds one generator for the whole batch; `seeds` one generator per image; `latents`, in the shape that the
+    pipeline takes, replaces both. `embeddings` are the pipeline's arguments for prompts and negative prompts that are
+    encoded already, by name, a row for each prompt; `prompts` are then the reward's only. `size` is (height, width) of
+    the images; None for the pipeline's default. `float32_scheduler` says that the pipeline's scheduler is the stock
+    one, which rounds the latents that it is given to float32.
     """
 
     prompts: tuple[str, ...]
@@ -42,6 +47,9 @@ class Sampling:
     latents: torch.Tensor | None = None
     sigmas: tuple[float, ...] | None = None
     negative_prompt: str | None = None
+    embeddings: Mapping[str, torch.Tensor] | None = None
+    true_cfg_scale: float | None = None
+    size: tuple[int, int] | None = None
     num_images_per_prompt: int = 1
     max_sequence_length: int = 2
     unconditional_gradient: bool = False
@@ -61,9 +69,7 @@ class Sampling:
 
     def call_arguments(self) -> dict[str, object]:
         """The arguments with which the pipeline is called to do the same rollout."""
-        return {
-            "prompt": list(self.prompts),
-            "negative_prompt": self.negative_prompt,
+        arguments: dict[str, object] = {
             "num_inference_steps": self.num_inference_steps,
             "sigmas": None if self.sigmas is None else list(self.sigmas),
             "guidance_scale": self.guidance_scale,
@@ -73,6 +79,15 @@ class Sampling:
             "output_type": "pt",
             "max_sequence_length": self.max_sequence_length,
         }
+        if self.embeddings is None:
+            arguments |= {"prompt": list(self.prompts), "negative_prompt": self.negative_prompt}
+        else:
+            arguments |= self.embeddings
+        if self.true_cfg_scale is not None:
+            arguments["true_cfg_scale"] = self.true_cfg_scale
+        if self.size is not None:
+            arguments["height"], arguments["width"] = self.size
+        return arguments
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,27 +141,64 @@ class Result:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Sampling
+# Backbones: velocity, initial noise, schedule and latents of each pipeline
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def velocity_function(pipe: StableDiffusion3Pipeline, sampling: Sampling) -> Velocity:
-    """The guided velocity `v(x, step)`: `c` without guidance, `u + s (c - u)` with it, `u` detached if asked for."""
-    guided = sampling.guidance_scale > 1
+def guided(conditional: torch.Tensor, unconditional: torch.Tensor, scale: float, sampling: Sampling) -> torch.Tensor:
+    """u + s (c - u), with `u` detached where the unconditional branch is to have no gradient."""
+    if not sampling.unconditional_gradient:
+        unconditional = unconditional.detach()
+    return unconditional + scale * (conditional - unconditional)
+
+
+def noise(sampling: Sampling, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Standard normal numbers (B, *shape), from one generator for all images or one for each."""
+    generator = sampling.generator()
+    if isinstance(generator, list):
+        return torch.stack([torch.randn(shape, generator=one, dtype=dtype) for one in generator])
+    return torch.randn((len(sampling.image_prompts()), *shape), generator=generator, dtype=dtype)
+
+
+def packed_size(sampling: Sampling) -> tuple[int, int]:
+    """Rows and columns of tokens: the tiny VAEs halve the picture and FLUX packs squares of 2 x 2 latents."""
+    height, width = sampling.size
+    return height // 4, width // 4
+
+
+def packed(latents: torch.Tensor) -> torch.Tensor:
+    """(B, C, H, W) to tokens (B, H W, C), row by row."""
+    return latents.flatten(2).transpose(1, 2)
+
+
+def unpacked(tokens: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """The inverse of `packed`."""
+    return tokens.transpose(1, 2).unflatten(2, packed_size(sampling))
+
+
+def token_places(sampling: Sampling) -> torch.Tensor:
+    """(H W, 2): row and column of each token."""
+    rows, columns = packed_size(sampling)
+    return torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
+
+
+def sd3_velocity(pipe: StableDiffusion3Pipeline, sampling: Sampling) -> Velocity:
+    """`c` without guidance, `u + s (c - u)` with it, both branches in one batch."""
+    has_guidance = sampling.guidance_scale > 1
     with torch.no_grad():
         embeds, negative_embeds, pooled, negative_pooled = pipe.encode_prompt(
             prompt=list(sampling.prompts),
             prompt_2=None,
             prompt_3=None,
             num_images_per_prompt=sampling.num_images_per_prompt,
-            do_classifier_free_guidance=guided,
+            do_classifier_free_guidance=has_guidance,
             negative_prompt=sampling.negative_prompt,
             max_sequence_length=sampling.max_sequence_length,
         )
     timesteps = pipe.scheduler.timesteps
 
     def velocity(x: torch.Tensor, step: int) -> torch.Tensor:
-        if guided:
+        if has_guidance:
             both = pipe.transformer(
                 hidden_states=torch.cat([x, x]),
                 timestep=timesteps[step].expand(2 * len(x)),
@@ -154,10 +206,7 @@ def velocity_function(pipe: StableDiffusion3Pipeline, sampling: Sampling) -> Vel
                 pooled_projections=torch.cat([negative_pooled, pooled]),
                 return_dict=False,
             )[0]
-            unconditional, conditional = both[: len(x)], both[len(x) :]
-            if not sampling.unconditional_gradient:
-                unconditional = unconditional.detach()
-            return unconditional + sampling.guidance_scale * (conditional - unconditional)
+            return guided(both[len(x) :], both[: len(x)], sampling.guidance_scale, sampling)
         return pipe.transformer(
             hidden_states=x,
             timestep=timesteps[step].expand(len(x)),
@@ -169,30 +218,180 @@ def velocity_function(pipe: StableDiffusion3Pipeline, sampling: Sampling) -> Vel
     return velocity
 
 
-def initial_latents(pipe: StableDiffusion3Pipeline, sampling: Sampling) -> torch.Tensor:
-    """The noise that the rollout starts from."""
-    if sampling.latents is not None:
-        return sampling.latents
-    config = pipe.transformer.config
-    images = len(sampling.prompts) * sampling.num_images_per_prompt
-    shape = (config.in_channels, config.sample_size, config.sample_size)
-    generator = sampling.generator()
-    dtype = pipe.transformer.dtype
-    if isinstance(generator, list):
-        return torch.stack([torch.randn(shape, generator=one, dtype=dtype) for one in generator])
-    return torch.randn((images, *shape), generator=generator, dtype=dtype)
-
-
-@torch.no_grad()
-def sample(pipe: StableDiffusion3Pipeline, sampling: Sampling) -> Rollout:
-    """Integrates the whole trajectory without gradients."""
+def sd3_set_timesteps(pipe: StableDiffusion3Pipeline, sampling: Sampling) -> None:
+    """A constant shift; the scheduler's own sigmas unless others are given."""
     if sampling.sigmas is None:
         pipe.scheduler.set_timesteps(sampling.num_inference_steps)
     else:
         pipe.scheduler.set_timesteps(sigmas=list(sampling.sigmas))
+
+
+def sd3_noise(pipe: StableDiffusion3Pipeline, sampling: Sampling) -> torch.Tensor:
+    """(B, C, H, W)."""
+    config = pipe.transformer.config
+    return noise(sampling, (config.in_channels, config.sample_size, config.sample_size), pipe.transformer.dtype)
+
+
+def sd3_vae_latents(pipe: DiffusionPipeline, latents: torch.Tensor, sampling: Sampling | None = None) -> torch.Tensor:
+    """Out of the unit scale in which the transformer sees them."""
+    return latents / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
+
+
+def dynamic_shift(pipe: DiffusionPipeline, sampling: Sampling, mu: float) -> None:
+    """Sigmas from 1 to 1 / N, shifted by `mu`."""
+    steps = sampling.num_inference_steps
+    sigmas = [1 - step / steps for step in range(steps)] if sampling.sigmas is None else list(sampling.sigmas)
+    pipe.scheduler.set_timesteps(sigmas=sigmas, mu=mu)
+
+
+def flux_velocity(pipe: FluxPipeline, sampling: Sampling) -> Velocity:
+    """The guidance-distilled model, which is told the scale; true guidance `u + s (c - u)` on top of that."""
+    timesteps, text = pipe.scheduler.timesteps, sampling.embeddings
+    places = token_places(sampling).double()
+    places = torch.cat([torch.zeros(len(places), 1), places], dim=1)
+
+    def branch(x: torch.Tensor, step: int, kind: str) -> torch.Tensor:
+        prompt = text[f"{kind}prompt_embeds"]
+        return pipe.transformer(
+            hidden_states=x,
+            timestep=timesteps[step].to(x.dtype).expand(len(x)) / 1000,
+            guidance=torch.full((len(x),), sampling.guidance_scale),
+            pooled_projections=text[f"{kind}pooled_prompt_embeds"],
+            encoder_hidden_states=prompt,
+            txt_ids=torch.zeros(prompt.shape[1], 3, dtype=x.dtype),
+            img_ids=places,
+            return_dict=False,
+        )[0]
+
+    def velocity(x: torch.Tensor, step: int) -> torch.Tensor:
+        conditional = branch(x, step, "")
+        if sampling.true_cfg_scale is None or sampling.true_cfg_scale <= 1:
+            return conditional
+        return guided(conditional, branch(x, step, "negative_"), sampling.true_cfg_scale, sampling)
+
+    return velocity
+
+
+def flux_set_timesteps(pipe: FluxPipeline, sampling: Sampling) -> None:
+    """The shift grows linearly with the number of tokens, between two points that the scheduler's config gives."""
+    config = pipe.scheduler.config
+    slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
+    dynamic_shift(
+        pipe, sampling, config.base_shift + slope * (len(token_places(sampling)) - config.base_image_seq_len)
+    )
+
+
+def flux_noise(pipe: FluxPipeline, sampling: Sampling) -> torch.Tensor:
+    """Drawn as a picture (B, C / 4, 2 H, 2 W), then packed to (B, H W, C)."""
+    rows, columns = packed_size(sampling)
+    shape = (pipe.transformer.config.in_channels // 4, 2 * rows, 2 * columns)
+    return packed(torch.nn.functional.pixel_unshuffle(noise(sampling, shape, pipe.transformer.dtype), 2))
+
+
+def flux_vae_latents(pipe: FluxPipeline, latents: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """Each token's channels are 2 x 2 latents."""
+    return sd3_vae_latents(pipe, torch.nn.functional.pixel_shuffle(unpacked(latents, sampling), 2))
+
+
+def klein_velocity(pipe: Flux2KleinPipeline, sampling: Sampling) -> Velocity:
+    """`u + s (c - u)`; without guidance, and always for the step-distilled model, `c`."""
+    timesteps = pipe.scheduler.timesteps
+    text = {
+        name: rows.repeat_interleave(sampling.num_images_per_prompt, dim=0)
+        for name, rows in sampling.embeddings.items()
+    }
+    places = token_places(sampling)
+    zeros = torch.zeros(len(places), 1, dtype=places.dtype)
+    places = torch.cat([zeros, places, zeros], dim=1)
+
+    def branch(x: torch.Tensor, step: int, prompt: torch.Tensor) -> torch.Tensor:
+        words = torch.zeros(prompt.shape[1], 4, dtype=places.dtype)
+        words[:, 3] = torch.arange(len(words))
+        return pipe.transformer(
+            hidden_states=x,
+            timestep=timesteps[step].to(x.dtype).expand(len(x)) / 1000,
+            guidance=None,
+            encoder_hidden_states=prompt,
+            txt_ids=words,
+            img_ids=places,
+            return_dict=False,
+        )[0]
+
+    def velocity(x: torch.Tensor, step: int) -> torch.Tensor:
+        conditional = branch(x, step, text["prompt_embeds"])
+        if pipe.config.is_distilled or sampling.guidance_scale <= 1:
+            return conditional
+        unconditional = branch(x, step, text["negative_prompt_embeds"])
+        return guided(conditional, unconditional, sampling.guidance_scale, sampling)
+
+    return velocity
+
+
+def klein_set_timesteps(pipe: Flux2KleinPipeline, sampling: Sampling) -> None:
+    """The shift is linear in the tokens at 10 and at 200 steps, and linear in the steps through these two."""
+    tokens = len(token_places(sampling))
+    at_10 = 1.89833333 + 8.73809524e-05 * tokens
+    at_200 = 0.45666666 + 0.00016927 * tokens
+    dynamic_shift(pipe, sampling, at_10 + (at_200 - at_10) * (sampling.num_inference_steps - 10) / 190)
+
+
+def klein_noise(pipe: Flux2KleinPipeline, sampling: Sampling) -> torch.Tensor:
+    """Drawn with a token's channels as such, (B, C, H, W)."""
+    shape = (pipe.transformer.config.in_channels, *packed_size(sampling))
+    return noise(sampling, shape, pipe.transformer.dtype)
+
+
+def klein_vae_latents(pipe: Flux2KleinPipeline, latents: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """Each token's channels are 2 x 2 latents, scaled by the VAE's batch-norm statistics before."""
+    statistics = pipe.vae.bn
+    scale = (statistics.running_var + pipe.vae.config.batch_norm_eps).sqrt()
+    return torch.nn.functional.pixel_shuffle(unpacked(latents * scale + statistics.running_mean, sampling), 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Backbone:
+    """What differs between pipelines.
+
+    Attributes:
+        velocity: of (pipe, sampling), makes the guided velocity `v(x, step)` of the loop's latents.
+        set_timesteps: of (pipe, sampling), gives the scheduler the rollout's sigmas.
+        noise: of (pipe, sampling), the initial noise in the shape in which the pipeline takes `latents`.
+        packed: from that shape to the loop's latents.
+        vae_latents: of (pipe, latents of the loop, sampling), what the VAE decodes.
+    """
+
+    velocity: Callable[[DiffusionPipeline, Sampling], Velocity]
+    set_timesteps: Callable[[DiffusionPipeline, Sampling], None]
+    noise: Callable[[DiffusionPipeline, Sampling], torch.Tensor]
+    packed: Callable[[torch.Tensor], torch.Tensor]
+    vae_latents: Callable[[DiffusionPipeline, torch.Tensor, Sampling], torch.Tensor]
+
+
+def as_it_is(latents: torch.Tensor) -> torch.Tensor:
+    return latents
+
+
+BACKBONES = {
+    StableDiffusion3Pipeline: Backbone(sd3_velocity, sd3_set_timesteps, sd3_noise, as_it_is, sd3_vae_latents),
+    FluxPipeline: Backbone(flux_velocity, flux_set_timesteps, flux_noise, as_it_is, flux_vae_latents),
+    Flux2KleinPipeline: Backbone(klein_velocity, klein_set_timesteps, klein_noise, packed, klein_vae_latents),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sampling
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def sample(pipe: DiffusionPipeline, sampling: Sampling) -> Rollout:
+    """Integrates the whole trajectory without gradients."""
+    backbone = BACKBONES[type(pipe)]
+    backbone.set_timesteps(pipe, sampling)
     sigmas = [float(sigma) for sigma in pipe.scheduler.sigmas]
-    velocity = velocity_function(pipe, sampling)
-    latents = [initial_latents(pipe, sampling)]
+    velocity = backbone.velocity(pipe, sampling)
+    start = backbone.noise(pipe, sampling) if sampling.latents is None else sampling.latents
+    latents = [backbone.packed(start)]
     velocities = []
     for step in range(sampling.num_inference_steps):
         velocities.append(velocity(latents[-1], step))
@@ -202,10 +401,9 @@ def sample(pipe: StableDiffusion3Pipeline, sampling: Sampling) -> Rollout:
     return Rollout(sigmas, latents, velocities, velocity)
 
 
-def decode(pipe: StableDiffusion3Pipeline, latents: torch.Tensor) -> torch.Tensor:
-    """Images (B, 3, H, W) in [0, 1]."""
-    config = pipe.vae.config
-    pictures = pipe.vae.decode(latents / config.scaling_factor + config.shift_factor).sample
+def decode(pipe: DiffusionPipeline, latents: torch.Tensor, sampling: Sampling | None = None) -> torch.Tensor:
+    """Images (B, 3, H, W) in [0, 1]. `sampling` says the size of the picture where latents are packed."""
+    pictures = pipe.vae.decode(BACKBONES[type(pipe)].vae_latents(pipe, latents, sampling)).sample
     return (0.5 * pictures + 0.5).clamp(0, 1)
 
 
@@ -327,6 +525,11 @@ def drtune(roll: Rollout, active: tuple[int, ...], t: int) -> torch.Tensor:
     return x - roll.sigmas[t] * v
 
 
+def connector_gap(value: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+    """(B,): mean absolute difference."""
+    return (value - latents).abs().flatten(1).mean(dim=1)
+
+
 def leapalign(roll: Rollout, drawn: Drawn, alpha: float) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
     """LeapAlign (Liang et al., 2026): leap from k to j and from j to the end; the second leap's input is damped."""
     k, j, end = drawn.k, drawn.j, roll.steps
@@ -334,8 +537,8 @@ def leapalign(roll: Rollout, drawn: Drawn, alpha: float) -> tuple[torch.Tensor, 
     connector = pin(roll.latents[j], first)
     second = connector + (roll.sigmas[end] - roll.sigmas[j]) * roll.velocity(damped(connector, alpha), j)
     gaps = {
-        j: (first.detach() - roll.latents[j]).abs().mean(dim=(1, 2, 3)),
-        end: (second.detach() - roll.latents[end]).abs().mean(dim=(1, 2, 3)),
+        j: connector_gap(first.detach(), roll.latents[j]),
+        end: connector_gap(second.detach(), roll.latents[end]),
     }
     return second, gaps
 
@@ -425,8 +628,8 @@ def lagrange(roll: Rollout, drawn: Drawn, options: dict[str, object]) -> tuple[t
         roll, connector, damped(connector, options["alpha"]), j, end, options, anchor_lambda=1.0
     )
     gaps = {
-        j: (first_value - roll.latents[j]).abs().mean(dim=(1, 2, 3)),
-        end: (second_value - roll.latents[end]).abs().mean(dim=(1, 2, 3)),
+        j: connector_gap(first_value, roll.latents[j]),
+        end: connector_gap(second_value, roll.latents[end]),
     }
     return second, gaps
 
@@ -511,7 +714,7 @@ def similarity_weights(gaps: dict[int, torch.Tensor], j: int, end: int, tau: flo
 
 
 def brute_force(
-    pipe: StableDiffusion3Pipeline,
+    pipe: DiffusionPipeline,
     name: str,
     options: dict[str, object],
     drawn: Drawn,
@@ -525,7 +728,7 @@ def brute_force(
     """One rollout's gradient.
 
     Args:
-        pipe: the pipeline; its scheduler's timesteps are set, nothing else of it changes.
+        pipe: the pipeline, one of `BACKBONES`; its scheduler's timesteps are set, nothing else of it changes.
         name: method, a key of DESIGN.md's table, or "table" for the user's own `terms`.
         options: the method's options, none left to a default. `tau` (None: weights 1), `max_gap_j` and
             `max_gap_0` (None or absent: keep all) are the objective's part of them.
@@ -555,9 +758,9 @@ def brute_force(
         endpoints = [pin(value, graph)]
         noise_generator = torch.Generator().manual_seed(drawn.noise_seed)
         for _ in range(options["num_noised"] if name == "draft-lv" else 0):
-            sigma = roll.sigmas[end - 1]
-            noise = torch.randn(roll.latents[end].shape, generator=noise_generator, dtype=torch.float32)
-            noised = (1 - sigma) * roll.latents[end] + sigma * noise.to(roll.latents[end])
+            sigma = pipe.scheduler.sigmas[end - 1]  # 1 - sigma is rounded to the scheduler's dtype
+            drawn_noise = torch.randn(roll.latents[end].shape, generator=noise_generator, dtype=torch.float32)
+            noised = (1 - sigma) * roll.latents[end] + sigma * drawn_noise.to(roll.latents[end])
             before = noised.float().double() if sampling.float32_scheduler else noised
             endpoints.append(before + roll.h(end - 1) * roll.velocity(noised, end - 1))
 
@@ -572,7 +775,7 @@ def brute_force(
 
         # DRaFT-LV: the copies are further samples, and the mean over all of them is the mean over the n + 1.
         weights = weights.repeat(len(endpoints))
-        images = torch.cat([decode(pipe, endpoint) for endpoint in endpoints])
+        images = torch.cat([decode(pipe, endpoint, sampling) for endpoint in endpoints])
         rewards = reward(images, prompts * len(endpoints))
         loss = objective(rewards, weights)
         found = torch.autograd.grad(loss * gradient_scale, list(parameters.values()), allow_unused=True)
@@ -610,7 +813,7 @@ def relative_difference(found: dict[str, torch.Tensor], expected: dict[str, torc
 
 
 def stock_gradients(
-    pipe: StableDiffusion3Pipeline,
+    pipe: DiffusionPipeline,
     sampling: Sampling,
     reward: Callable[[torch.Tensor, Sequence[str]], torch.Tensor] = toy_reward,
     more_arguments: dict[str, object] | None = None,

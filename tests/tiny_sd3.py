@@ -33,8 +33,8 @@ class Float64Scheduler(FlowMatchEulerDiscreteScheduler):
     """The Euler scheduler with float64 sigmas and float64 steps.
 
     The stock scheduler computes sigmas in float32 and rounds the latents that it is given to float32, which leaves
-    gradients in a float64 model correct to about 1e-7 only. This one is for comparisons below that. It has constant
-    shifting only.
+    gradients in a float64 model correct to about 1e-7 only. This one is for comparisons below that. It shifts by a
+    constant or, where the pipeline passes `mu`, by exp(mu).
     """
 
     def set_timesteps(
@@ -45,14 +45,18 @@ class Float64Scheduler(FlowMatchEulerDiscreteScheduler):
         mu: float | None = None,
         timesteps: list[float] | None = None,
     ) -> None:
-        """Like the stock method, in float64. `mu` and `timesteps` must be None."""
-        if mu is not None or timesteps is not None:
-            raise ValueError("Float64Scheduler expects `sigmas` or `num_inference_steps`; remove `mu` and `timesteps`")
-        super().set_timesteps(num_inference_steps, device=device, sigmas=sigmas)
+        """Like the stock method, in float64. `timesteps` must be None; `mu` is for dynamic shifting, "exponential"."""
+        if timesteps is not None or (mu is not None) != self.config.use_dynamic_shifting:
+            raise ValueError(
+                "Float64Scheduler expects `sigmas` or `num_inference_steps`, and `mu` if it shifts dynamically only; "
+                f"got timesteps={timesteps}, mu={mu}; set `use_dynamic_shifting` as the pipeline needs it"
+            )
+        super().set_timesteps(num_inference_steps, device=device, sigmas=sigmas, mu=mu)
         if sigmas is None:
             sigmas = np.linspace(self.sigma_max, self.sigma_min, num_inference_steps, dtype=np.float64)
         unshifted = torch.as_tensor(np.asarray(sigmas, dtype=np.float64), device=device)
-        shifted = self.shift * unshifted / (1 + (self.shift - 1) * unshifted)
+        shift = self.shift if mu is None else math.exp(mu)
+        shifted = shift * unshifted / (1 + (shift - 1) * unshifted)
         self.timesteps = shifted * self.config.num_train_timesteps
         self.sigmas = torch.cat([shifted, shifted.new_zeros(1)])
 

@@ -54,15 +54,15 @@ def add_model_arguments(parser: argparse.ArgumentParser, model: str, lora_layers
         "quant_method says torchao or quanto.",
     )
     add("--gradient_checkpointing", action="store_true", help="Recompute blocks of transformer and VAE: less memory.")
-    add("--offload", action="store_true", help="Text encoders wait on the CPU between uses.")
     add("--group_offload", action="store_true", help="Text encoders stay on the CPU, their layers visit the GPU.")
     add("--allow_tf32", action="store_true", help="Allow TF32 matrix products on Ampere and later GPUs.")
 
 
 def add_prompt_embeds_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the cache of prompt embeddings, for scripts that know their pipeline's `encode_prompt`."""
+    """Add what scripts can do that call their pipeline's `encode_prompt` themselves."""
     group = parser.add_argument_group("prompt embeddings")
     add = group.add_argument
+    add("--offload", action="store_true", help="Text encoders wait on the CPU between uses.")
     add(
         "--precompute_prompt_embeds",
         action="store_true",
@@ -208,7 +208,7 @@ def parse_training_args(parser: argparse.ArgumentParser, argv: list[str] | None)
         args.mixed_precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         if args.mixed_precision not in ("no", "fp16", "bf16"):
             parser.error(f"--mixed_precision must be no, fp16 or bf16, accelerate says {args.mixed_precision}")
-    if args.offload and args.group_offload:
+    if args.group_offload and vars(args).get("offload"):
         parser.error("--offload and --group_offload exclude each other; choose one")
     return args
 

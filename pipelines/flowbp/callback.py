@@ -268,10 +268,9 @@ class FlowBPCallback:
                 f"{recorder.name}: the transformer has no trainable parameters; add a LoRA adapter or set "
                 "requires_grad."
             )
-        # The first component is the one that training scripts wrap.
-        modules: Mapping[torch.nn.Module, torch.nn.Module] = (
-            {} if transformer is None else {recorder.transformers[0]: transformer}
-        )
+        # Training scripts wrap the one that they train.
+        trained = [each for each in recorder.transformers if any(p.requires_grad for p in each.parameters())]
+        modules: Mapping[torch.nn.Module, torch.nn.Module] = {} if transformer is None else {trained[0]: transformer}
         sweep = Sweep(recorder.name, self.unconditional_gradient, self.steps_per_forward, modules, self.strict)
         sweep.run(trajectories, [_widened(each) * gradient_scale for each in adjoints])
 

@@ -7,6 +7,8 @@
 Both give what the pipeline's own `encode_prompt` gives, by the argument names of the pipeline's call.
 """
 
+import argparse
+import gc
 import hashlib
 import json
 import shutil
@@ -14,7 +16,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
+import transformers
+from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from diffusers.hooks import apply_group_offloading
 from diffusers.training_utils import offload_models
@@ -34,6 +39,17 @@ def text_encoders(pipe: DiffusionPipeline) -> list[torch.nn.Module]:
         for name, module in pipe.components.items()
         if name.startswith("text_encoder") and isinstance(module, torch.nn.Module)
     ]
+
+
+def group_offload_encoder(encoder: torch.nn.Module, device: torch.device) -> None:
+    """Keep a text encoder on the CPU and bring one layer at a time to `device`."""
+    apply_group_offloading(
+        encoder,
+        onload_device=device,
+        offload_device=torch.device("cpu"),
+        offload_type="leaf_level",
+        use_stream=device.type == "cuda",
+    )
 
 
 class PromptEncoder:
@@ -62,13 +78,7 @@ class PromptEncoder:
         self.encoders = text_encoders(pipe)
         for encoder in self.encoders:
             if group_offload:
-                apply_group_offloading(
-                    encoder,
-                    onload_device=device,
-                    offload_device=torch.device("cpu"),
-                    offload_type="leaf_level",
-                    use_stream=device.type == "cuda",
-                )
+                group_offload_encoder(encoder, device)
             elif not offload:
                 encoder.to(device)
 
@@ -124,7 +134,7 @@ def cache_folder(root: Path, model: str, prompts: Sequence[str], settings: Mappi
 
 
 def precompute(folder: Path, prompts: Sequence[str], encoder: PromptEncoder, say: Callable[[str], None]) -> None:
-    """Encode all prompts once and write them as safetensors; a finished folder is left as it is.
+    """Encode all prompts once and write them as safetensors, the folder as the last step.
 
     Args:
         folder: of `cache_folder`.
@@ -135,9 +145,6 @@ def precompute(folder: Path, prompts: Sequence[str], encoder: PromptEncoder, say
     Raises:
         OSError: where the disk has less room than the embeddings need.
     """
-    if folder.is_dir():
-        say(f"Prompt embeddings: {folder} exists already.")
-        return
     size = sum(tensor.nbytes for tensor in encoder(prompts[:1]).values()) * len(prompts)
     say(f"Prompt embeddings: {len(prompts)} prompts, {size / 2**20:.1f} MiB, into {folder}")
     partial = folder.with_name(folder.name + ".partial")
@@ -157,3 +164,65 @@ def precompute(folder: Path, prompts: Sequence[str], encoder: PromptEncoder, say
         joined = {name: torch.cat([batch[name] for batch in batches]).cpu().contiguous() for name in batches[0]}
         save_file(joined, partial / f"{start // PROMPTS_PER_FILE:05d}.safetensors")
     partial.rename(folder)
+
+
+def prepare_prompt_embeds(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    load_pipeline: Callable[[], DiffusionPipeline],
+    encode: Callable[[DiffusionPipeline, list[str]], Embeds],
+    prompts: Sequence[str],
+    negative_prompt: str | None,
+) -> Callable[[Sequence[str]], Embeds]:
+    """What gives a batch's embeddings, by the argument names of the pipeline's call.
+
+    With `--precompute_prompt_embeds` all prompts of the run are encoded now, by one process, and the text encoders are
+    freed; otherwise they stay and encode each batch.
+
+    Args:
+        args: of `parse_training_args`.
+        accelerator: of the run.
+        load_pipeline: loads the text encoders and tokenizers, in a pipeline without the rest.
+        encode: `encode(pipe, prompts) -> {argument of the call: (B, ...)}`, with the pipeline's own `encode_prompt`.
+        prompts: of the training; those of the validation are added.
+        negative_prompt: of the unconditional branch, `None` without guidance. Its embeddings get the arguments' names
+            with `negative_` in front.
+
+    Returns:
+        `embeds(prompts) -> {argument: (B, ...)}`.
+    """
+    device = accelerator.device
+    source: Callable[[Sequence[str]], Embeds]
+    if args.precompute_prompt_embeds:
+        negative = [] if negative_prompt is None else [negative_prompt]
+        everything = list(dict.fromkeys([*prompts, *(args.validation_prompt or ()), *negative]))
+        settings = {
+            name: value
+            for name, value in vars(args).items()
+            if name in ("revision", "variant", "mixed_precision", "max_sequence_length")
+        }
+        settings |= {"diffusers": diffusers.__version__, "transformers": transformers.__version__}
+        root = args.prompt_embeds_dir.expanduser()
+        folder = cache_folder(root, args.pretrained_model_name_or_path, everything, settings)
+        with accelerator.main_process_first():
+            if folder.is_dir():
+                accelerator.print(f"Prompt embeddings: {folder} exists already.")
+            else:
+                encoder = PromptEncoder(load_pipeline(), encode, device, args.offload, args.group_offload)
+                precompute(folder, everything, encoder, say=accelerator.print)
+                del encoder
+                gc.collect()
+                if device.type == "cuda":
+                    torch.cuda.empty_cache()
+        source = PromptEmbeds(folder, everything, device)
+    else:
+        source = PromptEncoder(load_pipeline(), encode, device, args.offload, args.group_offload)
+    of_negative = {} if negative_prompt is None else source([negative_prompt])
+
+    def embeds(batch: Sequence[str]) -> Embeds:
+        found = source(batch)
+        for name, value in of_negative.items():
+            found[f"negative_{name}"] = value.expand(len(batch), *value.shape[1:])
+        return found
+
+    return embeds

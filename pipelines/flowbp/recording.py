@@ -414,11 +414,12 @@ class Recorder:
                 "transformer call and scheduler step."
             )
         self._check_sample(sample)
+        # Skipped steps too: schedulers count their steps, and not all find their place by the timestep.
+        with torch.no_grad():
+            result = original(scheduler, *_detached(args), **_detached(kwargs))
         if self._skips:
             following = self._renoised() if step == self._last - 1 else sample.detach()
         else:
-            with torch.no_grad():
-                result = original(scheduler, *_detached(args), **_detached(kwargs))
             following = (result[0] if isinstance(result, tuple) else result.prev_sample).detach()
             self._check_euler(following, sample, velocity)
             self._keep_step(velocity, sample)

@@ -172,6 +172,9 @@ class Sweep:
                 for of_part in of_parts
             ]
             if len({piece.shape for piece in pieces}) > 1:
+                # Some outputs have rows of text beside those of the picture, which the velocity does not use.
+                pieces = [piece[piece != 0] for piece in pieces]
+            if len({piece.shape for piece in pieces}) > 1:
                 raise self._undecided(f"outputs of several shapes at step {number}")
             whole = torch.stack(pieces).sum(0)
             cosines = [torch.nn.functional.cosine_similarity(piece, whole, dim=0).item() for piece in pieces]
@@ -227,6 +230,10 @@ class Sweep:
         ):
             return
         recorded = calls[0].module
+        is_trained = any(parameter.requires_grad for parameter in recorded.parameters())
+        if not is_trained and not any(call.attached for call in calls):
+            # A frozen transformer beside the trained one: no gradient ends or passes here.
+            return
         module = self.modules.get(recorded, recorded)
         for call in calls:
             if call.versions != [p._version for p in recorded.parameters() if p.requires_grad]:

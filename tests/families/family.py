@@ -20,10 +20,13 @@ class Part:
     Attributes:
         call: number of the transformer call within a step, from 0.
         rows: which of its rows; of a list of outputs, which of its entries.
+        size: how many rows or entries the call has where it has this part, for pipelines that make smaller calls
+            without the part at some steps (truncated guidance); `None` for always.
     """
 
     call: int
     rows: Literal["all", "first half", "second half"] = "all"
+    size: int | None = None
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@
 """The stock pipeline as oracle: torch's autograd through its own undecorated call gives the exact gradient.
 
 The oracle uses nothing of the engine: it calls `type(pipe).__call__.__wrapped__`, the pipeline's code without its
-`no_grad`, and differentiates a fixed random projection of what it returns. Where only the conditional branch is to have
-a gradient, the unconditional outputs are detached in a wrapped transformer.
+`no_grad`, and differentiates a fixed random projection of what it returns. Where only the conditional branch is to
+have a gradient, the unconditional outputs are detached in a wrapped transformer.
 """
 
 import functools
@@ -123,6 +123,8 @@ def _detached_call(forward: Callable[..., Any], calls: dict[str, int], part: Par
     if part.rows == "all":
         return tree_map(lambda value: value.detach() if isinstance(value, torch.Tensor) else value, result)
     leaves, spec = tree_flatten(result)
+    if part.size is not None and part.size != (len(leaves) if len(leaves) > 1 else len(leaves[0])):
+        return result
     if len(leaves) > 1:  # a list with a tensor for each sample
         half = len(leaves) // 2
         cut = range(half) if part.rows == "first half" else range(half, len(leaves))

@@ -4,10 +4,19 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """The backbones of the paper: tiny models of Stable Diffusion 3, FLUX.1 and FLUX.2 pipelines."""
 
+import functools
+
+import PIL.Image
+import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinKVPipeline,
+    Flux2KleinPipeline,
+    Flux2Pipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
 )
@@ -100,7 +109,145 @@ def flux_cases(pipe: DiffusionPipeline) -> list[Case]:
     ]
 
 
+def tiny_flux2_vae() -> AutoencoderKLFlux2:
+    """The autoencoder of FLUX.2 with one latent channel, pictures twice as large as its latents, and batch-norm
+    statistics that matter."""
+    vae = AutoencoderKLFlux2(
+        down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
+        up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        latent_channels=1,
+        norm_num_groups=2,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+    vae.bn.running_mean.copy_(torch.tensor([0.3, -0.2, 0.1, -0.4]))
+    vae.bn.running_var.copy_(torch.tensor([1.5, 0.8, 1.2, 0.6]))
+    return vae
+
+
+def tiny_flux2_transformer(guidance_embeds: bool) -> Flux2Transformer2DModel:
+    """The transformer of FLUX.2 with one block of each kind."""
+    return Flux2Transformer2DModel(
+        patch_size=1,
+        in_channels=4,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        timestep_guidance_channels=16,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=guidance_embeds,
+    )
+
+
+def build_flux2_klein(is_distilled: bool) -> DiffusionPipeline:
+    """FLUX.2-Klein without text encoder: prompts are embeddings `(B, tokens, 32)`.
+
+    Args:
+        is_distilled: the step-distilled model, which ignores `guidance_scale`, and not the base model.
+    """
+    return ready(
+        Flux2KleinPipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+            vae=tiny_flux2_vae(),
+            text_encoder=None,
+            tokenizer=None,
+            transformer=tiny_flux2_transformer(guidance_embeds=False),
+            is_distilled=is_distilled,
+        ),
+        gain=1.5,
+    )
+
+
+def build_flux2_klein_kv() -> DiffusionPipeline:
+    return ready(
+        Flux2KleinKVPipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+            vae=tiny_flux2_vae(),
+            text_encoder=None,
+            tokenizer=None,
+            transformer=tiny_flux2_transformer(guidance_embeds=False),
+            is_distilled=True,
+        ),
+        gain=1.5,
+    )
+
+
+def build_flux2_dev() -> DiffusionPipeline:
+    return ready(
+        Flux2Pipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+            vae=tiny_flux2_vae(),
+            text_encoder=None,
+            tokenizer=None,
+            transformer=tiny_flux2_transformer(guidance_embeds=True),
+        ),
+        gain=1.5,
+    )
+
+
+FLUX2_PROMPTS = {"prompt_embeds": embeddings(2, 5, 32), "height": 16, "width": 12}
+
+
+def reference_image() -> PIL.Image.Image:
+    """The smallest picture, 64 by 64, that the FLUX.2 pipelines take as a reference."""
+    pixels = torch.randint(256, (64, 64, 3), generator=torch.Generator().manual_seed(4), dtype=torch.uint8)
+    return PIL.Image.fromarray(pixels.numpy())
+
+
+def flux2_klein_cases(pipe: DiffusionPipeline) -> list[Case]:
+    negative = {"negative_prompt_embeds": embeddings(2, 5, 32, seed=2)}
+    return [
+        Case("no guidance", {**FLUX2_PROMPTS, "guidance_scale": 1.0}),
+        Case("guidance", {**FLUX2_PROMPTS, **negative, "guidance_scale": 4.0}, Part(1)),
+    ]
+
+
+def flux2_distilled_cases(pipe: DiffusionPipeline) -> list[Case]:
+    return [
+        Case("distilled", {**FLUX2_PROMPTS, "guidance_scale": 4.0}),
+        Case("reference image", {**FLUX2_PROMPTS, "image": reference_image(), "guidance_scale": 4.0}),
+    ]
+
+
+def flux2_klein_kv_cases(pipe: DiffusionPipeline) -> list[Case]:
+    return [
+        Case("distilled", FLUX2_PROMPTS),
+        Case("reference image", {**FLUX2_PROMPTS, "image": reference_image()}, refused="Flux2KVCache"),
+    ]
+
+
+def flux2_dev_cases(pipe: DiffusionPipeline) -> list[Case]:
+    return [Case("distilled guidance", {**FLUX2_PROMPTS, "guidance_scale": 4.0})]
+
+
 FAMILIES = [
     Family("Stable Diffusion 3 / 3.5", "StableDiffusion3Pipeline", "image", build_sd3, sd3_cases),
     Family("FLUX.1", "FluxPipeline", "image", build_flux, flux_cases),
+    Family(
+        "FLUX.2-Klein base",
+        "Flux2KleinPipeline",
+        "image",
+        functools.partial(build_flux2_klein, is_distilled=False),
+        flux2_klein_cases,
+    ),
+    Family(
+        "FLUX.2-Klein distilled",
+        "Flux2KleinPipeline",
+        "image",
+        functools.partial(build_flux2_klein, is_distilled=True),
+        flux2_distilled_cases,
+    ),
+    Family(
+        "FLUX.2-Klein-KV",
+        "Flux2KleinKVPipeline",
+        "image",
+        build_flux2_klein_kv,
+        flux2_klein_kv_cases,
+        "without reference images",
+    ),
+    Family("FLUX.2-dev", "Flux2Pipeline", "image", build_flux2_dev, flux2_dev_cases),
 ]

@@ -1,0 +1,187 @@
+# Copyright 2026 The FlowBP for diffusers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""Tiny models of still more text-to-image pipelines: Kandinsky 5, Ideogram 4, Nucleus and DreamLite."""
+
+import torch
+from diffusers import (
+    AutoencoderKLQwenImage,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    Ideogram4Pipeline,
+    Ideogram4Transformer2DModel,
+    Kandinsky5T2IPipeline,
+    Kandinsky5Transformer3DModel,
+    NucleusMoEImagePipeline,
+    NucleusMoEImageTransformer2DModel,
+)
+from transformers import Qwen2Tokenizer, Qwen3VLModel, Qwen3VLConfig
+from tokenizers.pre_tokenizers import ByteLevel
+
+from .family import Case, Family, Part, embeddings, ready
+from .paper import tiny_vae, tiny_flux2_vae
+
+
+def build_kandinsky_5() -> DiffusionPipeline:
+    transformer = Kandinsky5Transformer3DModel(
+        in_visual_dim=4,
+        in_text_dim=32,
+        in_text_dim2=16,
+        time_dim=16,
+        out_visual_dim=4,
+        model_dim=16,
+        ff_dim=32,
+        num_text_blocks=1,
+        num_visual_blocks=1,
+        axes_dims=(2, 2, 4),
+    )
+    pipe = Kandinsky5T2IPipeline(
+        transformer=transformer,
+        vae=tiny_vae(4),
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )
+    # Other sizes are replaced by the nearest of these.
+    pipe.resolutions = [(48, 32)]
+    ready(pipe)
+    # They get float32 numbers, whatever the model's dtype.
+    pipe.transformer.time_embeddings.float()
+    return pipe
+
+
+def kandinsky_5_cases(pipe: DiffusionPipeline) -> list[Case]:
+    prompts = {
+        "prompt_embeds_qwen": embeddings(2, 5, 32),
+        "prompt_embeds_clip": embeddings(2, 16, seed=1),
+        "prompt_cu_seqlens": torch.tensor([0, 5, 10]),
+        "negative_prompt_embeds_qwen": embeddings(2, 4, 32, seed=2),
+        "negative_prompt_embeds_clip": embeddings(2, 16, seed=3),
+        "negative_prompt_cu_seqlens": torch.tensor([0, 4, 8]),
+        "height": 32,
+        "width": 48,
+    }
+    return [
+        Case("no guidance", {**prompts, "guidance_scale": 1.0}),
+        Case("guidance", {**prompts, "guidance_scale": 3.5}, Part(1)),
+    ]
+
+
+def byte_tokenizer() -> Qwen2Tokenizer:
+    """Qwen's tokenizer with a token for each byte, and a chat template that adds nothing."""
+    names = [*sorted(ByteLevel.alphabet()), "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokenizer = Qwen2Tokenizer(vocab={name: index for index, name in enumerate(names)}, merges=[])
+    tokenizer.chat_template = "{{ messages[0]['content'][0]['text'] }}"
+    return tokenizer
+
+
+def tiny_qwen3_vl(width: int, layers: int) -> Qwen3VLModel:
+    """A text encoder for `byte_tokenizer`."""
+    text = {
+        "vocab_size": 259,
+        "hidden_size": width,
+        "intermediate_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]},
+    }
+    vision = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 1, "out_hidden_size": width}
+    return Qwen3VLModel(Qwen3VLConfig(text_config=text, vision_config=vision | {"deepstack_visual_indexes": [0]}))
+
+
+def tiny_ideogram_transformer() -> Ideogram4Transformer2DModel:
+    return Ideogram4Transformer2DModel(
+        in_channels=4,
+        num_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        intermediate_size=32,
+        adaln_dim=16,
+        # Thirteen layers of the text encoder, eight numbers each.
+        llm_features_dim=104,
+        rope_theta=10_000,
+        mrope_section=(2, 1, 1),
+    )
+
+
+def build_ideogram() -> DiffusionPipeline:
+    return ready(
+        Ideogram4Pipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(),
+            vae=tiny_flux2_vae(),
+            # The pipeline takes the outputs of layers up to the 36th.
+            text_encoder=tiny_qwen3_vl(width=8, layers=36),
+            tokenizer=byte_tokenizer(),
+            transformer=tiny_ideogram_transformer(),
+            unconditional_transformer=tiny_ideogram_transformer(),
+        )
+    )
+
+
+def ideogram_cases(pipe: DiffusionPipeline) -> list[Case]:
+    prompts = {"prompt": ["a cat", "two dogs"], "height": 8, "width": 12, "max_sequence_length": 8}
+    return [
+        Case("guidance", {**prompts, "guidance_scale": 4.0, "guidance_schedule": None}, Part(1)),
+        Case("guidance by step", {**prompts, "guidance_schedule": [7.0, 5.0, 3.0]}, Part(1)),
+    ]
+
+
+def build_nucleus() -> DiffusionPipeline:
+    transformer = NucleusMoEImageTransformer2DModel(
+        in_channels=16,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        axes_dims_rope=(8, 4, 4),
+        dense_moe_strategy="leave_first_block_dense",
+        num_experts=3,
+        moe_intermediate_dim=16,
+        capacity_factors=2.0,
+    )
+    vae = AutoencoderKLQwenImage(
+        base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True],
+        latents_mean=[0.1, -0.2, 0.3, 0.0],
+        latents_std=[1.5, 1.2, 0.8, 1.0],
+    )
+    return ready(
+        NucleusMoEImagePipeline(
+            transformer=transformer,
+            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+            vae=vae,
+            text_encoder=None,
+            processor=None,
+        )
+    )
+
+
+def nucleus_cases(pipe: DiffusionPipeline) -> list[Case]:
+    prompts = {
+        "prompt_embeds": embeddings(2, 5, 16),
+        "prompt_embeds_mask": torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]),
+        "negative_prompt_embeds": embeddings(2, 5, 16, seed=1),
+        "negative_prompt_embeds_mask": torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]),
+        "height": 16,
+        "width": 24,
+    }
+    return [
+        Case("no guidance", {**prompts, "guidance_scale": 1.0}),
+        Case("guidance, its norm kept", {**prompts, "guidance_scale": 4.0}, Part(1)),
+    ]
+
+
+FAMILIES = [
+    Family("Kandinsky 5 image", "Kandinsky5T2IPipeline", "image", build_kandinsky_5, kandinsky_5_cases),
+    Family("Ideogram 4", "Ideogram4Pipeline", "image", build_ideogram, ideogram_cases),
+    Family("Nucleus-Image", "NucleusMoEImagePipeline", "image", build_nucleus, nucleus_cases),
+]

@@ -1,0 +1,865 @@
+# Copyright 2026 The FlowBP for diffusers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""Tiny models of the text-to-video pipelines."""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from diffusers import (
+    AdaptiveProjectedGuidance,
+    AutoencoderKLHunyuanVideo,
+    AutoencoderKLHunyuanVideo15,
+    AutoencoderKLLTX2Audio,
+    AutoencoderKLLTX2Video,
+    AutoencoderKLLTXVideo,
+    AutoencoderKLMagvit,
+    AutoencoderKLMochi,
+    AutoencoderKLWan,
+    BaseGuidance,
+    ClassifierFreeGuidance,
+    DiffusionPipeline,
+    EasyAnimatePipeline,
+    EasyAnimateTransformer3DModel,
+    FlowMatchEulerDiscreteScheduler,
+    HeliosPipeline,
+    HeliosTransformer3DModel,
+    HunyuanVideo15Pipeline,
+    HunyuanVideo15Transformer3DModel,
+    HunyuanVideoPipeline,
+    HunyuanVideoTransformer3DModel,
+    Kandinsky5T2VPipeline,
+    Kandinsky5Transformer3DModel,
+    LayerSkipConfig,
+    LTX2Pipeline,
+    LTX2VideoTransformer3DModel,
+    LTXConditionPipeline,
+    LTXPipeline,
+    LTXVideoTransformer3DModel,
+    MochiPipeline,
+    MochiTransformer3DModel,
+    MotifVideoPipeline,
+    MotifVideoTransformer3DModel,
+    SanaVideoPipeline,
+    SanaVideoTransformer3DModel,
+    SkipLayerGuidance,
+    SkyReelsV2DiffusionForcingPipeline,
+    SkyReelsV2Pipeline,
+    SkyReelsV2Transformer3DModel,
+    WanPipeline,
+    WanTransformer3DModel,
+    WanVACEPipeline,
+    WanVACETransformer3DModel,
+)
+from diffusers.models.embeddings import TimestepEmbedding
+from diffusers.pipelines.ltx2 import LTX2TextConnectors, LTX2Vocoder
+
+from .family import Case, Family, Part, embeddings, ready
+
+
+def mask(*lengths: int, length: int = 5) -> torch.Tensor:
+    """(B, length) ones for each prompt's first tokens, then zeros."""
+    return (torch.arange(length) < torch.tensor(lengths)[:, None]).long()
+
+
+def tiny_wan_transformer() -> WanTransformer3DModel:
+    return WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=32,
+        freq_dim=32,
+        ffn_dim=32,
+        num_layers=1,
+        rope_max_seq_len=32,
+    )
+
+
+def tiny_wan_vae() -> AutoencoderKLWan:
+    """A video autoencoder with 4 latent channels, a fourth of the frames and an eighth of the height and width."""
+    return AutoencoderKLWan(
+        base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+        latents_mean=[0.1, -0.2, 0.3, 0.0],
+        latents_std=[1.5, 1.2, 0.8, 1.0],
+    )
+
+
+def build_wan(boundary_ratio: float | None = None) -> DiffusionPipeline:
+    return ready(
+        WanPipeline(
+            tokenizer=None,
+            text_encoder=None,
+            vae=tiny_wan_vae(),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
+            transformer=tiny_wan_transformer(),
+            transformer_2=None if boundary_ratio is None else tiny_wan_transformer(),
+            boundary_ratio=boundary_ratio,
+        )
+    )
+
+
+def build_wan_22() -> DiffusionPipeline:
+    # With this shift the first of three steps lies above the boundary, the other two below.
+    return build_wan(boundary_ratio=0.9)
+
+
+def wan_prompts() -> dict[str, object]:
+    return {
+        "prompt_embeds": embeddings(2, 5, 32),
+        "negative_prompt_embeds": embeddings(2, 5, 32, seed=1),
+        "height": 16,
+        "width": 32,
+        "num_frames": 5,
+    }
+
+
+def wan_cases(pipe: DiffusionPipeline) -> list[Case]:
+    prompts = wan_prompts()
+    return [
+        Case("no guidance", {**prompts, "guidance_scale": 1.0}),
+        Case("guidance", {**prompts, "guidance_scale": 5.0}, Part(1)),
+    ]
+
+
+def wan_22_cases(pipe: DiffusionPipeline) -> list[Case]:
+    prompts = wan_prompts()
+    return [
+        Case("no guidance", {**prompts, "guidance_scale": 1.0}),
+        Case("guidance", {**prompts, "guidance_scale": 5.0, "guidance_scale_2": 3.0}, Part(1)),
+    ]
+
+
+def build_hunyuan_video() -> DiffusionPipeline:
+    transformer = HunyuanVideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=10,
+        num_layers=1,
+        num_single_layers=1,
+        num_refiner_layers=1,
+        patch_size=1,
+        patch_size_t=1,
+        guidance_embeds=True,
+        text_embed_dim=16,
+        pooled_projection_dim=8,
+        rope_axes_dim=(2, 4, 4),
+    )
+    vae = AutoencoderKLHunyuanVideo(
+        latent_channels=4,
+        down_block_types=("HunyuanVideoDownBlock3D",) * 4,
+        up_block_types=("HunyuanVideoUpBlock3D",) * 4,
+        block_out_channels=(8, 8, 8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+    )
+    return ready(
+        HunyuanVideoPipeline(
+            text_encoder=None,
+            tokenizer=None,
+            transformer=transformer,
+            vae=vae,
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
+            text_encoder_2=None,
+            tokenizer_2=None,
+        )
+    )
+
+
+def hunyuan_video_cases(pipe: DiffusionPipeline) -> list[Case]:
+    prompts = {
+        "prompt_embeds": embeddings(2, 5, 16),
+        "pooled_prompt_embeds": embeddings(2, 8, seed=1),
+        "prompt_attention_mask": mask(5, 4),
+        "guidance_scale": 6.0,
+        "height": 16,
+        "width": 16,
+        "num_frames": 5,
+    }
+    negative = {
+        "negative_prompt_embeds": embeddings(2, 5, 16, seed=2),
+        "negative_pooled_prompt_embeds": embeddings(2, 8, seed=3),
+        "negative_prompt_attention_mask": mask(3, 5),
+        "true_cfg_scale": 4.0,
+    }
+    return [
+        Case("distilled guidance", prompts),
+        Case("true guidance", {**prompts, **negative}, Part(1)),
+    ]
+
+
+def build_hunyuan_video_15(**guidance: float) -> DiffusionPipeline:
+    transformer = HunyuanVideo15Transformer3DModel(
+        in_channels=9,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=1,
+        num_refiner_layers=1,
+        mlp_ratio=2.0,
+        text_embed_dim=16,
+        text_embed_2_dim=32,
+        image_embed_dim=12,
+        rope_axes_dim=(2, 2, 4),
+        target_size=16,
+        task_type="t2v",
+    )
+    vae = AutoencoderKLHunyuanVideo15(
+        latent_channels=4,
+        block_out_channels=(16, 16),
+        layers_per_block=1,
+        spatial_compression_ratio=4,
+        temporal_compression_ratio=2,
+        downsample_match_channel=False,
+        upsample_match_channel=False,
+    )
+    pipe = HunyuanVideo15Pipeline(
+        text_encoder=None,
+        tokenizer=None,
+        transformer=transformer,
+        vae=vae,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
+        text_encoder_2=None,
+        tokenizer_2=None,
+        guider=ClassifierFreeGuidance(**guidance),
+    )
+    # Its attention takes one video at a time.
+    vae.enable_slicing()
+    # The tokens that stand for an image, all zero and masked for videos from text.
+    pipe.vision_num_semantic_tokens = 2
+    return ready(pipe)
+
+
+def hunyuan_video_15_case(label: str, unconditional: Part | None = None) -> Callable[[DiffusionPipeline], list[Case]]:
+    """This pipeline's guidance is a component of it, so each case has a pipeline of its own."""
+
+    def cases(pipe: DiffusionPipeline) -> list[Case]:
+        prompts = {
+            "prompt_embeds": embeddings(2, 5, 16),
+            "prompt_embeds_mask": mask(5, 4),
+            "prompt_embeds_2": embeddings(2, 3, 32, seed=1),
+            "prompt_embeds_mask_2": mask(3, 2, length=3),
+            "negative_prompt_embeds": embeddings(2, 5, 16, seed=2),
+            "negative_prompt_embeds_mask": mask(3, 5),
+            "negative_prompt_embeds_2": embeddings(2, 3, 32, seed=3),
+            "negative_prompt_embeds_mask_2": mask(1, 3, length=3),
+            "height": 16,
+            "width": 16,
+            "num_frames": 5,
+        }
+        return [Case(label, prompts, unconditional)]
+
+    return cases
+
+
+def build_ltx(pipeline: type[DiffusionPipeline]) -> DiffusionPipeline:
+    transformer = LTXVideoTransformer3DModel(
+        in_channels=8,
+        out_channels=8,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        cross_attention_dim=16,
+        num_layers=1,
+        caption_channels=32,
+    )
+    vae = AutoencoderKLLTXVideo(
+        latent_channels=8,
+        block_out_channels=(8, 8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8, 8),
+        layers_per_block=(1, 1, 1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1, 1, 1),
+        spatio_temporal_scaling=(True, True, False, False),
+        decoder_spatio_temporal_scaling=(True, True, False, False),
+        patch_size=1,
+    )
+    return ready(
+        pipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=pipeline is LTXPipeline),
+            vae=vae,
+            text_encoder=None,
+            tokenizer=None,
+            transformer=transformer,
+        )
+    )
+
+
+def ltx_cases(pipe: DiffusionPipeline) -> list[Case]:
+    prompts = {
+        "prompt_embeds": embeddings(2, 5, 32),
+        "prompt_attention_mask": mask(5, 4),
+        "negative_prompt_embeds": embeddings(2, 5, 32, seed=1),
+        "negative_prompt_attention_mask": mask(3, 5),
+        "height": 32,
+        "width": 32,
+        "num_frames": 5,
+    }
+    guided = {**prompts, "guidance_scale": 3.0}
+    return [
+        Case("no guidance", {**prompts, "guidance_scale": 1.0}),
+        Case("guidance", guided, Part(0, "first half")),
+        Case("rescaled guidance", {**guided, "guidance_rescale": 0.7}, Part(0, "first half")),
+    ]
+
+
+def build_mochi() -> DiffusionPipeline:
+    transformer = MochiTransformer3DModel(
+        patch_size=2,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=2,
+        pooled_projection_dim=16,
+        in_channels=12,
+        text_embed_dim=32,
+        time_embed_dim=4,
+        max_sequence_length=16,
+    )
+    # The pipeline does not ask the autoencoder for its factors, so this one may keep the latents' size.
+    vae = AutoencoderKLMochi(
+        temporal_expansions=(1, 1, 1),
+        spatial_expansions=(1, 1, 1),
+        encoder_block_out_channels=(32, 32, 32, 32),
+        decoder_block_out_channels=(32, 32, 32, 32),
+        layers_per_block=(1, 1, 1, 1, 1),
+    )
+    return ready(
+        MochiPipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(),
+            vae=vae,
+            text_encoder=None,
+            tokenizer=None,
+            transformer=transformer,
+        )
+    )
+
+
+def mochi_cases(pipe: DiffusionPipeline) -> list[Case]:
+    prompts = {
+        "prompt_embeds": embeddings(2, 5, 32),
+        "prompt_attention_mask": mask(5, 4).bool(),
+        "negative_prompt_embeds": embeddings(2, 5, 32, seed=1),
+        "negative_prompt_attention_mask": mask(3, 5).bool(),
+        "height": 16,
+        "width": 32,
+        "num_frames": 7,
+        # The pipeline's schedule needs an even number.
+        "num_inference_steps": 4,
+    }
+    return [
+        Case("no guidance", {**prompts, "guidance_scale": 1.0}),
+        Case("guidance", {**prompts, "guidance_scale": 4.5}, Part(0, "first half")),
+    ]
+
+
+def build_kandinsky_5() -> DiffusionPipeline:
+    transformer = Kandinsky5Transformer3DModel(
+        in_visual_dim=4,
+        in_text_dim=32,
+        in_text_dim2=16,
+        time_dim=16,
+        out_visual_dim=4,
+        model_dim=16,
+        ff_dim=32,
+        num_text_blocks=1,
+        num_visual_blocks=1,
+        axes_dims=(2, 2, 4),
+        visual_cond=True,
+    )
+    vae = AutoencoderKLHunyuanVideo(
+        latent_channels=4,
+        down_block_types=("HunyuanVideoDownBlock3D",) * 4,
+        up_block_types=("HunyuanVideoUpBlock3D",) * 4,
+        block_out_channels=(8, 8, 8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+    )
+    pipe = Kandinsky5T2VPipeline(
+        transformer=transformer,
+        vae=vae,
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
+    )
+    ready(pipe)
+    # They get float32 numbers, whatever the model's dtype.
+    pipe.transformer.time_embeddings.float()
+    return pipe
+
+
+def kandinsky_5_cases(pipe: DiffusionPipeline) -> list[Case]:
+    prompts = {
+        "prompt_embeds_qwen": embeddings(2, 5, 32),
+        "prompt_embeds_clip": embeddings(2, 16, seed=1),
+        "prompt_cu_seqlens": torch.tensor([0, 5, 10]),
+        "negative_prompt_embeds_qwen": embeddings(2, 4, 32, seed=2),
+        "negative_prompt_embeds_clip": embeddings(2, 16, seed=3),
+        "negative_prompt_cu_seqlens": torch.tensor([0, 4, 8]),
+        "height": 16,
+        "width": 32,
+        "num_frames": 5,
+    }
+    return [
+        Case("no guidance", {**prompts, "guidance_scale": 1.0}),
+        Case("guidance", {**prompts, "guidance_scale": 5.0}, Part(1)),
+    ]
+
+
+def build_easy_animate() -> DiffusionPipeline:
+    transformer = EasyAnimateTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        time_embed_dim=16,
+        text_embed_dim=16,
+        num_layers=1,
+        sample_width=16,
+        sample_height=16,
+        patch_size=2,
+    )
+    vae = AutoencoderKLMagvit(
+        latent_channels=4,
+        down_block_types=("SpatialDownBlock3D", *("SpatialTemporalDownBlock3D",) * 3),
+        up_block_types=("SpatialUpBlock3D", *("SpatialTemporalUpBlock3D",) * 3),
+        block_out_channels=(8, 8, 8, 8),
+        layers_per_block=1,
+        norm_num_groups=2,
+        spatial_group_norm=False,
+    )
+    return ready(
+        EasyAnimatePipeline(
+            vae=vae,
+            text_encoder=None,
+            tokenizer=None,
+            transformer=transformer,
+            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        )
+    )
+
+
+def easy_animate_cases(pipe: DiffusionPipeline) -> list[Case]:
+    prompts = {
+        "prompt_embeds": embeddings(2, 5, 16),
+        "prompt_attention_mask": mask(5, 4),
+        "negative_prompt_embeds": embeddings(2, 5, 16, seed=1),
+        "negative_prompt_attention_mask": mask(3, 5),
+        "height": 16,
+        "width": 32,
+        "num_frames": 5,
+    }
+    guided = {**prompts, "guidance_scale": 5.0}
+    return [
+        Case("no guidance", {**prompts, "guidance_scale": 1.0}),
+        Case("guidance", guided, Part(0, "first half")),
+        Case("rescaled guidance", {**guided, "guidance_rescale": 0.7}, Part(0, "first half")),
+    ]
+
+
+def build_sana_video() -> DiffusionPipeline:
+    transformer = SanaVideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=12,
+        num_layers=2,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=12,
+        cross_attention_dim=24,
+        caption_channels=8,
+        mlp_ratio=2.5,
+        sample_size=8,
+        qk_norm="rms_norm_across_heads",
+        rope_max_seq_len=32,
+    )
+    return ready(
+        SanaVideoPipeline(
+            tokenizer=None,
+            text_encoder=None,
+            vae=tiny_wan_vae(),
+            transformer=transformer,
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
+        )
+    )
+
+
+def sana_video_cases(pipe: DiffusionPipeline) -> list[Case]:
+    prompts = {
+        "prompt_embeds": embeddings(2, 5, 8),
+        "prompt_attention_mask": mask(5, 4),
+        "negative_prompt": None,
+        "negative_prompt_embeds": embeddings(2, 5, 8, seed=1),
+        "negative_prompt_attention_mask": mask(3, 5),
+        "height": 32,
+        "width": 32,
+        "frames": 5,
+        "use_resolution_binning": False,
+    }
+    return [
+        Case("no guidance", {**prompts, "guidance_scale": 1.0}),
+        Case("guidance", {**prompts, "guidance_scale": 6.0}, Part(0, "first half")),
+    ]
+
+
+def build_ltx_2() -> DiffusionPipeline:
+    transformer = LTX2VideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        cross_attention_dim=16,
+        audio_in_channels=4,
+        audio_out_channels=4,
+        audio_num_attention_heads=2,
+        audio_attention_head_dim=4,
+        audio_cross_attention_dim=8,
+        num_layers=1,
+        caption_channels=16,
+        rope_double_precision=False,
+        rope_type="split",
+    )
+    connectors = LTX2TextConnectors(
+        caption_channels=16,
+        text_proj_in_factor=2,
+        video_connector_num_attention_heads=2,
+        video_connector_attention_head_dim=8,
+        video_connector_num_layers=1,
+        video_connector_num_learnable_registers=None,
+        audio_connector_num_attention_heads=2,
+        audio_connector_attention_head_dim=8,
+        audio_connector_num_layers=1,
+        audio_connector_num_learnable_registers=None,
+        connector_rope_base_seq_len=32,
+        rope_double_precision=False,
+        rope_type="split",
+    )
+    vae = AutoencoderKLLTX2Video(
+        latent_channels=4,
+        block_out_channels=(8,),
+        decoder_block_out_channels=(8,),
+        layers_per_block=(1,),
+        decoder_layers_per_block=(1, 1),
+        spatio_temporal_scaling=(True,),
+        decoder_spatio_temporal_scaling=(True,),
+        decoder_inject_noise=(False, False),
+        downsample_type=("spatial",),
+        upsample_residual=(False,),
+        upsample_factor=(1,),
+        patch_size=1,
+    )
+    audio_vae = AutoencoderKLLTX2Audio(
+        base_channels=4,
+        ch_mult=(1,),
+        num_res_blocks=1,
+        resolution=32,
+        latent_channels=2,
+        mel_bins=8,
+    )
+    vocoder = LTX2Vocoder(
+        in_channels=16,
+        hidden_channels=8,
+        upsample_kernel_sizes=[4],
+        upsample_factors=[2],
+        resnet_kernel_sizes=[3],
+        resnet_dilations=[[1]],
+    )
+    return ready(
+        LTX2Pipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+            vae=vae,
+            audio_vae=audio_vae,
+            text_encoder=None,
+            tokenizer=None,
+            connectors=connectors,
+            transformer=transformer,
+            vocoder=vocoder,
+        )
+    )
+
+
+def ltx_2_cases(pipe: DiffusionPipeline) -> list[Case]:
+    prompts = {
+        "prompt_embeds": embeddings(2, 5, 32),
+        "prompt_attention_mask": mask(5, 4),
+        "negative_prompt_embeds": embeddings(2, 5, 32, seed=1),
+        "negative_prompt_attention_mask": mask(3, 5),
+        "height": 32,
+        "width": 32,
+        "num_frames": 3,
+        "spatio_temporal_guidance_blocks": [0],
+    }
+    off = {"guidance_scale": 1.0, "audio_guidance_scale": 1.0, "stg_scale": 0.0, "audio_stg_scale": 0.0}
+    off |= {"modality_scale": 1.0, "audio_modality_scale": 1.0, "guidance_rescale": 0.0, "audio_guidance_rescale": 0.0}
+    return [
+        Case("no guidance", {**prompts, **off}, refused="other than through the latents"),
+        Case("all guidance", prompts, refused="other than through the latents"),
+    ]
+
+
+def build_motif(guider: BaseGuidance) -> DiffusionPipeline:
+    transformer = MotifVideoTransformer3DModel(
+        in_channels=9,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=12,
+        num_layers=1,
+        num_single_layers=1,
+        patch_size=1,
+        text_embed_dim=32,
+        rope_axes_dim=(4, 4, 4),
+    )
+    for module in transformer.modules():
+        # They get float32 numbers, whatever the model's dtype.
+        if isinstance(module, TimestepEmbedding):
+            module.register_forward_pre_hook(lambda module, inputs: (inputs[0].to(module.linear_1.weight.dtype),))
+    return ready(
+        MotifVideoPipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
+            vae=tiny_wan_vae(),
+            text_encoder=None,
+            tokenizer=None,
+            transformer=transformer,
+            guider=guider,
+        )
+    )
+
+
+def motif_case(
+    label: str, unconditional: Part | None = None, refused: str | None = None
+) -> Callable[[DiffusionPipeline], list[Case]]:
+    """As with HunyuanVideo 1.5, the guidance is a component."""
+
+    def cases(pipe: DiffusionPipeline) -> list[Case]:
+        prompts = {
+            "prompt_embeds": embeddings(2, 5, 32),
+            "prompt_attention_mask": mask(5, 4).bool(),
+            "negative_prompt_embeds": embeddings(2, 5, 32, seed=1),
+            "negative_prompt_attention_mask": mask(3, 5).bool(),
+            "height": 16,
+            "width": 32,
+            "num_frames": 5,
+        }
+        return [Case(label, prompts, unconditional, refused)]
+
+    return cases
+
+
+def build_helios() -> DiffusionPipeline:
+    transformer = HeliosTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=32,
+        freq_dim=32,
+        ffn_dim=32,
+        num_layers=1,
+        rope_dim=(4, 4, 4),
+        has_multi_term_memory_patch=True,
+        guidance_cross_attn=True,
+        zero_history_timestep=True,
+        is_amplify_history=False,
+    )
+    return ready(
+        HeliosPipeline(
+            tokenizer=None,
+            text_encoder=None,
+            vae=tiny_wan_vae(),
+            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+            transformer=transformer,
+        )
+    )
+
+
+def helios_cases(pipe: DiffusionPipeline) -> list[Case]:
+    prompts = {
+        "prompt_embeds": embeddings(2, 5, 32),
+        "negative_prompt_embeds": embeddings(2, 5, 32, seed=1),
+        "height": 16,
+        "width": 16,
+        "num_frames": 5,
+        "num_latent_frames_per_chunk": 2,
+        "history_sizes": [4, 2, 1],
+    }
+    return [
+        Case("no guidance", {**prompts, "guidance_scale": 1.0}),
+        Case("guidance", {**prompts, "guidance_scale": 5.0}, Part(1)),
+        Case("two chunks", {**prompts, "guidance_scale": 5.0, "num_frames": 10}, refused="second sampling loop"),
+    ]
+
+
+def build_wan_vace() -> DiffusionPipeline:
+    transformer = WanVACETransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=32,
+        freq_dim=32,
+        ffn_dim=32,
+        num_layers=2,
+        rope_max_seq_len=32,
+        vace_layers=[0],
+        # Two sets of latents and an eighth by an eighth of the mask.
+        vace_in_channels=72,
+    )
+    return ready(
+        WanVACEPipeline(
+            tokenizer=None,
+            text_encoder=None,
+            vae=tiny_wan_vae(),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
+            transformer=transformer,
+        )
+    )
+
+
+def wan_vace_cases(pipe: DiffusionPipeline) -> list[Case]:
+    prompts = {
+        # The pipeline makes one video at a time.
+        "prompt_embeds": embeddings(1, 5, 32),
+        "negative_prompt_embeds": embeddings(1, 5, 32, seed=1),
+        "height": 16,
+        "width": 32,
+        "num_frames": 5,
+    }
+    return [
+        Case("no guidance", {**prompts, "guidance_scale": 1.0}),
+        Case("guidance", {**prompts, "guidance_scale": 5.0}, Part(1)),
+    ]
+
+
+def tiny_skyreels(pipeline: type[DiffusionPipeline]) -> DiffusionPipeline:
+    transformer = SkyReelsV2Transformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=32,
+        freq_dim=32,
+        ffn_dim=32,
+        num_layers=1,
+        rope_max_seq_len=32,
+    )
+    return ready(
+        pipeline(
+            tokenizer=None,
+            text_encoder=None,
+            transformer=transformer,
+            vae=tiny_wan_vae(),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=8.0),
+        )
+    )
+
+
+def skyreels_forcing_cases(pipe: DiffusionPipeline) -> list[Case]:
+    prompts = {**wan_prompts(), "prompt": None, "guidance_scale": 1.0}
+    return [Case("no guidance", prompts, refused="got none")]
+
+
+def ltx_condition_cases(pipe: DiffusionPipeline) -> list[Case]:
+    case = ltx_cases(pipe)[0]
+    return [dataclasses.replace(case, label="no guidance", refused="is not latents")]
+
+
+FAMILIES = [
+    Family("Wan 2.1", "WanPipeline", "video", build_wan, wan_cases),
+    Family("Wan 2.2", "WanPipeline", "video", build_wan_22, wan_22_cases),
+    Family("HunyuanVideo", "HunyuanVideoPipeline", "video", build_hunyuan_video, hunyuan_video_cases),
+    Family(
+        "HunyuanVideo 1.5",
+        "HunyuanVideo15Pipeline",
+        "video",
+        partial(build_hunyuan_video_15, guidance_scale=1.0),
+        hunyuan_video_15_case("no guidance"),
+    ),
+    Family(
+        "HunyuanVideo 1.5",
+        "HunyuanVideo15Pipeline",
+        "video",
+        partial(build_hunyuan_video_15, guidance_scale=6.0),
+        hunyuan_video_15_case("guidance", Part(1)),
+    ),
+    Family(
+        "HunyuanVideo 1.5",
+        "HunyuanVideo15Pipeline",
+        "video",
+        partial(build_hunyuan_video_15, guidance_scale=6.0, guidance_rescale=0.7, stop=0.7),
+        hunyuan_video_15_case("rescaled guidance, off for the last steps", Part(1)),
+    ),
+    Family("LTX-Video", "LTXPipeline", "video", partial(build_ltx, LTXPipeline), ltx_cases),
+    Family("Mochi", "MochiPipeline", "video", build_mochi, mochi_cases),
+    Family("Kandinsky 5 video", "Kandinsky5T2VPipeline", "video", build_kandinsky_5, kandinsky_5_cases),
+    Family("EasyAnimate", "EasyAnimatePipeline", "video", build_easy_animate, easy_animate_cases),
+    Family("Sana-Video", "SanaVideoPipeline", "video", build_sana_video, sana_video_cases),
+    Family(
+        "LTX-2",
+        "LTX2Pipeline",
+        "video",
+        build_ltx_2,
+        ltx_2_cases,
+        note="The sound is sampled along with the video, and each depends on the other.",
+    ),
+    Family(
+        "Motif-Video",
+        "MotifVideoPipeline",
+        "video",
+        lambda: build_motif(ClassifierFreeGuidance(guidance_scale=1.0)),
+        motif_case("no guidance"),
+    ),
+    Family(
+        "Motif-Video",
+        "MotifVideoPipeline",
+        "video",
+        lambda: build_motif(AdaptiveProjectedGuidance(guidance_scale=6.0, adaptive_projected_guidance_rescale=2.0)),
+        motif_case("projected guidance", Part(1)),
+    ),
+    Family(
+        "Motif-Video",
+        "MotifVideoPipeline",
+        "video",
+        lambda: build_motif(AdaptiveProjectedGuidance(adaptive_projected_guidance_momentum=-0.5)),
+        motif_case("projected guidance with momentum", refused="guidance with memory"),
+    ),
+    Family(
+        "Motif-Video",
+        "MotifVideoPipeline",
+        "video",
+        lambda: build_motif(
+            SkipLayerGuidance(
+                skip_layer_config=LayerSkipConfig(indices=[0], fqn="transformer_blocks"),
+                skip_layer_guidance_start=0.0,
+                skip_layer_guidance_stop=1.0,
+            )
+        ),
+        motif_case("skip-layer guidance", refused="does not reproduce"),
+    ),
+    Family("Helios", "HeliosPipeline", "video", build_helios, helios_cases),
+    Family("Wan VACE", "WanVACEPipeline", "video", build_wan_vace, wan_vace_cases),
+    Family("SkyReels-V2", "SkyReelsV2Pipeline", "video", partial(tiny_skyreels, SkyReelsV2Pipeline), wan_cases),
+    Family(
+        "SkyReels-V2 diffusion forcing",
+        "SkyReelsV2DiffusionForcingPipeline",
+        "video",
+        partial(tiny_skyreels, SkyReelsV2DiffusionForcingPipeline),
+        skyreels_forcing_cases,
+        note="Each frame has a scheduler of its own.",
+    ),
+    Family(
+        "LTX-Video with conditions",
+        "LTXConditionPipeline",
+        "video",
+        partial(build_ltx, LTXConditionPipeline),
+        ltx_condition_cases,
+        note="Its steps have the other sign and a length for each token.",
+    ),
+]

@@ -1,0 +1,280 @@
+# Copyright 2026 The FlowBP for diffusers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""Train a LoRA of any flow-matching pipeline of diffusers that the recorder can prove (README.md has the list).
+
+    accelerate launch training/train_flowbp.py \
+        --pretrained_model_name_or_path Qwen/Qwen-Image --mixed_precision bf16 \
+        --pipeline_arguments '{"true_cfg_scale": 4.0, "negative_prompt": " "}' \
+        --method flowbp-lagrange --reward my_package.my_module:make_reward --prompts prompts.txt
+
+The pipeline's class is the one that the model was saved with, and it is called with prompts, as at inference. What it
+makes may be pictures or videos; of videos the reward scores every frame, and the mean counts. A pipeline that cannot
+be recorded is refused in the first update, with the reason. For Stable Diffusion 3, FLUX.1 and FLUX.2-Klein there are
+scripts of their own, with the paper's defaults.
+"""
+
+import argparse
+import difflib
+import inspect
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.training_utils import _collate_lora_metadata
+from peft import get_peft_model_state_dict
+
+from flowbp import FlowBPCallback, load_reward
+from flowbp.arguments import (
+    add_method_arguments,
+    add_model_arguments,
+    add_reward_arguments,
+    add_training_arguments,
+    choose_method,
+    choose_objective,
+    parse_training_args,
+)
+from flowbp.prompt_embeds import group_offload_encoder, text_encoders
+from flowbp.prompts import load_prompts
+from flowbp.recording import RecordingError
+from flowbp.training_utils import (
+    LORA_FILE,
+    WEIGHT_DTYPES,
+    TrainingRun,
+    add_lora,
+    derive_seed,
+    find_checkpoint,
+    freeze,
+    load_quantization_config,
+    make_accelerator,
+    make_generator,
+    missing_components,
+)
+
+# The attention layers of most of diffusers' transformers.
+LORA_LAYERS = "to_k,to_q,to_v,to_out.0"
+# What the script gives the pipeline itself.
+OWN_ARGUMENTS = ("prompt", "generator", "output_type", "return_dict", "callback_on_step_end", "num_images_per_prompt")
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """An option's value that is a JSON object."""
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"a JSON object expected, got {text}")
+    return value
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line, and the recipe that `--config` names."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("--config", help="YAML recipe with values for these options; the command line wins over it.")
+    add_model_arguments(parser, "a diffusers pipeline", LORA_LAYERS)
+    parser.add_argument(
+        "--lora_component", default="transformer", help="Which of the pipeline's transformers gets the LoRA."
+    )
+
+    rollout = parser.add_argument_group("rollout: what the pipeline is called with, as at inference")
+    add = rollout.add_argument
+    add("--height", type=int, default=512, help="Height of the pictures.")
+    add("--width", type=int, default=512, help="Width of the pictures.")
+    add("--num_frames", type=int, help="Frames of a video. Default: the pipeline's.")
+    add("--num_inference_steps", type=int, default=25, help="Steps N of a rollout (the paper: 25).")
+    add("--guidance_scale", type=float, help="Guidance scale. Default: the pipeline's.")
+    add(
+        "--pipeline_arguments",
+        type=json_object,
+        default={},
+        help="JSON object with more arguments of the pipeline's call, such as negative_prompt or true_cfg_scale.",
+    )
+
+    add_method_arguments(parser)
+    add_reward_arguments(parser)
+    add_training_arguments(parser, output_dir="flowbp-lora")
+    args = parse_training_args(parser, argv)
+    if args.undo_guidance:
+        parser.error("--undo_guidance needs to know what guidance multiplies by; here set --loss_scale to 1 over it")
+    return args
+
+
+def pipeline_class(args: argparse.Namespace, config: dict[str, Any]) -> type[DiffusionPipeline]:
+    """The class that a model was saved with, if its scheduler and its call are what the recorder works with."""
+    name = config["_class_name"]
+    if not hasattr(diffusers, name):
+        raise ValueError(f"{name}: not a pipeline of diffusers {diffusers.__version__}; use one of diffusers' own.")
+    scheduler = config["scheduler"][1]
+    if scheduler != "FlowMatchEulerDiscreteScheduler":
+        raise ValueError(
+            f"{name}: expected a model with FlowMatchEulerDiscreteScheduler, got {scheduler}; only Euler steps of "
+            "flow matching can be recorded."
+        )
+    transformers = [component for component in config if "transformer" in component]
+    if args.lora_component not in transformers:
+        raise ValueError(
+            f"--lora_component {args.lora_component}: {name} has {', '.join(transformers) or 'no transformer'}."
+        )
+    return getattr(diffusers, name)
+
+
+def call_arguments(args: argparse.Namespace, pipeline: type[DiffusionPipeline]) -> dict[str, Any]:
+    """Arguments of every call of the pipeline but the prompts and the noise."""
+    known = inspect.signature(pipeline.__call__).parameters
+    arguments = {name: vars(args)[name] for name in ("height", "width", "num_inference_steps")}
+    for name in ("num_frames", "guidance_scale"):
+        if vars(args)[name] is not None:
+            arguments[name] = vars(args)[name]
+    arguments |= args.pipeline_arguments
+    for name in arguments:
+        if name not in known or name in OWN_ARGUMENTS:
+            near = difflib.get_close_matches(name, set(known) - {"self", *OWN_ARGUMENTS}, n=1, cutoff=0.0)
+            raise ValueError(f"{pipeline.__name__} takes no argument {name} here; did you mean {near[0]}?")
+    return {**arguments, "output_type": "pt", "return_dict": False}
+
+
+def of_frames(
+    reward: Callable[[torch.Tensor, Sequence[str]], torch.Tensor], images: torch.Tensor, texts: Sequence[str]
+) -> torch.Tensor:
+    """Rewards (B,) of pictures (B, 3, H, W), or mean rewards of the frames of videos (B, F, 3, H, W)."""
+    if images.ndim == 4:
+        return reward(images, texts)
+    frames = images.shape[1]
+    scores = reward(images.flatten(0, 1), [text for text in texts for _ in range(frames)])
+    return scores.unflatten(0, (-1, frames)).mean(1)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train."""
+    args = parse_args(argv)
+
+    # What can be known to be wrong is, before any model is loaded.
+    method = choose_method(args, backbone="sd3")
+    objective = choose_objective(args, method, 1.0)
+    source = {"revision": args.revision}
+    model = args.pretrained_model_name_or_path
+    config = DiffusionPipeline.load_config(model, **source)
+    Pipeline = pipeline_class(args, config)
+    call = call_arguments(args, Pipeline)
+    prompts = load_prompts(args.prompts, column=args.prompt_column, split=args.prompt_split)
+    if args.resume_from_checkpoint:
+        find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+    weight_dtype = WEIGHT_DTYPES[args.mixed_precision]
+    quantization_config = load_quantization_config(args.quantization_config_path, weight_dtype)
+    plain_reward = load_reward(args.reward)
+    reward = load_reward(args.reward, augment=True) if args.reward_augment else plain_reward
+    accelerator = make_accelerator(args)
+    rank, device = accelerator.process_index, accelerator.device
+
+    # The model: everything is frozen, only the LoRA is trained, in float32.
+    loading = {"variant": args.variant, "dtype": weight_dtype, "use_safetensors": True, **source}
+    given: dict[str, Any] = dict(missing_components(config))
+    if quantization_config is not None:
+        transformer_class = getattr(diffusers, config[args.lora_component][1])
+        given[args.lora_component] = transformer_class.from_pretrained(
+            model, subfolder=args.lora_component, quantization_config=quantization_config, **loading
+        )
+    pipe = Pipeline.from_pretrained(model, trust_remote_code=False, **given, **loading)
+    pipe.set_progress_bar_config(disable=True)
+    encoders = text_encoders(pipe)
+    for name, component in pipe.components.items():
+        if not isinstance(component, torch.nn.Module):
+            continue
+        freeze(component)
+        if args.group_offload and any(component is encoder for encoder in encoders):
+            group_offload_encoder(component, device)
+        elif not (quantization_config is not None and name == args.lora_component):
+            component.to(device)
+    for module in (reward, plain_reward):
+        freeze(module).to(device)
+    transformer = getattr(pipe, args.lora_component)
+    parameters = add_lora(transformer, args)
+    if args.gradient_checkpointing:
+        for component in (transformer, pipe.vae):
+            if component._supports_gradient_checkpointing:
+                component.enable_gradient_checkpointing()
+    # Several processes: the sweep calls the wrapped transformer, the rollout the pipeline's own.
+    wrapped = accelerator.prepare_model(transformer) if accelerator.num_processes > 1 else None
+
+    # Every call, in training and validation, is the user's inference.
+    def sample(texts: list[str], generator: torch.Generator) -> torch.Tensor:
+        arguments = dict(call)
+        if isinstance(arguments.get("negative_prompt"), str):
+            arguments["negative_prompt"] = [arguments["negative_prompt"]] * len(texts)
+        return pipe(prompt=texts, generator=generator, **arguments)[0]
+
+    # Pipelines with a LoRA loader keep the LoRA of their first transformer; others load it into the transformer.
+    has_loader = hasattr(Pipeline, "save_lora_weights") and args.lora_component == "transformer"
+
+    def save_lora(folder: Path) -> None:
+        if has_loader:
+            Pipeline.save_lora_weights(
+                folder,
+                transformer_lora_layers=get_peft_model_state_dict(transformer),
+                **_collate_lora_metadata({"transformer": transformer}),
+            )
+            print(f'Load it with pipe.load_lora_weights("{folder}").')
+        else:
+            transformer.save_lora_adapter(folder, weight_name=LORA_FILE)
+            print(
+                f'Load it with pipe.{args.lora_component}.load_lora_adapter("{folder}", weight_name="{LORA_FILE}", '
+                "prefix=None)."
+            )
+
+    run = TrainingRun(
+        args,
+        accelerator,
+        transformer,
+        parameters,
+        prompts,
+        sample=lambda prompt, generator: sample([prompt], generator),
+        reward=lambda images, texts: of_frames(plain_reward, images, texts),
+        save_lora=save_lora,
+    )
+    for update in run.updates():
+        rewards, losses = [], []
+        for part in range(args.gradient_accumulation_steps):
+            batch = next(run.sampler)
+            # Surrogates are shared by the processes, so that all do equal work; noise is not.
+            callback = FlowBPCallback(
+                method,
+                generator=make_generator("surrogate", args.seed, update, part),
+                unconditional_gradient=args.unconditional_gradient,
+                samples_per_decode=args.samples_per_decode,
+                steps_per_forward=args.steps_per_forward,
+                noise_generator=make_generator("copies", args.seed, update, part, rank),
+                strict=args.strict or update == run.first_update,
+                on_stage=run.meter.mark,
+            )
+            # Rewards that augment at random draw from torch's global generator.
+            torch.manual_seed(derive_seed("reward", args.seed, update, part, rank))
+            with callback.record(pipe):
+                pictures = []
+                for _ in range(1 + callback.copies):
+                    noise = make_generator("noise", args.seed, update, part, rank)
+                    pictures.append(sample(batch, noise))
+            out = callback.backward(
+                lambda images, texts: of_frames(reward, images.float(), texts),
+                torch.cat(pictures),
+                batch,
+                objective=objective,
+                gradient_scale=run.gradient_scale,
+                transformer=wrapped,
+            )
+            rewards.append(out.rewards)
+            losses.append(out.loss)
+        gradient_norm = run.optimizer_step(update)
+        run.report(update, rewards, losses, gradient_norm)
+    run.finish()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError, RecordingError) as error:
+        # One line for what the user can put right.
+        sys.exit(f"train_flowbp.py: error: {' '.join(str(error).split())}")

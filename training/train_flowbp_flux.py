@@ -1,0 +1,225 @@
+# Copyright 2026 The FlowBP for diffusers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""Train a LoRA of FLUX.1 with the gradient of a reward.
+
+    accelerate launch training/train_flowbp_flux.py \
+        --pretrained_model_name_or_path black-forest-labs/FLUX.1-dev --mixed_precision bf16 \
+        --method flowbp-lagrange --reward my_package.my_module:make_reward --prompts prompts.txt
+
+Every update: draw a surrogate, record a rollout of the stock pipeline, score its pictures, sweep the surrogate's
+terms, step the optimizer. The LoRA in `--output_dir` loads with `pipe.load_lora_weights(output_dir)`.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
+from diffusers.training_utils import _collate_lora_metadata
+from peft import get_peft_model_state_dict
+
+from flowbp import FlowBPCallback, load_reward
+from flowbp.arguments import (
+    add_method_arguments,
+    add_model_arguments,
+    add_prompt_embeds_arguments,
+    add_reward_arguments,
+    add_training_arguments,
+    choose_method,
+    choose_objective,
+    parse_training_args,
+)
+from flowbp.prompt_embeds import Embeds, prepare_prompt_embeds
+from flowbp.prompts import load_prompts
+from flowbp.recording import RecordingError
+from flowbp.training_utils import (
+    WEIGHT_DTYPES,
+    TrainingRun,
+    add_lora,
+    derive_seed,
+    find_checkpoint,
+    freeze,
+    load_quantization_config,
+    make_accelerator,
+    make_generator,
+)
+
+# The attention and feed-forward layers that diffusers' LoRA script for FLUX.1 trains.
+LORA_LAYERS = (
+    "attn.to_k,attn.to_q,attn.to_v,attn.to_out.0,attn.add_k_proj,attn.add_q_proj,attn.add_v_proj,attn.to_add_out,"
+    "ff.net.0.proj,ff.net.2,ff_context.net.0.proj,ff_context.net.2"
+)
+TEXT_COMPONENTS = "text_encoder tokenizer text_encoder_2 tokenizer_2".split()
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line, and the recipe that `--config` names."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("--config", help="YAML recipe with values for these options; the command line wins over it.")
+    add_model_arguments(parser, "a FLUX.1 pipeline", LORA_LAYERS)
+    add_prompt_embeds_arguments(parser)
+
+    rollout = parser.add_argument_group("rollout: what the pipeline is called with, as at inference")
+    add = rollout.add_argument
+    add("--resolution", type=int, default=512, help="Height and width of the pictures.")
+    add("--num_inference_steps", type=int, default=25, help="Steps N of a rollout (the paper: 25).")
+    add(
+        "--guidance_scale", type=float, default=4.0, help="Distilled guidance, an input of the model (the paper: 4.0)."
+    )
+    add("--true_cfg_scale", type=float, default=1.0, help="Above 1: guidance by a second, unconditional call.")
+    add("--negative_prompt", default="", help="Prompt of that call.")
+    add("--max_sequence_length", type=int, default=512, help="Length of the T5 prompt.")
+
+    add_method_arguments(parser)
+    add_reward_arguments(parser)
+    add_training_arguments(parser, output_dir="flux-flowbp-lora")
+    return parse_training_args(parser, argv)
+
+
+def check_resolution(args: argparse.Namespace, source: dict[str, Any]) -> None:
+    """Refuse a resolution that the pipeline would change, from the AutoencoderKL's config alone."""
+    vae = AutoencoderKL.load_config(args.pretrained_model_name_or_path, subfolder="vae", **source)
+    # Latents are packed two by two.
+    multiple = 2 ** len(vae["block_out_channels"])
+    if args.resolution % multiple:
+        below = max(multiple, args.resolution // multiple * multiple)
+        raise ValueError(
+            f"--resolution must be a multiple of {multiple} for this model, got {args.resolution}; use {below}."
+        )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train."""
+    args = parse_args(argv)
+
+    # What can be known to be wrong is, before any model is loaded.
+    method = choose_method(args, backbone="flux")
+    # The distilled guidance is an input and multiplies nothing.
+    guided = args.true_cfg_scale > 1
+    objective = choose_objective(args, method, args.true_cfg_scale if guided else 1.0)
+    prompts = load_prompts(args.prompts, column=args.prompt_column, split=args.prompt_split)
+    source = {"revision": args.revision}
+    check_resolution(args, source)
+    if args.resume_from_checkpoint:
+        find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+    weight_dtype = WEIGHT_DTYPES[args.mixed_precision]
+    quantization_config = load_quantization_config(args.quantization_config_path, weight_dtype)
+    plain_reward = load_reward(args.reward)
+    reward = load_reward(args.reward, augment=True) if args.reward_augment else plain_reward
+    accelerator = make_accelerator(args)
+    rank, device = accelerator.process_index, accelerator.device
+
+    # Text: the embeddings that the stock pipeline makes, on the fly or once and kept.
+    model = args.pretrained_model_name_or_path
+    loading = {"variant": args.variant, "dtype": weight_dtype, "use_safetensors": True, **source}
+
+    def load_text_pipeline() -> FluxPipeline:
+        return FluxPipeline.from_pretrained(model, transformer=None, vae=None, **loading)
+
+    def encode(pipe: FluxPipeline, texts: list[str]) -> Embeds:
+        embeds, pooled, _ = pipe.encode_prompt(
+            texts, None, device=device, max_sequence_length=args.max_sequence_length
+        )
+        return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+
+    prompt_embeds = prepare_prompt_embeds(
+        args, accelerator, load_text_pipeline, encode, prompts, args.negative_prompt if guided else None
+    )
+
+    # The model: everything is frozen, only the LoRA is trained, in float32.
+    transformer = FluxTransformer2DModel.from_pretrained(
+        model, subfolder="transformer", quantization_config=quantization_config, **loading
+    )
+    without = dict.fromkeys(TEXT_COMPONENTS)
+    pipe = FluxPipeline.from_pretrained(model, transformer=transformer, **without, **loading)
+    freeze(pipe.vae).to(device)
+    freeze(transformer)
+    if quantization_config is None:
+        transformer.to(device)
+    pipe.set_progress_bar_config(disable=True)
+    for module in (reward, plain_reward):
+        freeze(module).to(device)
+    parameters = add_lora(transformer, args)
+    if args.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+        pipe.vae.enable_gradient_checkpointing()
+    # Several processes: the sweep calls the wrapped transformer, the rollout the pipeline's own.
+    wrapped = accelerator.prepare_model(transformer) if accelerator.num_processes > 1 else None
+
+    # What every call of the pipeline gets, in training and validation: the rollout is the user's inference.
+    # Its stock sigmas are the paper's: linspace(1, 1 / N, N) before the scheduler's shift.
+    call: dict[str, Any] = {
+        "height": args.resolution,
+        "width": args.resolution,
+        "num_inference_steps": args.num_inference_steps,
+        "guidance_scale": args.guidance_scale,
+        "true_cfg_scale": args.true_cfg_scale,
+        "max_sequence_length": args.max_sequence_length,
+        "output_type": "pt",
+    }
+
+    def save_lora(folder: Path) -> None:
+        FluxPipeline.save_lora_weights(
+            folder,
+            transformer_lora_layers=get_peft_model_state_dict(transformer),
+            **_collate_lora_metadata({"transformer": transformer}),
+        )
+
+    run = TrainingRun(
+        args,
+        accelerator,
+        transformer,
+        parameters,
+        prompts,
+        sample=lambda prompt, generator: pipe(**prompt_embeds([prompt]), generator=generator, **call).images,
+        reward=plain_reward,
+        save_lora=save_lora,
+    )
+    for update in run.updates():
+        rewards, losses = [], []
+        for part in range(args.gradient_accumulation_steps):
+            batch = next(run.sampler)
+            # Surrogates are shared by the processes, so that all do equal work; noise is not.
+            callback = FlowBPCallback(
+                method,
+                generator=make_generator("surrogate", args.seed, update, part),
+                unconditional_gradient=args.unconditional_gradient,
+                samples_per_decode=args.samples_per_decode,
+                steps_per_forward=args.steps_per_forward,
+                noise_generator=make_generator("copies", args.seed, update, part, rank),
+                strict=args.strict or update == run.first_update,
+                on_stage=run.meter.mark,
+            )
+            # Rewards that augment at random draw from torch's global generator.
+            torch.manual_seed(derive_seed("reward", args.seed, update, part, rank))
+            embeds = prompt_embeds(batch)
+            with callback.record(pipe):
+                pictures = []
+                for _ in range(1 + callback.copies):
+                    noise = make_generator("noise", args.seed, update, part, rank)
+                    pictures.append(pipe(**embeds, generator=noise, callback_on_step_end=callback, **call).images)
+            out = callback.backward(
+                lambda images, texts: reward(images.float(), texts),
+                torch.cat(pictures),
+                batch,
+                objective=objective,
+                gradient_scale=run.gradient_scale,
+                transformer=wrapped,
+            )
+            rewards.append(out.rewards)
+            losses.append(out.loss)
+        gradient_norm = run.optimizer_step(update)
+        run.report(update, rewards, losses, gradient_norm)
+    run.finish()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError, RecordingError) as error:
+        # One line for what the user can put right.
+        sys.exit(f"train_flowbp_flux.py: error: {' '.join(str(error).split())}")
