@@ -49,7 +49,7 @@ from transformers import (
     T5EncoderModel,
 )
 
-from flowbp.prompt_embeds import PROMPTS_PER_BATCH
+from flowbp.prompt_embeds import PROMPTS_PER_BATCH, PROMPTS_PER_FILE
 
 GIB = 2**30
 
@@ -734,8 +734,9 @@ def compute(name: str, switches: Switches) -> dict[str, Any]:
     decode = _decode(name, pixels, batch, switches.gradient_checkpointing, switches.samples_per_decode)
     stages = {}
     if switches.text_encoders == "precompute":
-        # Alone on the GPU, before the rest is loaded.
-        stages["encode"] = text["weights"] + text["peak"]
+        # Alone on the GPU, before the rest is loaded; what goes into one file waits there.
+        waiting = conditions * PROMPTS_PER_FILE // (2 * batch)
+        stages["encode"] = text["weights"] + text["peak"] + waiting
     else:
         moved = {"resident": 0, "offload": text["weights"], "group_offload": 2 * text["leaf"]}
         stages["encode"] = base + moved[switches.text_encoders] + text["peak"]

@@ -13,7 +13,7 @@ What cannot be proven to fit this picture is refused with a `RecordingError`.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -357,7 +357,7 @@ class Recorder:
 
     def _check_inputs(self, leaves: list[Any]) -> None:
         for leaf in leaves:
-            if not isinstance(leaf, (torch.Tensor, *_PLAIN_ARGUMENTS)):
+            if _holds_state(leaf):
                 raise RecordingError(
                     f"{self.name}: step {self._step} passes a {type(leaf).__name__} to the transformer, expected "
                     "tensors and plain values: state kept between steps cannot be replayed; switch its cache off."
@@ -544,6 +544,27 @@ class Recorder:
         ]
         joined = [torch.cat(tensors) for tensors in zip(*(leaves for leaves, _ in parts), strict=True)]
         return tree_unflatten(joined, parts[0][1])
+
+
+def _holds_state(value: Any) -> bool:
+    """Whether an argument may keep tensors from call to call. An empty cache object does not."""
+    if isinstance(value, (torch.Tensor, *_PLAIN_ARGUMENTS)):
+        return False
+    pending, seen = [value], set()
+    while pending:
+        part = pending.pop()
+        if isinstance(part, _PLAIN_ARGUMENTS) or id(part) in seen:
+            continue
+        seen.add(id(part))
+        if isinstance(part, Mapping):
+            pending += part.values()
+        elif isinstance(part, list | tuple | set | frozenset):
+            pending += part
+        elif callable(part) or isinstance(part, torch.Tensor) or not hasattr(part, "__dict__"):
+            return True
+        else:
+            pending += vars(part).values()
+    return False
 
 
 def _version(value: Any) -> int:
