@@ -475,7 +475,9 @@ class Memory:
 
 def test_guidance_with_memory_is_refused(pipe: StableDiffusion3Pipeline):
     pipe.transformer.register_forward_hook(Memory().on_output, with_kwargs=True)
-    with refused("the velocity of step 1 depends on outputs of earlier steps (guidance with memory); switch") as caught:
+    with refused(
+        "the velocity of step 1 depends on outputs of earlier steps (guidance with memory); switch"
+    ) as caught:
         record(pipe, FlowBPCallback(get_method("full")))
     one_line(caught)
 
@@ -1118,3 +1120,72 @@ def test_copies_follow_skip_layer_guidance() -> None:
         ]
     out = callback.backward(lambda x, prompts: x.flatten(1).mean(1), torch.cat(images), ["a", "b"])
     assert out.rewards.shape == (4,)
+
+
+# Strict mode, parts that switch gradients off, stages, rising sigmas.
+
+
+def backward(callback: FlowBPCallback, pipe: StableDiffusion3Pipeline, **changes: Any) -> None:
+    images = record(pipe, callback, **changes)
+    callback.backward(lambda x, prompts: x.flatten(1).mean(1), images, PROMPTS)
+
+
+def test_strict_repeats_every_active_call_whole(pipe: StableDiffusion3Pipeline) -> None:
+    surrogate = Surrogate("sample", (Term(1, -0.1), Term(3, -0.2)))
+    for strict, expected in ((False, [2, 2]), (True, [4, 2, 4, 2])):
+        callback = FlowBPCallback(surrogate, strict=strict)
+        images = record(pipe, callback)
+        with computations(pipe) as batches:
+            callback.backward(lambda x, prompts: x.flatten(1).mean(1), images, PROMPTS)
+        assert batches == expected
+
+
+def test_strict_finds_what_the_sweep_does_not_compute(pipe: StableDiffusion3Pipeline) -> None:
+    """The unconditional rows change at every call; only a whole repetition can see it."""
+    calls = {"number": 0}
+
+    def drift(module: torch.nn.Module, args: Any, output: Any) -> Any:
+        calls["number"] += 1
+        if len(output[0]) < 4:
+            return output
+        changed = output[0].clone()
+        changed[:2] += 1e-3 * calls["number"]
+        return (changed,)
+
+    handle = pipe.transformer.register_forward_hook(drift)
+    surrogate = Surrogate("sample", (Term(2, -0.1),))
+    backward(FlowBPCallback(surrogate), pipe)
+    with pytest.raises(RecordingError, match=r"StableDiffusion3Pipeline: step 2: .* does not reproduce its recorded"):
+        backward(FlowBPCallback(surrogate, strict=True), pipe)
+    handle.remove()
+    backward(FlowBPCallback(surrogate, strict=True), pipe)
+
+
+def test_a_part_without_gradients_is_refused(pipe: StableDiffusion3Pipeline) -> None:
+    part = pipe.transformer.transformer_blocks[0].ff
+    forward = part.forward
+    part.forward = torch.no_grad()(forward)
+    with pytest.raises(RecordingError, match=r"transformer_blocks.0.ff.* runs without gradients inside"):
+        backward(sparse(), pipe)
+    part.forward = forward
+    backward(sparse(), pipe)
+    assert not pipe.transformer.transformer_blocks[0].ff.net[2]._forward_pre_hooks
+
+
+def test_stages_are_told_in_their_order(pipe: StableDiffusion3Pipeline) -> None:
+    stages: list[str] = []
+    callback = FlowBPCallback(Surrogate("sample", (Term(2, -0.1),)), samples_per_decode=1, on_stage=stages.append)
+    backward(callback, pipe)
+    assert stages == ["rollout", "decode", "reward", "reward", "decode", "sweep"]
+
+
+def test_negated_surrogates_are_for_velocities_of_the_other_sign() -> None:
+    method = get_method("flowbp-lagrange", anchor_lambda=0.5)
+    surrogate = method.draw(torch.linspace(1, 0, 11), generator())
+    negated = surrogate.negated()
+    assert [term.weight for term in negated.terms] == [-term.weight for term in surrogate.terms]
+    assert [term.coupling for term in negated.terms] == [term.coupling for term in surrogate.terms]
+    for leg, other in zip(surrogate.legs, negated.legs, strict=True):
+        assert [*other.weights, other.anchor] == [-weight for weight in (*leg.weights, leg.anchor)]
+    assert negated.negated() == surrogate
+    assert (negated.tau, negated.endpoint) == (surrogate.tau, surrogate.endpoint)

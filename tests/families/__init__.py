@@ -7,3 +7,13 @@
 `family.py` says what a family is, `oracle.py` compares the engine's gradient with autograd through the pipeline's own
 undecorated call, the other modules build the pipelines.
 """
+
+from . import images, more_images, packed, paper, videos
+
+FAMILIES = [
+    *paper.FAMILIES,
+    *packed.FAMILIES,
+    *images.FAMILIES,
+    *more_images.FAMILIES,
+    *videos.FAMILIES,
+]

@@ -33,12 +33,16 @@ from diffusers import (
     HunyuanVideoTransformer3DModel,
     Kandinsky5T2VPipeline,
     Kandinsky5Transformer3DModel,
+    Kandinsky6TI2VAPipeline,
+    Kandinsky6Transformer3DModel,
     LayerSkipConfig,
     LTX2Pipeline,
     LTX2VideoTransformer3DModel,
     LTXConditionPipeline,
     LTXPipeline,
     LTXVideoTransformer3DModel,
+    MMAudioVAE,
+    MMAudioVocoder,
     MochiPipeline,
     MochiTransformer3DModel,
     MotifVideoPipeline,
@@ -46,7 +50,6 @@ from diffusers import (
     SanaVideoPipeline,
     SanaVideoTransformer3DModel,
     SkipLayerGuidance,
-    SkyReelsV2DiffusionForcingPipeline,
     SkyReelsV2Pipeline,
     SkyReelsV2Transformer3DModel,
     WanPipeline,
@@ -138,6 +141,18 @@ def wan_22_cases(pipe: DiffusionPipeline) -> list[Case]:
     ]
 
 
+def tiny_hunyuan_vae() -> AutoencoderKLHunyuanVideo:
+    """A video autoencoder with 4 latent channels, a fourth of the frames and an eighth of the height and width."""
+    return AutoencoderKLHunyuanVideo(
+        latent_channels=4,
+        down_block_types=("HunyuanVideoDownBlock3D",) * 4,
+        up_block_types=("HunyuanVideoUpBlock3D",) * 4,
+        block_out_channels=(8, 8, 8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+    )
+
+
 def build_hunyuan_video() -> DiffusionPipeline:
     transformer = HunyuanVideoTransformer3DModel(
         in_channels=4,
@@ -154,20 +169,12 @@ def build_hunyuan_video() -> DiffusionPipeline:
         pooled_projection_dim=8,
         rope_axes_dim=(2, 4, 4),
     )
-    vae = AutoencoderKLHunyuanVideo(
-        latent_channels=4,
-        down_block_types=("HunyuanVideoDownBlock3D",) * 4,
-        up_block_types=("HunyuanVideoUpBlock3D",) * 4,
-        block_out_channels=(8, 8, 8, 8),
-        layers_per_block=1,
-        norm_num_groups=4,
-    )
     return ready(
         HunyuanVideoPipeline(
             text_encoder=None,
             tokenizer=None,
             transformer=transformer,
-            vae=vae,
+            vae=tiny_hunyuan_vae(),
             scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
             text_encoder_2=None,
             tokenizer_2=None,
@@ -373,17 +380,9 @@ def build_kandinsky_5() -> DiffusionPipeline:
         axes_dims=(2, 2, 4),
         visual_cond=True,
     )
-    vae = AutoencoderKLHunyuanVideo(
-        latent_channels=4,
-        down_block_types=("HunyuanVideoDownBlock3D",) * 4,
-        up_block_types=("HunyuanVideoUpBlock3D",) * 4,
-        block_out_channels=(8, 8, 8, 8),
-        layers_per_block=1,
-        norm_num_groups=4,
-    )
     pipe = Kandinsky5T2VPipeline(
         transformer=transformer,
-        vae=vae,
+        vae=tiny_hunyuan_vae(),
         text_encoder=None,
         tokenizer=None,
         text_encoder_2=None,
@@ -738,7 +737,7 @@ def wan_vace_cases(pipe: DiffusionPipeline) -> list[Case]:
     ]
 
 
-def tiny_skyreels(pipeline: type[DiffusionPipeline]) -> DiffusionPipeline:
+def build_skyreels() -> DiffusionPipeline:
     transformer = SkyReelsV2Transformer3DModel(
         num_attention_heads=2,
         attention_head_dim=12,
@@ -751,7 +750,7 @@ def tiny_skyreels(pipeline: type[DiffusionPipeline]) -> DiffusionPipeline:
         rope_max_seq_len=32,
     )
     return ready(
-        pipeline(
+        SkyReelsV2Pipeline(
             tokenizer=None,
             text_encoder=None,
             transformer=transformer,
@@ -761,14 +760,60 @@ def tiny_skyreels(pipeline: type[DiffusionPipeline]) -> DiffusionPipeline:
     )
 
 
-def skyreels_forcing_cases(pipe: DiffusionPipeline) -> list[Case]:
-    prompts = {**wan_prompts(), "prompt": None, "guidance_scale": 1.0}
-    return [Case("no guidance", prompts, refused="got none")]
-
-
 def ltx_condition_cases(pipe: DiffusionPipeline) -> list[Case]:
     case = ltx_cases(pipe)[0]
-    return [dataclasses.replace(case, label="no guidance", refused="is not latents")]
+    return [dataclasses.replace(case, refused="is not latents")]
+
+
+def build_kandinsky_6() -> DiffusionPipeline:
+    transformer = Kandinsky6Transformer3DModel(
+        in_visual_dim=4,
+        out_visual_dim=4,
+        in_text_dim=32,
+        in_text_dim2=16,
+        time_dim=16,
+        model_dim=16,
+        ff_dim=32,
+        num_text_blocks=1,
+        num_visual_blocks=1,
+        axes_dims=(2, 2, 4),
+        in_audio_dim=4,
+        out_audio_dim=4,
+        ca_rope=True,
+        cross_gates=True,
+        fix_modulation=True,
+    )
+    pipe = Kandinsky6TI2VAPipeline(
+        transformer=transformer,
+        vae=tiny_hunyuan_vae(),
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
+        audio_vae=MMAudioVAE(mel_bins=8, latent_channels=4, hidden_channels=8, n_fft=64, hop_length=2048),
+        vocoder=MMAudioVocoder(num_mels=8, upsample_initial_channel=64),
+    )
+    ready(pipe)
+    return pipe
+
+
+def kandinsky_6_cases(pipe: DiffusionPipeline) -> list[Case]:
+    prompts = {
+        "prompt_embeds": embeddings(2, 5, 32),
+        "pooled_prompt_embeds": embeddings(2, 16, seed=1),
+        "negative_prompt_embeds": embeddings(2, 5, 32, seed=2),
+        "negative_pooled_prompt_embeds": embeddings(2, 16, seed=3),
+        "height": 16,
+        "width": 32,
+        "num_frames": 5,
+    }
+    silent = {**prompts, "sample_audio": False}
+    return [
+        Case("no guidance, no sound", {**silent, "guidance_scale": 1.0}),
+        Case("guidance, no sound", {**silent, "guidance_scale": 5.0}, Part(1)),
+        Case("sound", {**prompts, "guidance_scale": 5.0}, refused="other than through the latents"),
+    ]
 
 
 FAMILIES = [
@@ -845,15 +890,7 @@ FAMILIES = [
     ),
     Family("Helios", "HeliosPipeline", "video", build_helios, helios_cases),
     Family("Wan VACE", "WanVACEPipeline", "video", build_wan_vace, wan_vace_cases),
-    Family("SkyReels-V2", "SkyReelsV2Pipeline", "video", partial(tiny_skyreels, SkyReelsV2Pipeline), wan_cases),
-    Family(
-        "SkyReels-V2 diffusion forcing",
-        "SkyReelsV2DiffusionForcingPipeline",
-        "video",
-        partial(tiny_skyreels, SkyReelsV2DiffusionForcingPipeline),
-        skyreels_forcing_cases,
-        note="Each frame has a scheduler of its own.",
-    ),
+    Family("SkyReels-V2", "SkyReelsV2Pipeline", "video", build_skyreels, wan_cases),
     Family(
         "LTX-Video with conditions",
         "LTXConditionPipeline",
@@ -861,5 +898,13 @@ FAMILIES = [
         partial(build_ltx, LTXConditionPipeline),
         ltx_condition_cases,
         note="Its steps have the other sign and a length for each token.",
+    ),
+    Family(
+        "Kandinsky 6",
+        "Kandinsky6TI2VAPipeline",
+        "video",
+        build_kandinsky_6,
+        kandinsky_6_cases,
+        note="Sampled sound depends on the video and the video on it.",
     ),
 ]

@@ -1,0 +1,103 @@
+# Copyright 2026 The FlowBP for diffusers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""Makes the matrix of the README: every family of `families` put through the oracle.
+
+    python tests/matrix.py            prints the table
+    python tests/matrix.py --write    puts it into README.md (make matrix)
+"""
+
+import argparse
+import importlib
+import inspect
+import pkgutil
+from pathlib import Path
+
+import diffusers.pipelines
+import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from families import FAMILIES
+from families.family import Family
+from families.oracle import Outcome, try_case
+from tqdm import tqdm
+
+BOUND = 1e-6
+README = Path(__file__).parents[1] / "README.md"
+MARKERS = ("<!-- matrix: made by `make matrix` -->", "<!-- end of the matrix -->")
+
+
+def is_proven(family: Family) -> bool:
+    """Whether at least one way to call the family's pipeline is expected to be proven."""
+    return any(case.refused is None for case in family.cases(family.build()))
+
+
+def needs_picture(pipeline: type[DiffusionPipeline]) -> bool:
+    """Whether a pipeline's call begins with, or requires, a picture, a video or a sound."""
+    parameters = inspect.signature(pipeline.__call__).parameters
+    return any(
+        parameter.default is inspect.Parameter.empty and name not in ("self", "kwargs", "args")
+        for name, parameter in parameters.items()
+    )
+
+
+def covered() -> list[str]:
+    """Names of diffusers' text-to-image and text-to-video pipelines with the Euler scheduler that no family has."""
+    raise NotImplementedError
+
+
+def row(family: Family, outcomes: list[Outcome]) -> str:
+    """One line of the table."""
+    proven = [outcome for outcome in outcomes if outcome.refused is None]
+    refused = [outcome for outcome in outcomes if outcome.refused is not None]
+    differences = [outcome.difference for outcome in proven]
+    conditional = [o.conditional_difference for o in proven if o.conditional_difference is not None]
+    state = "proven" if proven else "refused"
+    cases = ", ".join(outcome.case for outcome in proven) or "-"
+    notes = [family.note] if family.note else []
+    if proven and refused:
+        notes.append("refused: " + ", ".join(outcome.case for outcome in refused))
+    kept_out = [outcome.case for outcome in proven if outcome.conditional_refused is not None]
+    if kept_out:
+        notes.append("conditional branch alone refused: " + ", ".join(kept_out))
+    cells = [
+        family.name,
+        f"`{family.pipeline}`",
+        state,
+        cases,
+        f"{max(differences):.0e}" if differences else "-",
+        f"{max(conditional):.0e}" if conditional else "-",
+        "; ".join(notes),
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def table() -> str:
+    """The whole matrix in Markdown."""
+    lines = [
+        "| model | pipeline | outcome | calls that were proven | both branches | conditional only | note |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for family in tqdm(FAMILIES):
+        pipe = family.build()
+        lines.append(row(family, [try_case(pipe, case) for case in family.cases(pipe)]))
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Print the table, or put it between the README's markers."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--write", action="store_true", help="put the table into README.md")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    made = table()
+    print(made)
+    if args.write:
+        text = README.read_text(encoding="utf-8")
+        before, rest = text.split(MARKERS[0])
+        after = rest.split(MARKERS[1])[1]
+        README.write_text(f"{before}{MARKERS[0]}\n{made}\n{MARKERS[1]}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

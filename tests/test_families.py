@@ -1,0 +1,72 @@
+# Copyright 2026 The FlowBP for diffusers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""The matrix: every family's pipeline against the stock pipeline as oracle, or refused for the reason that it states."""
+
+import functools
+import re
+from pathlib import Path
+
+import pytest
+from diffusers import DiffusionPipeline
+from families import FAMILIES
+from families.family import Case, Family
+from families.oracle import try_case
+from matrix import BOUND, MARKERS, covered, is_proven
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+@functools.lru_cache(maxsize=1)
+def built(number: int) -> tuple[DiffusionPipeline, list[Case]]:
+    pipe = FAMILIES[number].build()
+    return pipe, FAMILIES[number].cases(pipe)
+
+
+@pytest.mark.parametrize("number", range(len(FAMILIES)), ids=[family.name for family in FAMILIES])
+def test_gradient_is_the_stock_pipelines_or_refused(number: int) -> None:
+    pipe, cases = built(number)
+    assert type(pipe).__name__ == FAMILIES[number].pipeline
+    for case in cases:
+        outcome = try_case(pipe, case)
+        if case.refused is not None:
+            assert outcome.refused is not None and re.search(case.refused, outcome.refused), outcome
+            assert outcome.refused.startswith(type(pipe).__name__) and "\n" not in outcome.refused
+            continue
+        assert outcome.refused is None, outcome
+        assert outcome.difference < BOUND, outcome
+        # Without gradients from step to step the comparison could not see a wrong coupling.
+        assert outcome.coupling > 1e-2, outcome
+        if case.unconditional_refused is not None:
+            assert re.search(case.unconditional_refused, outcome.conditional_refused), outcome
+        elif case.unconditional is not None:
+            assert outcome.conditional_refused is None, outcome
+            assert outcome.conditional_difference < BOUND, outcome
+
+
+def test_enough_families_are_proven() -> None:
+    proven = [family for family in FAMILIES if is_proven(family)]
+    names = {family.pipeline for family in proven}
+    assert len(names) >= 25
+    assert {"QwenImagePipeline", "ZImagePipeline", "Lumina2Pipeline", "Krea2Pipeline"} <= names
+    assert len([family for family in proven if family.output == "video"]) >= 2
+    assert len({family.name for family in FAMILIES}) == len(FAMILIES)
+
+
+def test_every_pipeline_of_diffusers_is_in_the_matrix() -> None:
+    """A text-to-image or text-to-video pipeline with the Euler scheduler that nobody put to the test would be silent."""
+    assert covered() == []
+
+
+def test_readme_shows_the_matrix() -> None:
+    shown = README.read_text(encoding="utf-8")
+    table = shown[shown.index(MARKERS[0]) : shown.index(MARKERS[1])]
+    rows = [line for line in table.splitlines() if line.startswith("| ") and "`" in line]
+
+    def state(family: Family) -> str:
+        return "proven" if is_proven(family) else "refused"
+
+    assert [(line.split(" | ")[0][2:], line.split(" | ")[2]) for line in rows] == [
+        (family.name, state(family)) for family in FAMILIES
+    ]
