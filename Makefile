@@ -1,4 +1,4 @@
-# make demo, make test, make style, make quality: each makes its own environment in .venv first.
+# make demo, make test, make matrix, make style, make quality: each makes its own environment in .venv first.
 # PYTHON chooses the interpreter: make demo PYTHON=python3.12
 # PIP_TORCH_OPTIONS is given to pip where it installs torch. Without a GPU this saves gigabytes on Linux:
 #   make demo PIP_TORCH_OPTIONS="--index-url https://download.pytorch.org/whl/cpu"
@@ -7,13 +7,16 @@ PYTHON ?= python3
 PIP_TORCH_OPTIONS ?=
 SOURCES = pipelines training demo tests benchmarks docs
 
-.PHONY: demo test style quality venv
+.PHONY: demo test matrix style quality venv
 
 demo: .venv/.installed
 	.venv/bin/python demo/run.py
 
 test: .venv/.installed
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2
+
+matrix: .venv/.installed
+	.venv/bin/python tests/matrix.py --write
 
 style: .venv/.installed
 	.venv/bin/ruff check --fix $(wildcard $(SOURCES))

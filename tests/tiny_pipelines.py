@@ -86,8 +86,8 @@ def tiny_qwen3(width: int, num_layers: int) -> Qwen3ForCausalLM:
 
 def complete(pipe: DiffusionPipeline, **text: Any) -> DiffusionPipeline:
     """The pipeline in float32, with text encoders and tokenizers."""
-    pipe.register_modules(**text)
-    return ready(pipe, dtype=torch.float32)
+    # Made anew, because pipelines read lengths from their tokenizers when they are made.
+    return ready(type(pipe).from_pipe(pipe, dtype=torch.float32, **text), dtype=torch.float32)
 
 
 def tiny_flux_pipeline() -> FluxPipeline:

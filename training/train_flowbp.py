@@ -141,6 +141,9 @@ def of_frames(
     reward: Callable[[torch.Tensor, Sequence[str]], torch.Tensor], images: torch.Tensor, texts: Sequence[str]
 ) -> torch.Tensor:
     """Rewards (B,) of pictures (B, 3, H, W), or mean rewards of the frames of videos (B, F, 3, H, W)."""
+    low, high = images.min().item(), images.max().item()
+    if low < -1e-3 or high > 1 + 1e-3:
+        raise ValueError(f"Expected pictures in [0, 1], the pipeline made values from {low:.2f} to {high:.2f}.")
     if images.ndim == 4:
         return reward(images, texts)
     frames = images.shape[1]
@@ -252,6 +255,7 @@ def main(argv: list[str] | None = None) -> None:
             )
             # Rewards that augment at random draw from torch's global generator.
             torch.manual_seed(derive_seed("reward", args.seed, update, part, rank))
+            run.meter.mark("rollout")
             with callback.record(pipe):
                 pictures = []
                 for _ in range(1 + callback.copies):

@@ -193,7 +193,9 @@ def main(argv: list[str] | None = None) -> None:
             )
             # Rewards that augment at random draw from torch's global generator.
             torch.manual_seed(derive_seed("reward", args.seed, update, part, rank))
+            run.meter.mark("encode")
             embeds = prompt_embeds(batch)
+            run.meter.mark("rollout")
             with callback.record(pipe):
                 pictures = []
                 for _ in range(1 + callback.copies):

@@ -48,6 +48,7 @@ class Call:
         is_list: whether the outputs are a list with a tensor for each sample; lists of that length among the arguments
             then have one for each sample too. Otherwise the samples are the rows of `outputs[0]`.
         versions: version counters of the trainable parameters at the call.
+        hooks: names of diffusers' hooks inside the transformer at the call; guiders switch some on around one call.
     """
 
     module: torch.nn.Module
@@ -57,6 +58,7 @@ class Call:
     outputs: list[torch.Tensor]
     is_list: bool
     versions: list[int]
+    hooks: list[str]
 
     @property
     def size(self) -> int:
@@ -189,6 +191,7 @@ class Recorder:
         self._grad_enabled = torch.is_grad_enabled()
         try:
             scheduler_class = type(self.scheduler)
+            self._patch(type(self.pipe), "__call__", self._pipeline_call)
             self._patch(scheduler_class, "step", self._scheduler_step)
             self._patch(scheduler_class, "set_timesteps", self._scheduler_set_timesteps)
             for transformer in self.transformers:
@@ -243,9 +246,17 @@ class Recorder:
         self._endpoint: torch.Tensor | None = None
         self._finished = False
 
-    def _scheduler_set_timesteps(self, original: Callable[..., Any], scheduler: Any, *args: Any, **kwargs: Any) -> Any:
-        if scheduler is self.scheduler:
+    def _pipeline_call(self, original: Callable[..., Any], pipe: Any, *args: Any, **kwargs: Any) -> Any:
+        if pipe is self.pipe:
             self._begin_rollout()
+        return original(pipe, *args, **kwargs)
+
+    def _scheduler_set_timesteps(self, original: Callable[..., Any], scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+        if scheduler is self.scheduler and self._trajectory is not None:
+            raise RecordingError(
+                f"{self.name}: a second sampling loop began within one call of the pipeline, expected one rollout; "
+                "ask for what the pipeline samples in one loop (such as a shorter video)."
+            )
         return original(scheduler, *args, **kwargs)
 
     def _start(self) -> None:
@@ -343,7 +354,7 @@ class Recorder:
             else:
                 kept[index] = self._keep(leaf)
         versions = [parameter._version for parameter in module.parameters() if parameter.requires_grad]
-        return Call(module, spec, kept, attached, outputs, is_list, versions)
+        return Call(module, spec, kept, attached, outputs, is_list, versions, active_hooks(module))
 
     def _keep(self, tensor: torch.Tensor) -> torch.Tensor:
         """A detached copy; one for all steps where the pipeline passes the same, unchanged tensor again."""
@@ -544,6 +555,16 @@ class Recorder:
         ]
         joined = [torch.cat(tensors) for tensors in zip(*(leaves for leaves, _ in parts), strict=True)]
         return tree_unflatten(joined, parts[0][1])
+
+
+def active_hooks(module: torch.nn.Module) -> list[str]:
+    """Names of the diffusers hooks (skipped layers, perturbed attention, ...) that are on inside a transformer."""
+    return [
+        f"{name}.{hook}"
+        for name, part in module.named_modules()
+        if hasattr(part, "_diffusers_hook")
+        for hook in part._diffusers_hook.hooks
+    ]
 
 
 def _holds_state(value: Any) -> bool:

@@ -23,7 +23,7 @@ import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .methods import Term
-from .recording import REPLAY_TOLERANCE, ActiveStep, Call, RecordingError, Trajectory
+from .recording import REPLAY_TOLERANCE, ActiveStep, Call, RecordingError, Trajectory, active_hooks
 
 # Rows of a call that are computed: slices of its batch, `None` for the whole call, an empty tuple for none of it.
 Rows = tuple[slice, ...] | None
@@ -240,6 +240,14 @@ class Sweep:
                 raise RecordingError(
                     f"{self.name}: the transformer's parameters changed after the rollout was recorded; call backward "
                     "before the optimizer's step."
+                )
+        hooks = active_hooks(recorded)
+        for call, number in zip(calls, numbers, strict=True):
+            if call.hooks != hooks:
+                changed = ", ".join(sorted(set(call.hooks) ^ set(hooks)))
+                raise RecordingError(
+                    f"{self.name}: step {number}: hooks inside the transformer were on for one call only ({changed}), "
+                    "so it cannot be called again as it was; switch that guidance off."
                 )
         is_whole = len(calls) == 1 and rows[0] is None
         with ExitStack() as stack:

@@ -29,7 +29,7 @@ from diffusers.optimization import get_scheduler
 from diffusers.quantizers.auto import DiffusersAutoQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from diffusers.training_utils import cast_training_params
-from peft import LoraConfig, get_peft_model_state_dict, prepare_model_for_kbit_training, set_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
@@ -269,8 +269,6 @@ def add_lora(transformer: torch.nn.Module, args: argparse.Namespace) -> list[tor
     Raises:
         ValueError: where no layer has one of the names of `--lora_layers`.
     """
-    if getattr(transformer, "is_quantized", False):
-        transformer = prepare_model_for_kbit_training(transformer, use_gradient_checkpointing=False)
     torch.manual_seed(derive_seed("lora", args.seed))
     config = LoraConfig(
         r=args.rank,

@@ -2,12 +2,17 @@
 #
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""Tiny models of still more text-to-image pipelines: Kandinsky 5, Ideogram 4, Nucleus and DreamLite."""
+"""Tiny models of still more pipelines: Kandinsky 5, Ideogram 4, Nucleus, DreamLite; Cosmos-Predict2.5 for videos."""
 
 import torch
 from diffusers import (
     AutoencoderKLQwenImage,
+    AutoencoderTiny,
+    Cosmos2_5_PredictBasePipeline,
+    CosmosTransformer3DModel,
     DiffusionPipeline,
+    DreamLitePipeline,
+    DreamLiteUNetModel,
     FlowMatchEulerDiscreteScheduler,
     Ideogram4Pipeline,
     Ideogram4Transformer2DModel,
@@ -16,11 +21,13 @@ from diffusers import (
     NucleusMoEImagePipeline,
     NucleusMoEImageTransformer2DModel,
 )
-from transformers import Qwen2Tokenizer, Qwen3VLModel, Qwen3VLConfig
 from tokenizers.pre_tokenizers import ByteLevel
+from transformers import Qwen2Tokenizer, Qwen3VLConfig, Qwen3VLModel
 
 from .family import Case, Family, Part, embeddings, ready
-from .paper import tiny_vae, tiny_flux2_vae
+from .images import PermissiveChecker
+from .paper import tiny_flux2_vae, tiny_vae
+from .videos import tiny_wan_vae, wan_prompts
 
 
 def build_kandinsky_5() -> DiffusionPipeline:
@@ -180,8 +187,98 @@ def nucleus_cases(pipe: DiffusionPipeline) -> list[Case]:
     ]
 
 
+def build_dream_lite() -> DiffusionPipeline:
+    unet = DreamLiteUNetModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        down_block_types=("DreamLiteCrossAttnNoSelfAttnDownBlock2D", "DreamLiteCrossAttnDownBlock2D"),
+        up_block_types=("DreamLiteCrossAttnUpBlock2D", "DreamLiteUpBlock2D"),
+        block_out_channels=(8, 16),
+        cross_attention_dim=8,
+        attention_head_dim=8,
+        layers_per_block=1,
+        norm_num_groups=4,
+        transformer_layers_per_block=1,
+    )
+    vae = AutoencoderTiny(
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+        latent_channels=4,
+    )
+    return ready(
+        DreamLitePipeline(
+            text_encoder=tiny_qwen3_vl(width=8, layers=2),
+            tokenizer=byte_tokenizer(),
+            processor=None,
+            vae=vae,
+            unet=unet,
+            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        )
+    )
+
+
+def dream_lite_cases(pipe: DiffusionPipeline) -> list[Case]:
+    prompts = {"prompt": "a cat", "negative_prompt": "a dog", "height": 16, "width": 16, "max_sequence_length": 300}
+    return [Case("guidance", {**prompts, "guidance_scale": 3.5}, refused="a component named transformer")]
+
+
+def build_cosmos_25() -> DiffusionPipeline:
+    transformer = CosmosTransformer3DModel(
+        in_channels=5,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=1,
+        mlp_ratio=2,
+        text_embed_dim=32,
+        adaln_lora_dim=4,
+        max_size=(4, 32, 32),
+        patch_size=(1, 2, 2),
+        rope_scale=(2.0, 1.0, 1.0),
+        # Masks are resized with torchvision, which is not installed here.
+        concat_padding_mask=False,
+    )
+    return ready(
+        Cosmos2_5_PredictBasePipeline(
+            text_encoder=None,
+            tokenizer=None,
+            transformer=transformer,
+            vae=tiny_wan_vae(),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
+            safety_checker=PermissiveChecker(),
+        )
+    )
+
+
+def cosmos_25_cases(pipe: DiffusionPipeline) -> list[Case]:
+    prompts = wan_prompts()
+    return [
+        Case("no guidance", {**prompts, "guidance_scale": 0.0}),
+        Case("guidance", {**prompts, "guidance_scale": 4.0}, Part(1)),
+    ]
+
+
 FAMILIES = [
     Family("Kandinsky 5 image", "Kandinsky5T2IPipeline", "image", build_kandinsky_5, kandinsky_5_cases),
     Family("Ideogram 4", "Ideogram4Pipeline", "image", build_ideogram, ideogram_cases),
     Family("Nucleus-Image", "NucleusMoEImagePipeline", "image", build_nucleus, nucleus_cases),
+    Family(
+        "DreamLite",
+        "DreamLitePipeline",
+        "image",
+        build_dream_lite,
+        dream_lite_cases,
+        note="Its model is a UNet.",
+    ),
+    Family(
+        "Cosmos-Predict2.5",
+        "Cosmos2_5_PredictBasePipeline",
+        "video",
+        build_cosmos_25,
+        cosmos_25_cases,
+        note="Nvidia's own safety checker turns videos into numpy arrays; with it the pipeline is refused.",
+    ),
 ]
