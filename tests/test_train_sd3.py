@@ -2,15 +2,8 @@
 #
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""The training script itself, on a tiny pipeline that was saved and is loaded as any other.
+"""The script for Stable Diffusion 3, on a tiny pipeline that was saved and is loaded as any other."""
 
-Most runs are in this process, where the imports are paid once; one goes through `accelerate launch`.
-"""
-
-import importlib.util
-import json
-import os
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -20,29 +13,53 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from diffusers import StableDiffusion3Pipeline
 from peft import LoraConfig, set_peft_model_state_dict
 from PIL import Image
-from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny_sd3 import MAX_SEQUENCE_LENGTH, tiny_sd3_pipeline
+from training_scripts import (
+    ALPHA,
+    METHOD_OPTIONS,
+    RANK,
+    ROOT,
+    SHARED_ARGUMENTS,
+    accelerate_launch,
+    check_refusal,
+    check_round_trip,
+    check_run,
+    command_line,
+    environment,
+    images_of,
+    load_pipeline,
+    load_script,
+    log_of,
+    lora_of,
+    metadata_of,
+    same,
+    script_path,
+    watch_pictures,
+    write_prompts,
+)
 
 from flowbp import METHODS
-from flowbp.training_utils import make_generator
+from flowbp.arguments import choose_method
+from flowbp.methods import OPTIONS
+from flowbp.training_utils import LORA_FILE
 
-ROOT = Path(__file__).parents[1]
-SCRIPT = ROOT / "training" / "train_flowbp_sd3.py"
-LORA = "pytorch_lora_weights.safetensors"
-RANK, ALPHA = 3, 5
-STEPS = 6
+NAME = "train_flowbp_sd3"
+# What users give the pipeline to get the pictures of the script's validation.
+CALL = {
+    "height": 8,
+    "width": 8,
+    "guidance_scale": 3.5,
+    "negative_prompt": "",
+    "max_sequence_length": MAX_SEQUENCE_LENGTH,
+}
 
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("train_flowbp_sd3", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(NAME)
 
 
 @pytest.fixture(scope="module")
@@ -52,108 +69,30 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
-    path.write_text('the text "42"\na "7" in red\nblue "k9"\n')
-    return path
-
-
 @pytest.fixture
-def arguments(model: Path, prompts: Path, tmp_path: Path) -> dict[str, Any]:
+def arguments(model: Path, tmp_path: Path) -> dict[str, Any]:
     return {
+        **SHARED_ARGUMENTS,
         "pretrained_model_name_or_path": model,
-        "prompts": prompts,
-        "reward": "toy_reward:make_reward",
+        "prompts": write_prompts(tmp_path),
         "output_dir": tmp_path / "run",
         "resolution": 8,
         "max_sequence_length": MAX_SEQUENCE_LENGTH,
-        "num_inference_steps": STEPS,
-        "max_train_steps": 2,
-        "train_batch_size": 2,
-        "rank": RANK,
-        "lora_alpha": ALPHA,
-        "learning_rate": 0.01,
-        "num_validation_images": 2,
-        "report_to": "none",
     }
-
-
-def command_line(arguments: dict[str, Any], **changes: Any) -> list[str]:
-    """Options as words; True is a flag, None leaves an option out, a list is several values."""
-    words = []
-    for name, value in {**arguments, **changes}.items():
-        if value is None:
-            continue
-        words.append(f"--{name}")
-        if isinstance(value, list):
-            words += [str(item) for item in value]
-        elif value is not True:
-            words.append(str(value))
-    return words
-
-
-def lora_of(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / LORA)
-
-
-def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
-    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
-
-
-def log_of(folder: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
-def load_pipeline(model: Path, dtype: torch.dtype = torch.float32) -> StableDiffusion3Pipeline:
-    pipe = StableDiffusion3Pipeline.from_pretrained(model, dtype=dtype, text_encoder_3=None, tokenizer_3=None)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def images_of(pipe: StableDiffusion3Pipeline, output_type: str = "pt", seed: int = 0, number: int = 0) -> Any:
-    """What the script's validation draws for the first prompt."""
-    with torch.no_grad():
-        return pipe(
-            'the text "42"',
-            height=8,
-            width=8,
-            num_inference_steps=STEPS,
-            guidance_scale=3.5,
-            negative_prompt="",
-            max_sequence_length=MAX_SEQUENCE_LENGTH,
-            generator=make_generator("validation", seed, number),
-            output_type=output_type,
-        ).images
 
 
 # Two updates with every method.
 
-METHOD_OPTIONS = {
-    "full": {},
-    "draft-k": {"last_k": 2},
-    "refl": {"last_n": 4},
-    "draft-lv": {"num_noised": 1},
-    "drtune": {"num_active": 2},
-    "leapalign": {"samples_per_decode": 1},
-    "flowbp-sparse": {"steps_per_forward": 2},
-    "flowbp-bridge": {"num_active": 3, "gradient_checkpointing": True},
-    "flowbp-lagrange": {"sigmas": "linear", "gradient_accumulation_steps": 2, "reward_clip": 0.9},
-}
-
 
 @pytest.mark.parametrize("name", METHODS)
-def test_two_updates_with_every_method(script: ModuleType, arguments: dict[str, Any], name: str):
+def test_two_updates_with_every_method(
+    script: ModuleType, arguments: dict[str, Any], model: Path, monkeypatch: pytest.MonkeyPatch, name: str
+):
+    drawn = watch_pictures(monkeypatch)
     script.main(command_line(arguments, method=name, **METHOD_OPTIONS[name]))
     output = arguments["output_dir"]
-    log = log_of(output)
-    assert [row["step"] for row in log] == [1, 2]
-    assert all(row["gradient_norm"] > 0 and row["learning_rate"] == 0.01 for row in log)
-    lora = lora_of(output)
-    ups = [tensor for key, tensor in lora.items() if "lora_B" in key]
-    assert all(key.startswith("transformer.") for key in lora) and all(t.dtype == torch.float32 for t in lora.values())
-    # B starts at 0, so what is not 0 was trained.
-    assert sum(bool(tensor.abs().max() > 0) for tensor in ups) > len(ups) / 2
+    check_run(output)
+    check_round_trip(model, lambda pipe: pipe.load_lora_weights(output), drawn, **CALL)
     for picture in ("before_after.png", "reward_curve.png"):
         with Image.open(output / picture) as image:
             assert min(image.size) > 100
@@ -163,41 +102,29 @@ def test_two_updates_with_every_method(script: ModuleType, arguments: dict[str, 
 # The LoRA that is saved.
 
 
-def test_the_lora_round_trip_is_bit_equal(
+def test_the_lora_is_the_checkpoint_s_and_comes_off_again(
     script: ModuleType, arguments: dict[str, Any], model: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Base and aligned pictures of the run's own model, against those of a pipeline that loads what it saved."""
-    shown: list[tuple[list[Image.Image], list[Image.Image]]] = []
-    draw = script.before_after
-
-    def before_after(base: list[Image.Image], aligned: list[Image.Image], *rest: Any, **options: Any) -> Any:
-        shown.append((base, aligned))
-        return draw(base, aligned, *rest, **options)
-
-    monkeypatch.setattr(script, "before_after", before_after)
-    script.main(command_line(arguments, checkpointing_steps=2, seed=3))
-    output = arguments["output_dir"]
-    (base, aligned), pipe = shown[0], load_pipeline(model)
-    before = images_of(pipe)
-    assert images_of(pipe, "pil", seed=3)[0].tobytes() == base[0].tobytes()
-
+    drawn = watch_pictures(monkeypatch)
+    script.main(command_line(arguments, checkpointing_steps=2, seed=3, sigmas="linear"))
+    output, steps = arguments["output_dir"], arguments["num_inference_steps"]
+    call = {**CALL, "seed": 3, "sigmas": torch.linspace(1, 1 / steps, steps).tolist()}
     trained = load_pipeline(model)
     targets = script.LORA_LAYERS.split(",")
     trained.transformer.add_adapter(LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets))
     set_peft_model_state_dict(trained.transformer, load_file(output / "checkpoint-2" / "lora.safetensors"))
+    assert torch.equal(images_of(trained, **call), drawn[-2])
 
+    check_round_trip(model, lambda pipe: pipe.load_lora_weights(output), drawn, **call)
+    pipe = load_pipeline(model)
     pipe.load_lora_weights(output)
-    assert torch.equal(images_of(pipe), images_of(trained))
-    assert images_of(pipe, "pil", seed=3)[0].tobytes() == aligned[0].tobytes()
-    assert (images_of(pipe) - before).abs().max() > 1e-3
     pipe.unload_lora_weights()
-    assert torch.equal(images_of(pipe), before)
+    assert torch.equal(images_of(pipe, **call), drawn[-1])
 
 
 def test_adapter_metadata_is_in_the_file(script: ModuleType, arguments: dict[str, Any]):
-    script.main(command_line(arguments, max_train_steps=1))
-    with safe_open(arguments["output_dir"] / LORA, "pt") as file:
-        metadata = json.loads(file.metadata()["lora_adapter_metadata"])
+    script.main(command_line(arguments, max_train_steps=1, method="draft-k"))
+    metadata = metadata_of(arguments["output_dir"])
     assert metadata["transformer.r"] == RANK and metadata["transformer.lora_alpha"] == ALPHA
     assert set(metadata["transformer.target_modules"]) == set(script.LORA_LAYERS.split(","))
 
@@ -211,9 +138,9 @@ def test_a_lora_with_no_update_changes_nothing(
     assert all(tensor.abs().max() == 0 for key, tensor in lora.items() if "lora_B" in key)
     assert all(tensor.abs().max() > 0 for key, tensor in lora.items() if "lora_A" in key)
     pipe = load_pipeline(model)
-    before = images_of(pipe)
+    before = images_of(pipe, **CALL)
     pipe.load_lora_weights(arguments["output_dir"])
-    assert torch.equal(images_of(pipe), before)
+    assert torch.equal(images_of(pipe, **CALL), before)
 
 
 def test_lora_and_optimizer_stay_float32_over_a_bfloat16_base(
@@ -231,9 +158,9 @@ def test_lora_and_optimizer_stay_float32_over_a_bfloat16_base(
     assert any(not torch.equal(tensor, tensor.bfloat16().float()) for tensor in trained.values())
     assert (output / "validation" / "000001.png").is_file()
     pipe = load_pipeline(model, torch.bfloat16)
-    before = images_of(pipe)
+    before = images_of(pipe, **CALL)
     pipe.load_lora_weights(output)
-    assert not torch.equal(images_of(pipe), before)
+    assert not torch.equal(images_of(pipe, **CALL), before)
 
 
 # Seeds and resume.
@@ -311,7 +238,7 @@ def test_every_recipe_parses_and_draws(script: ModuleType, recipe: Path):
     args = script.parse_args(["--config", str(recipe), "--prompts", "prompts.txt", "--reward", "ocr"])
     content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
     assert content and all(vars(args)[name] == value for name, value in content.items())
-    assert script.choose_method(args).name == content["method"]
+    assert choose_method(args, backbone="sd3").name == content["method"]
 
 
 def test_there_are_recipes():
@@ -335,7 +262,7 @@ def test_the_command_line_wins_over_the_recipe(script: ModuleType, arguments: di
     recipe = recipe_file(tmp_path, method="draft-k", last_k=3, learning_rate=0.5, seed=9)
     args = script.parse_args(command_line(arguments, config=recipe, last_k=2, learning_rate=None))
     assert (args.method, args.last_k, args.learning_rate, args.seed) == ("draft-k", 2, 0.5, 9)
-    assert script.choose_method(args).options["last_k"] == 2
+    assert choose_method(args, backbone="sd3").options["last_k"] == 2
 
 
 def test_defaults_are_those_of_diffusers_and_the_paper(script: ModuleType):
@@ -366,29 +293,11 @@ def test_defaults_are_those_of_diffusers_and_the_paper(script: ModuleType):
 
 def test_every_option_of_the_table_is_an_option_of_the_script(script: ModuleType):
     options = {option for row in METHODS.values() for option in row.options}
-    assert options == set(script.METHOD_OPTIONS)
+    args = script.parse_args(["--pretrained_model_name_or_path", "m", "--prompts", "p.txt", "--reward", "ocr"])
+    assert options == set(OPTIONS) <= vars(args).keys()
 
 
 # Bad command lines: one line, an exit code, and no model loaded.
-
-
-def run_as_program(words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> str:
-    """What the program prints to stderr when it exits with an error."""
-
-    def from_pretrained(*_: Any, **__: Any) -> None:
-        pytest.fail("a model was loaded")
-
-    monkeypatch.setattr(StableDiffusion3Pipeline, "from_pretrained", from_pretrained)
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *words])
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as caught:
-        runpy.run_path(str(SCRIPT), run_name="__main__")
-    code, printed = caught.value.code, capsys.readouterr().err
-    if isinstance(code, str):
-        # The interpreter prints it and exits with 1.
-        return printed + code
-    assert code == 2
-    return printed.removesuffix("\n")
 
 
 def bad(folder: Path) -> dict[str, tuple[dict[str, Any], str]]:
@@ -460,34 +369,21 @@ def test_a_bad_command_line_is_one_line_before_any_model(
     case: str,
 ):
     changes, message = bad(tmp_path)[case]
-    printed = run_as_program(command_line(arguments, **changes), monkeypatch, capsys)
-    assert message in printed
-    assert len(printed.splitlines()) == 1 and printed.startswith("train_flowbp_sd3.py: error: ")
-    assert not arguments["output_dir"].exists()
+    check_refusal(NAME, {**arguments, **changes}, message, monkeypatch, capsys)
 
 
 # As users start it.
-
-
-def environment() -> dict[str, str]:
-    paths = [str(ROOT / "pipelines"), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def test_accelerate_launch(arguments: dict[str, Any], model: Path):
     words = command_line(
         arguments, report_to="tensorboard", validation_steps=1, checkpointing_steps=1, validation_prompt=["a 42", "k9"]
     )
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--cpu"]
-    done = subprocess.run(
-        [*launch, str(SCRIPT), *words], capture_output=True, text=True, check=False, env=environment(), timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    printed = accelerate_launch(NAME, words)
     output = arguments["output_dir"]
-    assert f"LoRA, before_after.png and reward_curve.png are in {output}" in done.stdout
+    assert f"LoRA, before_after.png and reward_curve.png are in {output}" in printed
     names = {path.relative_to(output).as_posix() for path in output.rglob("*") if path.is_file()}
-    expected = {LORA, "before_after.png", "reward_curve.png", "log.jsonl", "validation/000001.png"}
+    expected = {LORA_FILE, "before_after.png", "reward_curve.png", "log.jsonl", "validation/000001.png"}
     expected |= {f"checkpoint-{n}/{file}" for n in (1, 2) for file in ("lora.safetensors", "state.json")}
     assert expected <= names
     assert any("tfevents" in name for name in names if name.startswith("logs/"))
@@ -501,7 +397,7 @@ def test_accelerate_launch(arguments: dict[str, Any], model: Path):
 def test_an_error_of_the_program_has_an_exit_code_and_one_line(arguments: dict[str, Any], tmp_path: Path):
     words = command_line(arguments, resume_from_checkpoint="latest")
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), *words],
+        [sys.executable, str(script_path(NAME)), *words],
         capture_output=True,
         text=True,
         check=False,

@@ -2,7 +2,7 @@
 #
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""Tiny pipelines that are complete: with real text encoders and tokenizers, to be saved, loaded and trained by scripts.
+"""Tiny pipelines that are complete: with real text encoders and tokenizers, to be saved, loaded and trained.
 
 Transformers and autoencoders are those of the matrix (`families`); every tokenizer knows characters only.
 """
@@ -52,9 +52,7 @@ def tiny_t5_tokenizer() -> T5Tokenizer:
 def tiny_t5(encoder: type[T5EncoderModel], config: type[T5Config], width: int) -> PreTrainedModel:
     """A T5 or UMT5 encoder of two layers."""
     return encoder(
-        config(
-            vocab_size=len(tiny_t5_tokenizer()), d_model=width, d_kv=8, d_ff=width, num_layers=2, num_heads=2
-        )
+        config(vocab_size=len(tiny_t5_tokenizer()), d_model=width, d_kv=8, d_ff=width, num_layers=2, num_heads=2)
     )
 
 
@@ -129,9 +127,7 @@ def tiny_ovis_image_pipeline() -> OvisImagePipeline:
 
 def tiny_wan_pipeline(build: Callable[[], DiffusionPipeline] = build_wan) -> WanPipeline:
     """Wan 2.1, or with `build_wan_22` Wan 2.2, which has two transformers: videos."""
-    return complete(
-        build(), text_encoder=tiny_t5(UMT5EncoderModel, UMT5Config, 32), tokenizer=tiny_t5_tokenizer()
-    )
+    return complete(build(), text_encoder=tiny_t5(UMT5EncoderModel, UMT5Config, 32), tokenizer=tiny_t5_tokenizer())
 
 
 def tiny_wan_22_pipeline() -> WanPipeline:

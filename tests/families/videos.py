@@ -96,7 +96,7 @@ def tiny_wan_vae() -> AutoencoderKLWan:
     )
 
 
-def build_wan(boundary_ratio: float | None = None) -> DiffusionPipeline:
+def build_wan(boundary_ratio: float | None = None, expand_timesteps: bool = False) -> DiffusionPipeline:
     return ready(
         WanPipeline(
             tokenizer=None,
@@ -106,6 +106,7 @@ def build_wan(boundary_ratio: float | None = None) -> DiffusionPipeline:
             transformer=tiny_wan_transformer(),
             transformer_2=None if boundary_ratio is None else tiny_wan_transformer(),
             boundary_ratio=boundary_ratio,
+            expand_timesteps=expand_timesteps,
         )
     )
 
@@ -819,6 +820,7 @@ def kandinsky_6_cases(pipe: DiffusionPipeline) -> list[Case]:
 FAMILIES = [
     Family("Wan 2.1", "WanPipeline", "video", build_wan, wan_cases),
     Family("Wan 2.2", "WanPipeline", "video", build_wan_22, wan_22_cases),
+    Family("Wan 2.2 5B", "WanPipeline", "video", partial(build_wan, expand_timesteps=True), wan_cases),
     Family("HunyuanVideo", "HunyuanVideoPipeline", "video", build_hunyuan_video, hunyuan_video_cases),
     Family(
         "HunyuanVideo 1.5",

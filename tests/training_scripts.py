@@ -1,0 +1,248 @@
+# Copyright 2026 The FlowBP for diffusers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""How the tests run the training scripts, and what they read of what the scripts leave.
+
+Most runs are in the tests' process, where the imports are paid once; a few go through `accelerate launch`.
+"""
+
+import importlib.util
+import json
+import os
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.models.modeling_utils import ModelMixin
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from flowbp import training_utils
+from flowbp.training_utils import LORA_FILE, make_generator
+
+ROOT = Path(__file__).parents[1]
+RANK, ALPHA = 3, 5
+PROMPTS = ('the text "42"', 'a "7" in red', 'blue "k9"')
+
+# What the runs of all scripts have in common; each adds its model and the size of its pictures.
+SHARED_ARGUMENTS = {
+    "reward": "toy_reward:make_reward",
+    "num_inference_steps": 6,
+    "max_train_steps": 2,
+    "train_batch_size": 2,
+    "rank": RANK,
+    "lora_alpha": ALPHA,
+    "learning_rate": 0.01,
+    "num_validation_images": 1,
+    "report_to": "none",
+}
+# An option or two of every method's, and the switches that change how its gradient is computed.
+METHOD_OPTIONS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "draft-k": {"last_k": 2},
+    "refl": {"last_n": 4},
+    "draft-lv": {"num_noised": 1},
+    "drtune": {"num_active": 2},
+    "leapalign": {"samples_per_decode": 1},
+    "flowbp-sparse": {"num_active": 3, "steps_per_forward": 2},
+    "flowbp-bridge": {"num_active": 3, "gradient_checkpointing": True},
+    "flowbp-lagrange": {"gradient_accumulation_steps": 2, "reward_clip": 0.9},
+}
+
+
+def script_path(name: str) -> Path:
+    """`training/<name>.py`."""
+    return ROOT / "training" / f"{name}.py"
+
+
+def load_script(name: str) -> ModuleType:
+    """A training script as a module."""
+    spec = importlib.util.spec_from_file_location(name, script_path(name))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def write_prompts(folder: Path) -> Path:
+    """A file of `PROMPTS`."""
+    path = folder / "prompts.txt"
+    path.write_text("\n".join(PROMPTS))
+    return path
+
+
+def command_line(arguments: dict[str, Any], **changes: Any) -> list[str]:
+    """Options as words; True is a flag, None leaves an option out, a list is several values."""
+    words = []
+    for name, value in {**arguments, **changes}.items():
+        if value is None:
+            continue
+        words.append(f"--{name}")
+        if isinstance(value, list):
+            words += [str(item) for item in value]
+        elif value is not True:
+            words.append(json.dumps(value) if isinstance(value, dict) else str(value))
+    return words
+
+
+def lora_of(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a run's LoRA."""
+    return load_file(folder / LORA_FILE)
+
+
+def metadata_of(folder: Path) -> dict[str, Any]:
+    """The adapter metadata of a run's LoRA."""
+    with safe_open(folder / LORA_FILE, "pt") as file:
+        return json.loads(file.metadata()["lora_adapter_metadata"])
+
+
+def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    """Whether two LoRAs are equal bit for bit."""
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def distance(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> float:
+    """Largest difference of two LoRAs' numbers."""
+    assert left.keys() == right.keys()
+    return max((left[name] - right[name]).abs().max().item() for name in left)
+
+
+def log_of(folder: Path) -> list[dict[str, float]]:
+    """A run's log of updates."""
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def check_run(output: Path, prefix: str = "transformer.") -> None:
+    """Two updates were made and logged, and a LoRA that was trained and its metadata are in the folder."""
+    log = log_of(output)
+    assert [row["step"] for row in log] == [1, 2]
+    assert all(row["gradient_norm"] > 0 and row["learning_rate"] == 0.01 for row in log)
+    lora = lora_of(output)
+    assert all(key.startswith(prefix) for key in lora)
+    assert all(tensor.dtype == torch.float32 for tensor in lora.values())
+    # B starts at 0, so what is not 0 was trained.
+    ups = [tensor for key, tensor in lora.items() if "lora_B" in key]
+    assert sum(bool(tensor.abs().max() > 0) for tensor in ups) > len(ups) / 2
+    metadata = metadata_of(output)
+    assert metadata[f"{prefix}r"] == RANK and metadata[f"{prefix}lora_alpha"] == ALPHA
+    trained = {key.removeprefix(prefix).rpartition(".lora_")[0] for key in lora}
+    targets = metadata[f"{prefix}target_modules"]
+    assert all(any(name == target or name.endswith(f".{target}") for target in targets) for name in trained)
+
+
+def watch_pictures(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """A list that later runs fill with the tensors that become validation pictures, in order.
+
+    A run's last ones are those of the trained model, one for each validation prompt, then those of the base model.
+    """
+    drawn: list[torch.Tensor] = []
+    to_pil = training_utils.to_pil
+
+    def keep(images: torch.Tensor) -> Any:
+        drawn.append(images)
+        return to_pil(images)
+
+    monkeypatch.setattr(training_utils, "to_pil", keep)
+    return drawn
+
+
+def load_pipeline(model: Path, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
+    """A saved pipeline as users load it."""
+    pipe = DiffusionPipeline.from_pretrained(model, dtype=dtype)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def images_of(pipe: DiffusionPipeline, seed: int = 0, **call: Any) -> torch.Tensor:
+    """What users get for the first prompt, from the noise of the scripts' first validation picture."""
+    with torch.no_grad():
+        return pipe(
+            prompt=PROMPTS[0],
+            generator=make_generator("validation", seed, 0),
+            num_inference_steps=SHARED_ARGUMENTS["num_inference_steps"],
+            output_type="pt",
+            return_dict=False,
+            **call,
+        )[0]
+
+
+def check_round_trip(
+    model: Path, load_lora: Callable[[DiffusionPipeline], Any], drawn: list[torch.Tensor], **call: Any
+) -> None:
+    """A fresh pipeline draws what the run's base model drew, and with the LoRA what its trained model drew, exactly.
+
+    Args:
+        model: the saved pipeline.
+        load_lora: loads the run's LoRA into the pipeline.
+        drawn: of `watch_pictures`; the run had one validation prompt.
+        call: the pipeline's arguments.
+    """
+    trained, base = drawn[-2:]
+    pipe = load_pipeline(model, trained.dtype)
+    assert torch.equal(images_of(pipe, **call), base)
+    load_lora(pipe)
+    assert torch.equal(images_of(pipe, **call), trained)
+    assert (trained - base).abs().max() > 1e-3
+
+
+def _no_model(*_: Any, **__: Any) -> None:
+    pytest.fail("a model was loaded")
+
+
+def error_of(name: str, words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
+    """What a script, started as a program, prints to stderr when it exits with an error, before it loads a model."""
+    for owner in (DiffusionPipeline, ModelMixin):
+        monkeypatch.setattr(owner, "from_pretrained", _no_model)
+    monkeypatch.setattr(sys, "argv", [str(script_path(name)), *words])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(str(script_path(name)), run_name="__main__")
+    code, printed = caught.value.code, capsys.readouterr().err
+    if isinstance(code, str):
+        # The interpreter prints it and exits with 1.
+        return printed + code
+    assert code == 2
+    return printed.removesuffix("\n")
+
+
+def check_refusal(
+    name: str,
+    arguments: dict[str, Any],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A command line is refused in one line that has `message` in it, before a model is loaded or anything written."""
+    printed = error_of(name, command_line(arguments), monkeypatch, capsys)
+    assert message in printed
+    assert len(printed.splitlines()) == 1 and printed.startswith(f"{name}.py: error: ")
+    assert not arguments["output_dir"].exists()
+
+
+def environment() -> dict[str, str]:
+    """Of a process that finds the package and the tests' rewards."""
+    paths = [str(ROOT / "pipelines"), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+
+
+def accelerate_launch(name: str, words: list[str]) -> str:
+    """What a script prints when it is started as users start it, in one process on the CPU."""
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--cpu"]
+    done = subprocess.run(
+        [*launch, str(script_path(name)), *words],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment(),
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
