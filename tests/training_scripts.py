@@ -26,7 +26,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from flowbp import training_utils
-from flowbp.training_utils import LORA_FILE, make_generator
+from flowbp.training_utils import LORA_FILE, make_generator, missing_components
 
 ROOT = Path(__file__).parents[1]
 RANK, ALPHA = 3, 5
@@ -155,7 +155,8 @@ def watch_pictures(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
 
 def load_pipeline(model: Path, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
     """A saved pipeline as users load it."""
-    pipe = DiffusionPipeline.from_pretrained(model, dtype=dtype)
+    missing = missing_components(DiffusionPipeline.load_config(model))
+    pipe = DiffusionPipeline.from_pretrained(model, dtype=dtype, **missing)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -4,6 +4,8 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """Tiny models of still more pipelines: Kandinsky 5, Ideogram 4, Nucleus, DreamLite; Cosmos-Predict2.5 for videos."""
 
+from functools import partial
+
 import torch
 from diffusers import (
     AutoencoderKLQwenImage,
@@ -11,6 +13,7 @@ from diffusers import (
     Cosmos2_5_PredictBasePipeline,
     CosmosTransformer3DModel,
     DiffusionPipeline,
+    DreamLiteMobilePipeline,
     DreamLitePipeline,
     DreamLiteUNetModel,
     FlowMatchEulerDiscreteScheduler,
@@ -187,7 +190,7 @@ def nucleus_cases(pipe: DiffusionPipeline) -> list[Case]:
     ]
 
 
-def build_dream_lite() -> DiffusionPipeline:
+def build_dream_lite(pipeline: type[DiffusionPipeline]) -> DiffusionPipeline:
     unet = DreamLiteUNetModel(
         sample_size=8,
         in_channels=4,
@@ -209,7 +212,7 @@ def build_dream_lite() -> DiffusionPipeline:
         latent_channels=4,
     )
     return ready(
-        DreamLitePipeline(
+        pipeline(
             text_encoder=tiny_qwen3_vl(width=8, layers=2),
             tokenizer=byte_tokenizer(),
             processor=None,
@@ -220,9 +223,18 @@ def build_dream_lite() -> DiffusionPipeline:
     )
 
 
+# Long enough for the prompt behind the template, at a token for each byte.
+DREAM_LITE_PROMPT = {"prompt": "a cat", "height": 16, "width": 16, "max_sequence_length": 300}
+
+
 def dream_lite_cases(pipe: DiffusionPipeline) -> list[Case]:
-    prompts = {"prompt": "a cat", "negative_prompt": "a dog", "height": 16, "width": 16, "max_sequence_length": 300}
+    # The pipeline makes one picture at a time.
+    prompts = {**DREAM_LITE_PROMPT, "negative_prompt": "a dog"}
     return [Case("guidance", {**prompts, "guidance_scale": 3.5}, Part(0, "first half"))]
+
+
+def dream_lite_mobile_cases(pipe: DiffusionPipeline) -> list[Case]:
+    return [Case("distilled", DREAM_LITE_PROMPT)]
 
 
 def build_cosmos_25() -> DiffusionPipeline:
@@ -270,8 +282,16 @@ FAMILIES = [
         "DreamLite",
         "DreamLitePipeline",
         "image",
-        build_dream_lite,
+        partial(build_dream_lite, DreamLitePipeline),
         dream_lite_cases,
+        note="Its model is a UNet.",
+    ),
+    Family(
+        "DreamLite Mobile",
+        "DreamLiteMobilePipeline",
+        "image",
+        partial(build_dream_lite, DreamLiteMobilePipeline),
+        dream_lite_mobile_cases,
         note="Its model is a UNet.",
     ),
     Family(
