@@ -59,9 +59,11 @@ GPUS = {"24 GB": 23.6, "40 GB": 39.4, "80 GB": 79.1}
 MARGIN = 1.5
 
 # What one rollout keeps for the sweep: active steps (the most that a recipe has, FlowBP-Bridge), and latent-sized
-# tensors of each (input of both branches, output of both, latents, velocity).
+# tensors of each (input and output of both branches, latents, velocity, and what the pipeline's code between them
+# saves). During the sweep the pictures are kept twice: what the pipeline returned, and joined with those of copies.
 ACTIVE_STEPS = 5
-KEPT_PER_STEP = 6
+KEPT_PER_STEP = 10
+KEPT_PICTURES = 2
 
 
 # The models. Sources: the `config.json` files of the repositories named, as far as they are public; of gated ones the
@@ -742,7 +744,8 @@ def compute(name: str, switches: Switches) -> dict[str, Any]:
         stages["encode"] = base + moved[switches.text_encoders] + text["peak"]
     stages["rollout"] = base + _rollout(name, pixels, batch, switches.rank) + static["unpacked"]
     stages["decode+reward"] = base + decode["peak"]
-    stages["sweep"] = base + sweep.peak + static["unpacked"]
+    pictures = KEPT_PICTURES * _meta(batch, 3, pixels, pixels).nbytes
+    stages["sweep"] = base + pictures + sweep.peak + static["unpacked"]
     stages["optimizer"] = base + static["optimizer_step"]
     peak = max(stages.values())
     return {

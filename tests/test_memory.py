@@ -12,9 +12,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, Flux2Transformer2DModel, FluxTransformer2DModel, SD3Transformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    Flux2Transformer2DModel,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
 from torch.profiler import ProfilerActivity, profile
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+from flowbp import FlowBPCallback, get_method
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "benchmarks" / "memory.py"
@@ -351,6 +360,73 @@ def tiny(monkeypatch):
             cache.cache_clear()
             stack.callback(cache.cache_clear)
         yield
+
+
+@pytest.mark.parametrize(("checkpointing", "samples_per_decode"), [(False, None), (True, 1)])
+def test_the_stages_are_those_of_a_real_update(tiny, checkpointing, samples_per_decode):
+    # The same model on the CPU, in the stock pipeline under the callback, with the most active steps of a recipe.
+    switches = memory.Switches(128, 3, 4, checkpointing, samples_per_decode, "precompute")
+    computed = memory.compute("sd3.5-medium", switches)
+
+    model = memory.MODELS["sd3.5-medium"]
+    vision = memory._reward()
+    transformer, vae = memory.build(*model.transformer), memory.build(*model.vae)
+    memory.add_lora(transformer, model.lora_layers, rank=4)
+    modules = [transformer, vae, vision]
+    for number, module in enumerate(modules):
+        modules[number] = module = module.to_empty(device="cpu")
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.normal_(std=0.1)
+                parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+            for buffer in module.buffers():
+                buffer.zero_()
+    transformer, vae, vision = modules
+    vision.vision_model.embeddings.position_ids = torch.arange(17)[None]
+    vae.register_to_config(scaling_factor=1.5, shift_factor=0.0)
+    if checkpointing:
+        transformer.enable_gradient_checkpointing()
+        vae.enable_gradient_checkpointing()
+    without = dict.fromkeys(f"{kind}{number}" for kind in ("text_encoder", "tokenizer") for number in ("", "_2", "_3"))
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    pipe = StableDiffusion3Pipeline(transformer=transformer, vae=vae, scheduler=scheduler, **without)
+    pipe.set_progress_bar_config(disable=True)
+    embeds = {
+        f"{sign}{name}": torch.randn(3, *shape).bfloat16()
+        for name, shape in (("prompt_embeds", (12, 32)), ("pooled_prompt_embeds", (64,)))
+        for sign in ("", "negative_")
+    }
+    peaks = {}
+    with memory.gpu_kernels(), memory.LiveBytes() as count:
+        stages = ["start"]
+
+        def mark(stage):
+            peaks[stages[-1]] = max(peaks.get(stages[-1], 0), count.peak)
+            count.restart()
+            stages.append({"decode": "decode+reward", "reward": "decode+reward"}.get(stage, stage))
+
+        callback = FlowBPCallback(
+            get_method("flowbp-bridge", num_active=memory.ACTIVE_STEPS),
+            generator=torch.Generator().manual_seed(0),
+            samples_per_decode=samples_per_decode,
+            on_stage=mark,
+        )
+        with callback.record(pipe):
+            images = pipe(
+                **embeds,
+                height=128,
+                width=128,
+                num_inference_steps=8,
+                guidance_scale=3.5,
+                output_type="pt",
+                callback_on_step_end=callback,
+            ).images
+        callback.backward(lambda images, prompts: memory.clip_score(vision, images.float()), images, ["a"] * 3)
+        mark("end")
+    loaded = sum(size for part, size in computed["resident"].items() if part != "trajectory")
+    for stage in ("rollout", "decode+reward", "sweep"):
+        expected = computed["stages"][stage] - loaded
+        assert 0.85 * expected < peaks[stage] < 1.02 * expected, stage
 
 
 def test_the_command_writes_what_it_prints(tiny, tmp_path, capsys):

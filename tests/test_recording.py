@@ -652,7 +652,7 @@ def test_velocities_that_are_not_finite_are_refused(pipe: StableDiffusion3Pipeli
 
 def test_a_pipeline_without_a_transformer_is_refused(pipe: StableDiffusion3Pipeline):
     pipe.register_modules(transformer=None)
-    with refused("StableDiffusion3Pipeline: expected a scheduler and a component named transformer, got "):
+    with refused("StableDiffusion3Pipeline: expected a scheduler and a component named transformer or unet, got "):
         record(pipe, sparse())
 
 

@@ -42,7 +42,7 @@ from flowbp.arguments import (
 )
 from flowbp.prompt_embeds import group_offload_encoder, text_encoders
 from flowbp.prompts import load_prompts
-from flowbp.recording import RecordingError
+from flowbp.recording import RecordingError, is_velocity_model
 from flowbp.training_utils import (
     LORA_FILE,
     WEIGHT_DTYPES,
@@ -114,7 +114,7 @@ def pipeline_class(args: argparse.Namespace, config: dict[str, Any]) -> type[Dif
             f"{name}: expected a model with FlowMatchEulerDiscreteScheduler, got {scheduler}; only Euler steps of "
             "flow matching can be recorded."
         )
-    transformers = [component for component in config if "transformer" in component]
+    transformers = [component for component in config if is_velocity_model(component)]
     if args.lora_component not in transformers:
         raise ValueError(
             f"--lora_component {args.lora_component}: {name} has {', '.join(transformers) or 'no transformer'}."

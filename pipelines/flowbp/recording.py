@@ -107,6 +107,11 @@ class Trajectory:
         return len(self.sigmas) - 1
 
 
+def is_velocity_model(component: str) -> bool:
+    """Whether a pipeline's component of this name computes velocities: a transformer, in few pipelines a UNet."""
+    return "transformer" in component or component == "unet"
+
+
 def reaches(tensors: Sequence[torch.Tensor], leaves: Sequence[torch.Tensor]) -> bool:
     """Whether any of `tensors` depends, through autograd, on any of `leaves`."""
     tensors = [tensor for tensor in tensors if tensor.requires_grad]
@@ -156,11 +161,11 @@ class Recorder:
         self.transformers = [
             module
             for name, module in pipe.components.items()
-            if "transformer" in name and isinstance(module, torch.nn.Module)
+            if is_velocity_model(name) and isinstance(module, torch.nn.Module)
         ]
         if self.scheduler is None or not self.transformers:
             raise RecordingError(
-                f"{self.name}: expected a scheduler and a component named transformer, got "
+                f"{self.name}: expected a scheduler and a component named transformer or unet, got "
                 f"{', '.join(sorted(pipe.components))}; use a flow-matching pipeline."
             )
         if getattr(pipe, "_all_hooks", None):

@@ -88,7 +88,7 @@ def ready(
     for name, module in pipe.components.items():
         if not isinstance(module, torch.nn.Module):
             continue
-        is_transformer = "transformer" in name
+        is_transformer = "transformer" in name or name == "unet"
         redraw(module, gain if is_transformer else vae_gain, generator)
         module.eval().requires_grad_(is_transformer).to(dtype)
     pipe.set_progress_bar_config(disable=True)

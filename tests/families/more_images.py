@@ -2,7 +2,7 @@
 #
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""Tiny models of still more pipelines: Kandinsky 5, Ideogram 4, Nucleus, DreamLite; Cosmos-Predict2.5 for videos."""
+"""Tiny models of still more pipelines: FLUX.1 Kontext, Kandinsky 5, Ideogram 4, Nucleus, DreamLite, Cosmos-Predict2.5."""
 
 from functools import partial
 
@@ -17,6 +17,7 @@ from diffusers import (
     DreamLitePipeline,
     DreamLiteUNetModel,
     FlowMatchEulerDiscreteScheduler,
+    FluxKontextPipeline,
     Ideogram4Pipeline,
     Ideogram4Transformer2DModel,
     Kandinsky5T2IPipeline,
@@ -29,8 +30,36 @@ from transformers import Qwen2Tokenizer, Qwen3VLConfig, Qwen3VLModel
 
 from .family import Case, Family, Part, embeddings, ready
 from .images import PermissiveChecker
-from .paper import tiny_flux2_vae, tiny_vae
+from .paper import build_flux, tiny_flux2_vae, tiny_vae
 from .videos import tiny_wan_vae, wan_prompts
+
+
+def build_kontext() -> DiffusionPipeline:
+    pipe = FluxKontextPipeline(**build_flux().components)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def kontext_cases(pipe: DiffusionPipeline) -> list[Case]:
+    prompts = {
+        "prompt_embeds": embeddings(2, 5, 32),
+        "pooled_prompt_embeds": embeddings(2, 32, seed=1),
+        "height": 8,
+        "width": 8,
+        # Other areas than this are resized to it.
+        "max_area": 64,
+    }
+    negative = {
+        "negative_prompt_embeds": embeddings(2, 5, 32, seed=2),
+        "negative_pooled_prompt_embeds": embeddings(2, 32, seed=3),
+        "true_cfg_scale": 4.0,
+    }
+    image = {"image": embeddings(2, 4, 4, 4, seed=4)}
+    return [
+        Case("distilled guidance", prompts),
+        Case("reference latents", {**prompts, **image}),
+        Case("reference latents, true guidance", {**prompts, **image, **negative}, Part(1)),
+    ]
 
 
 def build_kandinsky_5() -> DiffusionPipeline:
@@ -275,6 +304,7 @@ def cosmos_25_cases(pipe: DiffusionPipeline) -> list[Case]:
 
 
 FAMILIES = [
+    Family("FLUX.1 Kontext", "FluxKontextPipeline", "image", build_kontext, kontext_cases),
     Family("Kandinsky 5 image", "Kandinsky5T2IPipeline", "image", build_kandinsky_5, kandinsky_5_cases),
     Family("Ideogram 4", "Ideogram4Pipeline", "image", build_ideogram, ideogram_cases),
     Family("Nucleus-Image", "NucleusMoEImagePipeline", "image", build_nucleus, nucleus_cases),

@@ -51,9 +51,10 @@ class Outcome:
 
 
 def transformers(pipe: DiffusionPipeline) -> dict[str, torch.nn.Module]:
-    """The pipeline's transformers by component name."""
+    """The pipeline's transformers (in DreamLite a UNet) by component name."""
     components = pipe.components.items()
-    return {name: module for name, module in components if "transformer" in name and module is not None}
+    is_one = {name for name, module in components if "transformer" in name or name == "unet"}
+    return {name: module for name, module in components if name in is_one and module is not None}
 
 
 def call_arguments(case: Case) -> dict[str, Any]:
