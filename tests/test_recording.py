@@ -1189,3 +1189,12 @@ def test_negated_surrogates_are_for_velocities_of_the_other_sign() -> None:
         assert [*other.weights, other.anchor] == [-weight for weight in (*leg.weights, leg.anchor)]
     assert negated.negated() == surrogate
     assert (negated.tau, negated.endpoint) == (surrogate.tau, surrogate.endpoint)
+
+
+@pytest.mark.parametrize("component", ["transformer", "vae"])
+def test_group_offloading_is_refused_where_gradients_flow(pipe: StableDiffusion3Pipeline, component: str) -> None:
+    getattr(pipe, component).enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
+    with pytest.raises(RecordingError, match=f"group offloading of {component} takes weights away") as caught:
+        with sparse().record(pipe):
+            pass
+    assert "\n" not in str(caught.value) and "quantise" in str(caught.value)

@@ -21,9 +21,10 @@ from training_scripts import (
     ALPHA,
     METHOD_OPTIONS,
     RANK,
-    ROOT,
     SHARED_ARGUMENTS,
     accelerate_launch,
+    check_float32_over_bfloat16,
+    check_recipe,
     check_refusal,
     check_round_trip,
     check_run,
@@ -35,9 +36,11 @@ from training_scripts import (
     log_of,
     lora_of,
     metadata_of,
+    recipes_of,
     same,
     script_path,
     watch_pictures,
+    watch_runs,
     write_prompts,
 )
 
@@ -144,23 +147,18 @@ def test_a_lora_with_no_update_changes_nothing(
 
 
 def test_lora_and_optimizer_stay_float32_over_a_bfloat16_base(
-    script: ModuleType, arguments: dict[str, Any], model: Path
+    script: ModuleType, arguments: dict[str, Any], model: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    script.main(
-        command_line(arguments, mixed_precision="bf16", validation_steps=1, checkpointing_steps=1, learning_rate=0.01)
-    )
+    runs, drawn = watch_runs(monkeypatch), watch_pictures(monkeypatch)
+    script.main(command_line(arguments, mixed_precision="bf16", validation_steps=1, checkpointing_steps=1))
     output = arguments["output_dir"]
+    check_float32_over_bfloat16(runs[0])
     # The second checkpoint is of parameters that went through a validation and a saving.
     for file in ("checkpoint-1/lora", "checkpoint-2/lora", "checkpoint-2/optimizer", "pytorch_lora_weights"):
         tensors = load_file(output / f"{file}.safetensors")
         assert tensors and all(tensor.dtype == torch.float32 for tensor in tensors.values())
-    trained = load_file(output / "checkpoint-2" / "lora.safetensors")
-    assert any(not torch.equal(tensor, tensor.bfloat16().float()) for tensor in trained.values())
     assert (output / "validation" / "000001.png").is_file()
-    pipe = load_pipeline(model, torch.bfloat16)
-    before = images_of(pipe, **CALL)
-    pipe.load_lora_weights(output)
-    assert not torch.equal(images_of(pipe, **CALL), before)
+    check_round_trip(model, lambda pipe: pipe.load_lora_weights(output), drawn, **CALL)
 
 
 # Seeds and resume.
@@ -232,17 +230,13 @@ def test_resuming_the_latest_in_place_continues_its_log(script: ModuleType, argu
 # Recipes.
 
 
-@pytest.mark.parametrize("recipe", sorted((ROOT / "training" / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("recipe", recipes_of("sd3"), ids=lambda path: path.stem)
 def test_every_recipe_parses_and_draws(script: ModuleType, recipe: Path):
-    assert recipe.name.startswith("sd3"), "a recipe of another backbone needs its own script here"
-    args = script.parse_args(["--config", str(recipe), "--prompts", "prompts.txt", "--reward", "ocr"])
-    content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
-    assert content and all(vars(args)[name] == value for name, value in content.items())
-    assert choose_method(args, backbone="sd3").name == content["method"]
+    check_recipe(script, "sd3", recipe)
 
 
 def test_there_are_recipes():
-    assert len(list((ROOT / "training" / "recipes").glob("sd3_*.yaml"))) >= 4
+    assert len(recipes_of("sd3")) >= 4
 
 
 def recipe_file(folder: Path, **content: Any) -> Path:

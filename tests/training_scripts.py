@@ -13,20 +13,22 @@ import os
 import runpy
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from diffusers import DiffusionPipeline
 from diffusers.models.modeling_utils import ModelMixin
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from flowbp import training_utils
-from flowbp.training_utils import LORA_FILE, make_generator, missing_components
+from flowbp.arguments import choose_method
+from flowbp.training_utils import LORA_FILE, TrainingRun, make_generator, missing_components
 
 ROOT = Path(__file__).parents[1]
 RANK, ALPHA = 3, 5
@@ -151,6 +153,47 @@ def watch_pictures(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
 
     monkeypatch.setattr(training_utils, "to_pil", keep)
     return drawn
+
+
+def watch_runs(monkeypatch: pytest.MonkeyPatch) -> list[TrainingRun]:
+    """A list that later runs fill with what they keep between updates, one entry a run."""
+    runs: list[TrainingRun] = []
+    updates = TrainingRun.updates
+
+    def keep(run: TrainingRun) -> Iterator[int]:
+        runs.append(run)
+        return updates(run)
+
+    monkeypatch.setattr(TrainingRun, "updates", keep)
+    return runs
+
+
+def check_float32_over_bfloat16(run: TrainingRun) -> None:
+    """LoRA, its gradients of the last update and the optimizer's state are float32, everything frozen is bfloat16."""
+    frozen = [parameter for parameter in run.transformer.parameters() if not parameter.requires_grad]
+    assert frozen and all(parameter.dtype == torch.bfloat16 for parameter in frozen)
+    moments = [
+        value for parameter in run.parameters for value in run.optimizer.state[parameter].values() if value.ndim
+    ]
+    gradients = [parameter.grad for parameter in run.parameters]
+    assert len(moments) == 2 * len(run.parameters) and any(gradient.abs().max() > 0 for gradient in gradients)
+    for tensor in (*run.parameters, *gradients, *moments):
+        assert tensor.dtype == torch.float32
+    # Nothing on the way rounded them either.
+    assert any(not torch.equal(parameter, parameter.bfloat16().float()) for parameter in run.parameters)
+
+
+def check_recipe(script: ModuleType, backbone: str, recipe: Path) -> None:
+    """A recipe parses, says what it is for, and its method can be drawn from."""
+    args = script.parse_args(["--config", str(recipe), "--prompts", "prompts.txt", "--reward", "ocr"])
+    content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    assert content and all(vars(args)[name] == value for name, value in content.items())
+    assert choose_method(args, backbone=backbone).name == content["method"]
+
+
+def recipes_of(backbone: str) -> list[Path]:
+    """The recipes of a backbone."""
+    return sorted((ROOT / "training" / "recipes").glob(f"{backbone}_*.yaml"))
 
 
 def load_pipeline(model: Path, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:

@@ -173,6 +173,13 @@ class Recorder:
                 f"{self.name}: model CPU offload frees the VAE while its gradient is still needed; call "
                 "pipe.remove_all_hooks() and keep the pipeline loaded."
             )
+        for name, module in pipe.components.items():
+            if (is_velocity_model(name) or name == "vae") and isinstance(module, torch.nn.Module):
+                if any("group_offloading" in hook for hook in active_hooks(module)):
+                    raise RecordingError(
+                        f"{self.name}: group offloading of {name} takes weights away that its backward pass needs; use "
+                        "it on the text encoders only, and quantise the transformer where memory is short."
+                    )
         if any(parameter.is_meta for transformer in self.transformers for parameter in transformer.parameters()):
             raise RecordingError(
                 f"{self.name}: sequential CPU offload replaces the transformer's parameters at every call, so their "

@@ -57,7 +57,7 @@ class Sweep:
         self.strict = strict
         # Turned off for good where rows or steps prove not to be separable.
         self._can_cut = True
-        self._watches_gradients = True
+        self._watched: set[torch.nn.Module] = set()
 
     def run(self, trajectories: Sequence[Trajectory], adjoints: Sequence[torch.Tensor]) -> None:
         """Add the gradient to the transformers' parameters.
@@ -67,8 +67,15 @@ class Sweep:
             adjoints: for each, the loss's gradient at its endpoint, `(B, ...)`, float32 or float64.
 
         Raises:
-            RecordingError: where a replay differs from the recording, or the unconditional branch cannot be found.
+            RecordingError: where a replay differs from the recording, the unconditional branch cannot be found, or
+                another transformer than the wrapped one was called.
         """
+        calls = [call for trajectory in trajectories for step in trajectory.steps.values() for call in step.calls]
+        if self.modules and any(call.module not in self.modules for call in calls):
+            raise RecordingError(
+                f"{self.name}: expected one transformer, the wrapped one, got several: the pass that exchanges "
+                "gradients between processes would not be known; train in one process."
+            )
         chunks = [
             (trajectory, chunk, index)
             for index, trajectory in enumerate(trajectories)
@@ -293,7 +300,7 @@ class Sweep:
     @contextmanager
     def _watch(self, module: torch.nn.Module) -> Iterator[None]:
         """Raise RecordingError where a part of the transformer switches gradients off; at the first pass only."""
-        if not self._watches_gradients:
+        if module in self._watched:
             yield
             return
 
@@ -316,7 +323,7 @@ class Sweep:
         finally:
             for handle in handles:
                 handle.remove()
-        self._watches_gradients = False
+        self._watched.add(module)
 
     def _check_whole(self, number: int, step: ActiveStep) -> None:
         """Raise RecordingError unless every call of a step, repeated whole, gives what was recorded."""

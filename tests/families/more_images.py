@@ -2,7 +2,7 @@
 #
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""Tiny models of still more pipelines: FLUX.1 Kontext, Kandinsky 5, Ideogram 4, Nucleus, DreamLite, Cosmos-Predict2.5."""
+"""Tiny models of still more pipelines: FLUX.1 Kontext, Kandinsky 5, Ideogram 4, Nucleus, DreamLite, Cosmos 2.5."""
 
 from functools import partial
 

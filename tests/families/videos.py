@@ -36,6 +36,8 @@ from diffusers import (
     Kandinsky6TI2VAPipeline,
     Kandinsky6Transformer3DModel,
     LayerSkipConfig,
+    LTX2ConditionPipeline,
+    LTX2InContextPipeline,
     LTX2Pipeline,
     LTX2VideoTransformer3DModel,
     LTXConditionPipeline,
@@ -510,7 +512,7 @@ def sana_video_cases(pipe: DiffusionPipeline) -> list[Case]:
     ]
 
 
-def build_ltx_2() -> DiffusionPipeline:
+def build_ltx_2(pipeline: type[DiffusionPipeline]) -> DiffusionPipeline:
     transformer = LTX2VideoTransformer3DModel(
         in_channels=4,
         out_channels=4,
@@ -573,7 +575,7 @@ def build_ltx_2() -> DiffusionPipeline:
         resnet_dilations=[[1]],
     )
     return ready(
-        LTX2Pipeline(
+        pipeline(
             scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
             vae=vae,
             audio_vae=audio_vae,
@@ -823,7 +825,7 @@ FAMILIES = [
     Family("Wan 2.2 5B", "WanPipeline", "video", partial(build_wan, expand_timesteps=True), wan_cases),
     Family("HunyuanVideo", "HunyuanVideoPipeline", "video", build_hunyuan_video, hunyuan_video_cases),
     Family(
-        "HunyuanVideo 1.5",
+        "HunyuanVideo 1.5 without guidance",
         "HunyuanVideo15Pipeline",
         "video",
         partial(build_hunyuan_video_15, guidance_scale=1.0),
@@ -837,7 +839,7 @@ FAMILIES = [
         hunyuan_video_15_case("guidance", Part(1)),
     ),
     Family(
-        "HunyuanVideo 1.5",
+        "HunyuanVideo 1.5, rescaled",
         "HunyuanVideo15Pipeline",
         "video",
         partial(build_hunyuan_video_15, guidance_scale=6.0, guidance_rescale=0.7, stop=0.7),
@@ -852,12 +854,28 @@ FAMILIES = [
         "LTX-2",
         "LTX2Pipeline",
         "video",
-        build_ltx_2,
+        partial(build_ltx_2, LTX2Pipeline),
         ltx_2_cases,
         note="The sound is sampled along with the video, and each depends on the other.",
     ),
     Family(
-        "Motif-Video",
+        "LTX-2 with conditions",
+        "LTX2ConditionPipeline",
+        "video",
+        partial(build_ltx_2, LTX2ConditionPipeline),
+        ltx_2_cases,
+        note="As LTX-2.",
+    ),
+    Family(
+        "LTX-2 in context",
+        "LTX2InContextPipeline",
+        "video",
+        partial(build_ltx_2, LTX2InContextPipeline),
+        ltx_2_cases,
+        note="As LTX-2.",
+    ),
+    Family(
+        "Motif-Video without guidance",
         "MotifVideoPipeline",
         "video",
         lambda: build_motif(ClassifierFreeGuidance(guidance_scale=1.0)),
@@ -871,14 +889,14 @@ FAMILIES = [
         motif_case("projected guidance", Part(1)),
     ),
     Family(
-        "Motif-Video",
+        "Motif-Video with momentum",
         "MotifVideoPipeline",
         "video",
         lambda: build_motif(AdaptiveProjectedGuidance(adaptive_projected_guidance_momentum=-0.5)),
         motif_case("projected guidance with momentum", refused="guidance with memory"),
     ),
     Family(
-        "Motif-Video",
+        "Motif-Video with skipped layers",
         "MotifVideoPipeline",
         "video",
         lambda: build_motif(
@@ -888,7 +906,7 @@ FAMILIES = [
                 skip_layer_guidance_stop=1.0,
             )
         ),
-        motif_case("skip-layer guidance", refused="does not reproduce"),
+        motif_case("skip-layer guidance", refused="hooks inside the transformer"),
     ),
     Family("Helios", "HeliosPipeline", "video", build_helios, helios_cases),
     Family("Wan VACE", "WanVACEPipeline", "video", build_wan_vace, wan_vace_cases),
