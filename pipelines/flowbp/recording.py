@@ -177,8 +177,8 @@ class Recorder:
             if (is_velocity_model(name) or name == "vae") and isinstance(module, torch.nn.Module):
                 if any("group_offloading" in hook for hook in active_hooks(module)):
                     raise RecordingError(
-                        f"{self.name}: group offloading of {name} takes weights away that its backward pass needs; use "
-                        "it on the text encoders only, and quantise the transformer where memory is short."
+                        f"{self.name}: group offloading of {name} takes weights away that its backward pass needs; "
+                        "use it on the text encoders only, and quantise the transformer where memory is short."
                     )
         if any(parameter.is_meta for transformer in self.transformers for parameter in transformer.parameters()):
             raise RecordingError(

@@ -2,7 +2,7 @@
 #
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""Tiny models of still more pipelines: FLUX.1 Kontext, Kandinsky 5, Ideogram 4, Nucleus, DreamLite, Cosmos 2.5."""
+"""Tiny models of still more pipelines: FLUX.1 Kontext, Kandinsky 5, Ideogram 4, Nucleus, DreamLite, and videos."""
 
 from functools import partial
 
@@ -22,16 +22,18 @@ from diffusers import (
     Ideogram4Transformer2DModel,
     Kandinsky5T2IPipeline,
     Kandinsky5Transformer3DModel,
+    LTXI2VLongMultiPromptPipeline,
+    LTXPipeline,
     NucleusMoEImagePipeline,
     NucleusMoEImageTransformer2DModel,
 )
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import Qwen2Tokenizer, Qwen3VLConfig, Qwen3VLModel
+from transformers import Qwen2Tokenizer, Qwen3VLConfig, Qwen3VLModel, T5Config, T5EncoderModel
 
 from .family import Case, Family, Part, embeddings, ready
 from .images import PermissiveChecker
 from .paper import build_flux, tiny_flux2_vae, tiny_vae
-from .videos import tiny_wan_vae, wan_prompts
+from .videos import build_ltx, tiny_wan_vae, wan_prompts
 
 
 def build_kontext() -> DiffusionPipeline:
@@ -113,6 +115,7 @@ def byte_tokenizer() -> Qwen2Tokenizer:
     """Qwen's tokenizer with a token for each byte, and a chat template that adds nothing."""
     names = [*sorted(ByteLevel.alphabet()), "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     tokenizer = Qwen2Tokenizer(vocab={name: index for index, name in enumerate(names)}, merges=[])
+    tokenizer.model_max_length = 512
     tokenizer.chat_template = "{{ messages[0]['content'][0]['text'] }}"
     return tokenizer
 
@@ -303,6 +306,20 @@ def cosmos_25_cases(pipe: DiffusionPipeline) -> list[Case]:
     ]
 
 
+def build_ltx_long() -> DiffusionPipeline:
+    config = T5Config(vocab_size=259, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    components = build_ltx(LTXPipeline).components
+    components |= {"text_encoder": T5EncoderModel(config), "tokenizer": byte_tokenizer()}
+    return ready(LTXI2VLongMultiPromptPipeline(**components))
+
+
+def ltx_long_cases(pipe: DiffusionPipeline) -> list[Case]:
+    # Six latent frames in windows of four.
+    windows = {"num_frames": 21, "temporal_tile_size": 16, "temporal_overlap": 4}
+    arguments = {"prompt": "a cat", "height": 32, "width": 32, "max_sequence_length": 8, **windows}
+    return [Case("two windows", arguments, refused="second sampling loop")]
+
+
 FAMILIES = [
     Family("FLUX.1 Kontext", "FluxKontextPipeline", "image", build_kontext, kontext_cases),
     Family("Kandinsky 5 image", "Kandinsky5T2IPipeline", "image", build_kandinsky_5, kandinsky_5_cases),
@@ -331,5 +348,13 @@ FAMILIES = [
         build_cosmos_25,
         cosmos_25_cases,
         note="Nvidia's own safety checker turns videos into numpy arrays; with it the pipeline is refused.",
+    ),
+    Family(
+        "LTX-Video, long",
+        "LTXI2VLongMultiPromptPipeline",
+        "video",
+        build_ltx_long,
+        ltx_long_cases,
+        note="It samples window by window, and with one window leaves out the last step.",
     ),
 ]
