@@ -14,6 +14,7 @@ from training_scripts import (
     METHOD_OPTIONS,
     SHARED_ARGUMENTS,
     accelerate_launch,
+    check_bfloat16_round_trip,
     check_float32_over_bfloat16,
     check_recipe,
     check_refusal,
@@ -35,7 +36,7 @@ from flowbp import METHODS
 
 NAME = "train_flowbp_flux"
 # What users give the pipeline to get the pictures of the script's validation.
-CALL = {"height": 8, "width": 8, "guidance_scale": 4.0, "max_sequence_length": 12}
+CALL = {"height": 8, "width": 8, "guidance_scale": 4.0, "max_sequence_length": 16}
 TRUE_GUIDANCE = {"true_cfg_scale": 3.0, "negative_prompt": "grey"}
 
 
@@ -59,7 +60,7 @@ def arguments(model: Path, tmp_path: Path) -> dict[str, Any]:
         "prompts": write_prompts(tmp_path),
         "output_dir": tmp_path / "run",
         "resolution": 8,
-        "max_sequence_length": 12,
+        "max_sequence_length": 16,
     }
 
 
@@ -110,7 +111,7 @@ def test_lora_and_optimizer_stay_float32_over_a_bfloat16_base(
     script.main(command_line(arguments, mixed_precision="bf16", validation_steps=1, checkpointing_steps=1))
     check_float32_over_bfloat16(runs[0])
     output = arguments["output_dir"]
-    check_round_trip(model, lambda pipe: pipe.load_lora_weights(output), drawn, **CALL)
+    check_bfloat16_round_trip(model, output, drawn, **CALL)
 
 
 def test_accelerate_launch(arguments: dict[str, Any], model: Path):

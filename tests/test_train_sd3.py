@@ -23,6 +23,7 @@ from training_scripts import (
     RANK,
     SHARED_ARGUMENTS,
     accelerate_launch,
+    check_bfloat16_round_trip,
     check_float32_over_bfloat16,
     check_recipe,
     check_refusal,
@@ -158,7 +159,7 @@ def test_lora_and_optimizer_stay_float32_over_a_bfloat16_base(
         tensors = load_file(output / f"{file}.safetensors")
         assert tensors and all(tensor.dtype == torch.float32 for tensor in tensors.values())
     assert (output / "validation" / "000001.png").is_file()
-    check_round_trip(model, lambda pipe: pipe.load_lora_weights(output), drawn, **CALL)
+    check_bfloat16_round_trip(model, output, drawn, **CALL)
 
 
 # Seeds and resume.

@@ -26,7 +26,8 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
+from diffusers.loaders import PeftAdapterMixin
 from diffusers.training_utils import _collate_lora_metadata
 from peft import get_peft_model_state_dict
 
@@ -108,7 +109,7 @@ def pipeline_class(args: argparse.Namespace, config: dict[str, Any]) -> type[Dif
     name = config["_class_name"]
     if not hasattr(diffusers, name):
         raise ValueError(f"{name}: not a pipeline of diffusers {diffusers.__version__}; use one of diffusers' own.")
-    scheduler = config["scheduler"][1]
+    scheduler = config.get("scheduler", [None, None])[1]
     if scheduler != "FlowMatchEulerDiscreteScheduler":
         raise ValueError(
             f"{name}: expected a model with FlowMatchEulerDiscreteScheduler, got {scheduler}; only Euler steps of "
@@ -197,9 +198,10 @@ def main(argv: list[str] | None = None) -> None:
     transformer = getattr(pipe, args.lora_component)
     parameters = add_lora(transformer, args)
     if args.gradient_checkpointing:
-        for component in (transformer, pipe.vae):
-            if component._supports_gradient_checkpointing:
-                component.enable_gradient_checkpointing()
+        transformer.enable_gradient_checkpointing()
+        vae = pipe.components.get("vae")
+        if vae is not None and vae._supports_gradient_checkpointing:
+            vae.enable_gradient_checkpointing()
     # Several processes: the sweep calls the wrapped transformer, the rollout the pipeline's own.
     wrapped = accelerator.prepare_model(transformer) if accelerator.num_processes > 1 else None
 
@@ -210,23 +212,20 @@ def main(argv: list[str] | None = None) -> None:
             arguments["negative_prompt"] = [arguments["negative_prompt"]] * len(texts)
         return pipe(prompt=texts, generator=generator, **arguments)[0]
 
-    # Pipelines with a LoRA loader keep the LoRA of their first transformer; others load it into the transformer.
+    # The file is the same for all pipelines; those without a LoRA loader load it into the transformer.
     has_loader = hasattr(Pipeline, "save_lora_weights") and args.lora_component == "transformer"
+    writer = Pipeline if has_loader else StableDiffusion3Pipeline
 
     def save_lora(folder: Path) -> None:
+        writer.save_lora_weights(
+            folder,
+            transformer_lora_layers=get_peft_model_state_dict(transformer),
+            **_collate_lora_metadata({"transformer": transformer}),
+        )
         if has_loader:
-            Pipeline.save_lora_weights(
-                folder,
-                transformer_lora_layers=get_peft_model_state_dict(transformer),
-                **_collate_lora_metadata({"transformer": transformer}),
-            )
             print(f'Load it with pipe.load_lora_weights("{folder}").')
         else:
-            transformer.save_lora_adapter(folder, weight_name=LORA_FILE)
-            print(
-                f'Load it with pipe.{args.lora_component}.load_lora_adapter("{folder}", weight_name="{LORA_FILE}", '
-                "prefix=None)."
-            )
+            print(f'Load it with pipe.{args.lora_component}.load_lora_adapter("{folder}", weight_name="{LORA_FILE}").')
 
     run = TrainingRun(
         args,

@@ -310,6 +310,7 @@ def build_ltx_long() -> DiffusionPipeline:
     config = T5Config(vocab_size=259, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
     components = build_ltx(LTXPipeline).components
     components |= {"text_encoder": T5EncoderModel(config), "tokenizer": byte_tokenizer()}
+    components["scheduler"] = FlowMatchEulerDiscreteScheduler()
     return ready(LTXI2VLongMultiPromptPipeline(**components))
 
 

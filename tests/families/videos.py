@@ -885,7 +885,8 @@ FAMILIES = [
         "Motif-Video",
         "MotifVideoPipeline",
         "video",
-        lambda: build_motif(AdaptiveProjectedGuidance(guidance_scale=6.0, adaptive_projected_guidance_rescale=2.0)),
+        # The difference of the branches is longer than 0.4, so it is cut to that.
+        lambda: build_motif(AdaptiveProjectedGuidance(guidance_scale=6.0, adaptive_projected_guidance_rescale=0.4)),
         motif_case("projected guidance", Part(1)),
     ),
     Family(

@@ -1,0 +1,216 @@
+# Copyright 2026 The FlowBP for diffusers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""Where a reward's weights come from: a folder of the user's, the Hub's cache, or the Hub; errors in one line."""
+
+import json
+import pickle
+import zipfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+    RevisionResolutionError,
+)
+
+T = TypeVar("T")
+
+# What a repository of a tokenizer may hold, in the old layout and the new one.
+TOKENIZER_FILES = ("tokenizer*.json", "tokenizer.model", "vocab.*", "merges.txt", "special_tokens_map.json")
+# Of several copies of a model's weights only the safetensors one is downloaded.
+MODEL_FILES = ("*config.json", "model*.safetensors", "model.safetensors.index.json")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Files of a repository of the Hub that a reward needs.
+
+    Attributes:
+        reward: its name, for messages and for `--reward_model_path`.
+        repo_id: `owner/name`.
+        required: names of files that must be there. `model.safetensors` may be in shards, as transformers saves large
+            models.
+        patterns: glob patterns of further files to take if the repository has them.
+        revision: branch, tag or commit; None: the repository's main branch.
+    """
+
+    reward: str
+    repo_id: str
+    required: tuple[str, ...]
+    patterns: tuple[str, ...] = ()
+    revision: str | None = None
+
+    @property
+    def page(self) -> str:
+        """The page with the licence, where gated repositories ask for its acceptance."""
+        return f"https://huggingface.co/{self.repo_id}"
+
+
+def find_files(source: Source, model_path: Path | None = None) -> Path:
+    """The folder that holds a reward's files; they are downloaded to the Hub's cache if they are not there.
+
+    Args:
+        source: what to look for.
+        model_path: a local folder to use in place of the Hub. Nothing is downloaded then.
+
+    Returns:
+        A folder with all of `source.required`.
+
+    Raises:
+        FileNotFoundError: the files are not there and cannot be had: offline, gated, or not in the repository. The
+            message is one line with the repository, the files, the page with the licence, the cache folder and the
+            remedy.
+    """
+    if model_path is not None:
+        folder = Path(model_path).expanduser()
+        if not folder.is_dir():
+            raise _missing(source, f"{folder} is not a folder")
+    else:
+        try:
+            folder = Path(
+                snapshot_download(
+                    source.repo_id, revision=source.revision, allow_patterns=[*source.required, *source.patterns]
+                )
+            )
+        except (OSError, HFValidationError, EntryNotFoundError, RevisionResolutionError) as error:
+            # HfHubHTTPError and the network's own errors are OSErrors.
+            raise _missing(source, _reason(error)) from error
+    absent = [name for name in _expected(source, folder) if not (folder / name).is_file()]
+    if absent:
+        raise _missing(source, f"{', '.join(absent)} not in {folder}")
+    return folder
+
+
+def load_checkpoint(source: Source, path: Path) -> Mapping[str, Any]:
+    """What `torch.save` wrote into a file, on the CPU. Only tensors and plain values are read, no code is run.
+
+    Raises:
+        ValueError: the file is no checkpoint of plain values, or is cut short.
+    """
+    try:
+        # Mapped, a file of many gigabytes is not held in memory twice; older formats cannot be mapped.
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"reward {source.reward!r}: {path} is not a whole checkpoint of tensors ({_line(error)}); download "
+            f"{path.name} again from {source.page}."
+        ) from error
+    if not isinstance(content, Mapping):
+        raise ValueError(
+            f"reward {source.reward!r}: expected {path} to hold a mapping, got {type(content).__name__}; download "
+            f"{path.name} again from {source.page}."
+        )
+    return content
+
+
+def load_weights(source: Source, module: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+    """Copies weights into a module, which keeps its dtype; names and shapes must be exactly the module's.
+
+    Raises:
+        ValueError: a missing, unexpected or misshapen weight, in one line with the first few.
+    """
+    expected = module.state_dict()
+    problems = [f"no {name}" for name in expected if name not in weights]
+    problems += [f"unknown {name}" for name in weights if name not in expected]
+    problems += [
+        f"{name} of shape {tuple(weights[name].shape)} instead of {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in weights and weights[name].shape != tensor.shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise ValueError(
+            f"reward {source.reward!r}: the weights are not those of {source.repo_id}: {', '.join(problems[:3])}{more}"
+            f"; expected {', '.join(source.required)} from {source.page}."
+        )
+    module.load_state_dict(weights)
+
+
+def load_pretrained(source: Source, loader: Callable[..., T], folder: Path, **options: Any) -> T:
+    """Calls a transformers class's `from_pretrained` on a folder of `find_files`: no network, no code of others.
+
+    Args:
+        source: for the message.
+        loader: `CLIPModel.from_pretrained`, say.
+        folder: with the files.
+        options: of `loader`; for models `use_safetensors=True` belongs here.
+
+    Raises:
+        ValueError: what transformers finds wrong with the files, in one line.
+    """
+    try:
+        return loader(folder, local_files_only=True, trust_remote_code=False, **options)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError) as error:
+        raise ValueError(
+            f"reward {source.reward!r}: {folder} does not hold what {source.repo_id} has ({_line(error)}); download it "
+            f"again from {source.page}."
+        ) from error
+
+
+def parse_model_paths(entries: Iterable[str]) -> dict[str, Path]:
+    """`NAME=FOLDER` pairs of `--reward_model_path` as a mapping.
+
+    Raises:
+        ValueError: an entry without a name, an equals sign or a folder, or a name that is given twice.
+    """
+    paths: dict[str, Path] = {}
+    for entry in entries:
+        name, equals, folder = entry.partition("=")
+        if not (name and equals and folder):
+            raise ValueError(f"--reward_model_path: expected NAME=FOLDER, got {entry!r}.")
+        if name in paths:
+            raise ValueError(f"--reward_model_path: expected each reward once, got {name} twice.")
+        paths[name] = Path(folder)
+    return paths
+
+
+def _expected(source: Source, folder: Path) -> list[str]:
+    index = folder / "model.safetensors.index.json"
+    if "model.safetensors" not in source.required or not index.is_file():
+        return list(source.required)
+    try:
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _missing(source, f"{index} is not an index of shards ({_line(error)})") from error
+    return [*(name for name in source.required if name != "model.safetensors"), *sorted(shards)]
+
+
+def _missing(source: Source, reason: str) -> FileNotFoundError:
+    return FileNotFoundError(
+        f"reward {source.reward!r}: expected {', '.join(source.required)} of the repository {source.repo_id} "
+        f"(revision {source.revision or 'main'}), got: {reason}; licence and access: {source.page}; cache folder: "
+        f"{constants.HF_HUB_CACHE}; remedy: run once with network (after `hf auth login` where that page asks to accept "
+        f"terms), or give a local copy: --reward_model_path {source.reward}=FOLDER."
+    )
+
+
+def _reason(error: Exception) -> str:
+    # The Hub's own messages are long, of several lines, and quote the request.
+    if isinstance(error, GatedRepoError):
+        return "the repository is gated and this account was not given access"
+    if isinstance(error, RepositoryNotFoundError):
+        return "no such repository, or a private one"
+    if isinstance(error, RevisionNotFoundError):
+        return "no such revision"
+    if isinstance(error, LocalEntryNotFoundError | RevisionResolutionError):
+        return "the files are not in the cache and the Hub cannot be reached (offline?)"
+    if isinstance(error, HfHubHTTPError):
+        return f"the Hub answered {error.response.status_code}"
+    return _line(error)
+
+
+def _line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else f"{text[:200]}..."

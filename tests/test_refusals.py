@@ -1,0 +1,483 @@
+# Copyright 2026 The FlowBP for diffusers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""Pipelines that are broken on purpose, each in one way, are refused whatever the method; `test_recording` has more.
+
+`PlainLoop` is Stable Diffusion 3 with the plainest sampling loop, in parts. As it stands its gradient is exact; every
+broken pipeline is a subclass that overrides one part. Real pipelines and schedulers of diffusers that do not fit the
+recorder's picture follow.
+"""
+
+import copy
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from brute_force import Sampling, relative_difference, stock_gradients, toy_reward
+from diffusers import (
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    FasterCacheConfig,
+    FirstBlockCacheConfig,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchLCMScheduler,
+    FluxImg2ImgPipeline,
+    FluxPipeline,
+    PyramidAttentionBroadcastConfig,
+    StableDiffusion3InpaintPipeline,
+    StableDiffusion3Pipeline,
+    TaylorSeerCacheConfig,
+    UniPCMultistepScheduler,
+)
+from families.family import embeddings
+from families.paper import build_flux
+from test_gradients import found_gradients
+from tiny_sd3 import MAX_SEQUENCE_LENGTH, tiny_sd3_pipeline
+
+from flowbp import FlowBPCallback, Surrogate, Term, get_method
+from flowbp.recording import RecordingError
+
+PROMPTS = ["a 42", "the 7"]
+STEPS = 6
+GUIDANCE = 3.5
+
+# Rows that look at every step, at two of them (several draws), at two legs, and at a posterior mean.
+METHODS: dict[str, Callable[[], FlowBPCallback]] = {
+    "full": lambda: FlowBPCallback(get_method("full"), unconditional_gradient=True),
+    **{
+        f"sparse-{seed}": lambda seed=seed: FlowBPCallback(
+            get_method("flowbp-sparse", num_active=2), generator=torch.Generator().manual_seed(seed)
+        )
+        for seed in range(3)
+    },
+    "lagrange": lambda: FlowBPCallback(get_method("flowbp-lagrange"), generator=torch.Generator().manual_seed(0)),
+    "posterior-mean": lambda: FlowBPCallback(
+        Surrogate(("posterior_mean", 4), (Term(1, -0.2), Term(3, -0.2, 0.5), Term(4, -0.5)))
+    ),
+}
+
+
+class PlainLoop(StableDiffusion3Pipeline):
+    """Stable Diffusion 3 with the plainest sampling loop. `seen` starts empty at every call, for subclasses' use."""
+
+    @torch.no_grad()
+    def __call__(self, prompts: list[str]) -> torch.Tensor:
+        """Images (B, 3, 8, 8)."""
+        self.seen: list[Any] = []
+        words, no_words, pooled, no_pooled = self.encode_prompt(
+            prompts, None, None, max_sequence_length=MAX_SEQUENCE_LENGTH
+        )
+        self.texts = ((words, pooled), (no_words, no_pooled))
+        latents = torch.randn(len(prompts), 4, 4, 4, generator=torch.Generator().manual_seed(0), dtype=words.dtype)
+        return self.pictures(self.sampled(latents))
+
+    def sampled(self, latents: torch.Tensor) -> torch.Tensor:
+        self.scheduler.set_timesteps(STEPS)
+        for timestep in self.scheduler.timesteps:
+            latents = self.step(latents, timestep)
+        return latents
+
+    def step(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        velocity = self.velocity(latents, timestep)
+        return self.scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+
+    def velocity(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        conditional, unconditional = (self.branch(latents, timestep, *text) for text in self.texts)
+        return unconditional + GUIDANCE * (conditional - unconditional)
+
+    def branch(
+        self, latents: torch.Tensor, timestep: torch.Tensor, words: torch.Tensor, pooled: torch.Tensor
+    ) -> torch.Tensor:
+        return self.transformer(
+            hidden_states=latents,
+            timestep=timestep.expand(len(latents)),
+            encoder_hidden_states=words,
+            pooled_projections=pooled,
+            return_dict=False,
+        )[0]
+
+    def pictures(self, latents: torch.Tensor) -> torch.Tensor:
+        config = self.vae.config
+        images = self.vae.decode(latents / config.scaling_factor + config.shift_factor).sample
+        return self.image_processor.postprocess(images, output_type="pt")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Broken in the loop
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class AltersLatents(PlainLoop):
+    def step(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        return 0.99 * super().step(latents, timestep)
+
+
+class AddsNoise(PlainLoop):
+    def step(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        following = super().step(latents, timestep)
+        return following + 1e-3 * torch.randn(following.shape, dtype=following.dtype)
+
+
+class MovingAverage(PlainLoop):
+    """Guidance with momentum, as adaptive projected guidance has it."""
+
+    def velocity(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        self.seen.append(super().velocity(latents, timestep) + (0.3 * self.seen[-1] if self.seen else 0))
+        return self.seen[-1]
+
+
+class OldVelocity(PlainLoop):
+    """Memory that skips a step."""
+
+    def velocity(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        self.seen.append(super().velocity(latents, timestep))
+        return self.seen[-1] + (0.3 * self.seen[-3] if len(self.seen) > 2 else 0)
+
+
+class OldLatents(PlainLoop):
+    """Memory of an earlier step's latents, not of outputs."""
+
+    def velocity(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        self.seen.append(latents)
+        return super().velocity(latents, timestep) + (0.1 * self.seen[-2] if len(self.seen) > 1 else 0)
+
+
+class WordsDrift(PlainLoop):
+    """Text that follows the latents without a gradient."""
+
+    def branch(
+        self, latents: torch.Tensor, timestep: torch.Tensor, words: torch.Tensor, pooled: torch.Tensor
+    ) -> torch.Tensor:
+        return super().branch(latents, timestep, words + latents.detach().mean(), pooled)
+
+
+class LatentsThroughNumpy(PlainLoop):
+    def step(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(np.array(super().step(latents, timestep).detach()))
+
+
+class DetachedVelocity(PlainLoop):
+    def velocity(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        return super().velocity(latents, timestep).detach()
+
+
+class GuidanceWithoutGradients(PlainLoop):
+    def velocity(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return super().velocity(latents, timestep)
+
+
+class GuidanceThroughNumpy(PlainLoop):
+    def velocity(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(super().velocity(latents, timestep).numpy())
+
+
+class VelocityAgain(PlainLoop):
+    """Skips the transformer from the second step on."""
+
+    def velocity(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        if not self.seen:
+            self.seen.append(super().velocity(latents, timestep))
+        return self.seen[0]
+
+
+class StepFirst(PlainLoop):
+    def sampled(self, latents: torch.Tensor) -> torch.Tensor:
+        self.scheduler.set_timesteps(STEPS)
+        first = self.scheduler.timesteps[0]
+        latents = self.scheduler.step(torch.zeros_like(latents), first, latents, return_dict=False)[0]
+        for timestep in self.scheduler.timesteps[1:]:
+            latents = self.step(latents, timestep)
+        return latents
+
+
+class TwoLoops(PlainLoop):
+    def sampled(self, latents: torch.Tensor) -> torch.Tensor:
+        super().sampled(latents)
+        return super().sampled(latents + 0.1)
+
+
+class BeginsLater(PlainLoop):
+    """Image-to-image: the first steps of the schedule are left out."""
+
+    def sampled(self, latents: torch.Tensor) -> torch.Tensor:
+        self.scheduler.set_timesteps(STEPS + 2)
+        for timestep in self.scheduler.timesteps[2:]:
+            latents = self.step(latents, timestep)
+        return latents
+
+
+class OwnScheduler(PlainLoop):
+    """Steps a copy of its scheduler."""
+
+    def sampled(self, latents: torch.Tensor) -> torch.Tensor:
+        self.other = copy.deepcopy(self.scheduler)
+        self.other.set_timesteps(STEPS)
+        for timestep in self.other.timesteps:
+            velocity = self.velocity(latents, timestep)
+            latents = self.other.step(velocity, timestep, latents, return_dict=False)[0]
+        return latents
+
+
+class Refines(PlainLoop):
+    """One more transformer call between the loop and the decoder."""
+
+    def pictures(self, latents: torch.Tensor) -> torch.Tensor:
+        return super().pictures(latents - 0.1 * self.velocity(latents, self.scheduler.timesteps[-1]))
+
+
+class UsesParameters(PlainLoop):
+    """Calls a part of the transformer by itself."""
+
+    def velocity(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        words = self.texts[0][0]
+        return super().velocity(latents, timestep) + self.transformer.context_embedder(words).mean()
+
+
+class ChangesParameters(PlainLoop):
+    def velocity(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        self.transformer.proj_out.bias.data += 0.01
+        return super().velocity(latents, timestep)
+
+
+class ChangesSettings(PlainLoop):
+    """State of the transformer that differs from step to step."""
+
+    def velocity(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        self.seen.append(None)
+        self.transformer.transformer_blocks[1].norm1.norm.eps = 0.1 * len(self.seen)
+        return super().velocity(latents, timestep)
+
+
+class PicturesThroughNumpy(PlainLoop):
+    def pictures(self, latents: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(super().pictures(latents).numpy())
+
+
+class PicturesThroughDetachedNumpy(PlainLoop):
+    def pictures(self, latents: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(np.array(super().pictures(latents).detach()))
+
+
+class DecodesWithoutGradients(PlainLoop):
+    def pictures(self, latents: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return super().pictures(latents)
+
+
+# What is found, and what to do about it.
+ALTERED = ("the latents given to step 1 are not those that step 0 returned", "Record without such a callback")
+MEMORY = ("depends on outputs of earlier steps (guidance with memory)", "switch that guidance off")
+DRIFT = ("changed from step 0 to step 1, and neither the latents nor a timestep explain it", "is not supported")
+DISCONNECTED = ("is not connected to the transformer's outputs by autograd", "cannot be trained through")
+NUMPY = ("turns tensors into numpy arrays, which carry no gradient", 'call it with output_type="pt"')
+NO_GRADIENT = ("what the pipeline returned carries no gradient", 'call it with output_type="pt"')
+NOT_REPRODUCED = ("does not reproduce its recorded output", "change nothing between record and backward")
+
+BROKEN: dict[type[PlainLoop], tuple[str, str]] = {
+    AltersLatents: ALTERED,
+    AddsNoise: ALTERED,
+    MovingAverage: MEMORY,
+    OldVelocity: MEMORY,
+    OldLatents: MEMORY,
+    WordsDrift: DRIFT,
+    LatentsThroughNumpy: DRIFT,
+    DetachedVelocity: DISCONNECTED,
+    GuidanceWithoutGradients: DISCONNECTED,
+    GuidanceThroughNumpy: NUMPY,
+    VelocityAgain: DISCONNECTED,
+    StepFirst: ("scheduler.step was called before any transformer ran", "expected a sampling loop"),
+    TwoLoops: ("a second sampling loop began", "in one loop"),
+    BeginsLater: ("the scheduler made step 2 of its sigmas, expected step 0", "strength 1"),
+    OwnScheduler: ("Expected a complete rollout, got none", "with its own scheduler"),
+    Refines: ("the transformer was called after the last scheduler step", "switch that pass (a refiner) off"),
+    UsesParameters: ("uses parameters of the transformer outside of its forward pass", "is not supported"),
+    ChangesParameters: NOT_REPRODUCED,
+    ChangesSettings: NOT_REPRODUCED,
+    PicturesThroughNumpy: NUMPY,
+    PicturesThroughDetachedNumpy: NO_GRADIENT,
+    DecodesWithoutGradients: NO_GRADIENT,
+}
+
+
+def loop(pipeline_class: type[PlainLoop], **changes: Any) -> PlainLoop:
+    """The tiny pipeline's components in another pipeline class."""
+    pipe = pipeline_class(**tiny_sd3_pipeline(**changes).components)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def trained(pipe: DiffusionPipeline, callback: FlowBPCallback, **arguments: Any) -> dict[str, torch.Tensor]:
+    """Record a call, score its images, and sweep; the gradients by name."""
+    pipe.transformer.zero_grad(set_to_none=True)
+    with callback.record(pipe):
+        output = pipe(**arguments)
+    images = output if isinstance(output, torch.Tensor) else output.images
+    callback.backward(toy_reward(images, PROMPTS))
+    return found_gradients(pipe)
+
+
+def assert_refused(
+    pipe: DiffusionPipeline, callback: FlowBPCallback, message: tuple[str, str], **arguments: Any
+) -> None:
+    """Refused in one line that names the pipeline, what was found and what to do; no gradient is left behind."""
+    with pytest.raises(RecordingError) as caught:
+        trained(pipe, callback, **arguments)
+    text = str(caught.value)
+    assert "\n" not in text and text.endswith(".")
+    assert text.startswith(f"{type(pipe).__name__}: ")
+    for part in message:
+        assert re.search(re.escape(part), text), text
+    # As if nothing had happened: gradients are on again and nothing is hooked.
+    assert torch.is_grad_enabled()
+    assert "forward" not in vars(pipe.transformer)
+    assert not hasattr(pipe.scheduler.step, "__wrapped__")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_plain_loop_is_not_refused(method: str):
+    trained(loop(PlainLoop), METHODS[method](), prompts=PROMPTS)
+
+
+def test_the_plain_loop_is_exact():
+    pipe = loop(PlainLoop, float64_scheduler=True)
+    found = trained(pipe, METHODS["full"](), prompts=PROMPTS)
+    images = PlainLoop.__call__.__wrapped__(pipe, PROMPTS)
+    expected = torch.autograd.grad(-toy_reward(images, PROMPTS).mean(), list(pipe.transformer.parameters()))
+    assert relative_difference(found, dict(zip(found, expected, strict=True))) < 1e-12
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("pipeline_class", BROKEN, ids=lambda pipeline_class: pipeline_class.__name__)
+def test_a_broken_loop_is_refused(pipeline_class: type[PlainLoop], method: str):
+    pipe = loop(pipeline_class)
+    if pipeline_class is BeginsLater:
+        # Evenly spaced, so that steps have the expected length wherever they are.
+        pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    assert_refused(pipe, METHODS[method](), BROKEN[pipeline_class], prompts=PROMPTS)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Schedulers, caches and pipelines of diffusers that do not fit
+# ---------------------------------------------------------------------------------------------------------------------
+
+SCHEDULERS = [
+    UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
+    DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
+    FlowMatchLCMScheduler(),
+    EulerAncestralDiscreteScheduler(),
+]
+
+
+@pytest.mark.parametrize("method", ["full", "sparse-0", "posterior-mean"])
+@pytest.mark.parametrize("scheduler", SCHEDULERS, ids=lambda scheduler: type(scheduler).__name__)
+def test_multistep_and_stochastic_schedulers_are_refused(scheduler: Any, method: str):
+    pipe = loop(PlainLoop)
+    pipe.scheduler = copy.deepcopy(scheduler)
+    name = type(scheduler).__name__
+    found = f"of {name} is not latents + (sigmas[i + 1] - sigmas[i]) * velocity"
+    assert_refused(pipe, METHODS[method](), (found, "use FlowMatchEulerDiscreteScheduler"), prompts=PROMPTS)
+
+
+CACHES = {
+    "first-block": FirstBlockCacheConfig(threshold=0.1),
+    "taylor": TaylorSeerCacheConfig(),
+    "pyramid": PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=2, current_timestep_callback=lambda: 500
+    ),
+    "faster": FasterCacheConfig(
+        spatial_attention_block_skip_range=2, current_timestep_callback=lambda: 500, is_guidance_distilled=True
+    ),
+}
+FLUX_PROMPTS = {"prompt_embeds": embeddings(2, 5, 32), "pooled_prompt_embeds": embeddings(2, 32, seed=1)}
+FLUX_CALL = {**FLUX_PROMPTS, "height": 8, "width": 12, "num_inference_steps": STEPS, "output_type": "pt"}
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_caches_inside_the_transformer_are_refused(cache: str):
+    """They skip parts of a step with what another step computed. Switched off again, the pipeline trains."""
+    pipe = build_flux()
+    pipe.transformer.enable_cache(CACHES[cache])
+    message = ("the transformer's cache is on", "call pipe.transformer.disable_cache()")
+    for method in METHODS.values():
+        assert_refused(pipe, method(), message, **FLUX_CALL)
+    pipe.transformer.disable_cache()
+    trained(pipe, METHODS["full"](), **FLUX_CALL)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_image_to_image_is_refused(method: str):
+    """FLUX.1-schnell's sigmas are evenly spaced, so each step has the expected length though it is another one."""
+    parts = {name: part for name, part in build_flux().components.items() if part is not None}
+    parts["scheduler"] = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    absent = dict.fromkeys(["text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"])
+    pipe = FluxImg2ImgPipeline(**absent, **parts)
+    pipe.set_progress_bar_config(disable=True)
+    message = (
+        "the scheduler made step 3 of its sigmas, expected step 0",
+        "use a text-to-image pipeline or strength 1",
+    )
+    image = embeddings(2, 3, 8, 12).sigmoid()
+    assert_refused(pipe, METHODS[method](), message, **FLUX_CALL, image=image, strength=0.5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_inpainting_is_refused(method: str):
+    """It pastes the given part of the picture into the latents after every step."""
+    components = {**tiny_sd3_pipeline().components, "image_encoder": None, "feature_extractor": None}
+    pipe = StableDiffusion3InpaintPipeline(**components)
+    pipe.set_progress_bar_config(disable=True)
+    mask = torch.zeros(2, 1, 8, 8, dtype=torch.float64)
+    mask[:, :, 2:6] = 1
+    arguments: Mapping[str, Any] = {
+        "prompt": PROMPTS,
+        "image": embeddings(2, 3, 8, 8).sigmoid(),
+        "mask_image": mask,
+        "height": 8,
+        "width": 8,
+        "strength": 1.0,
+        "num_inference_steps": STEPS,
+        "max_sequence_length": MAX_SEQUENCE_LENGTH,
+        "output_type": "pt",
+    }
+    assert_refused(pipe, METHODS[method](), ALTERED, **arguments)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Looks alike and is exact
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def last_latents_doubled(pipe: Any, step: int, timestep: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    return {"latents": 2 * inputs["latents"]} if step == STEPS - 1 else {}
+
+
+def last_latents_doubled_in_place(pipe: Any, step: int, timestep: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    return {"latents": inputs["latents"].mul_(2)} if step == STEPS - 1 else {}
+
+
+def guidance_fades(pipe: Any, step: int, timestep: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    pipe._guidance_scale = 4.0 - 0.5 * step
+    return {}
+
+
+@pytest.mark.parametrize(
+    "step_callback",
+    [last_latents_doubled, last_latents_doubled_in_place, guidance_fades],
+    ids=lambda call: call.__name__,
+)
+def test_what_a_callback_may_do(step_callback: Callable[..., dict[str, Any]]):
+    """What a callback does to the last latents, or to guidance, is differentiated like the pipeline's own code."""
+    pipe = tiny_sd3_pipeline(float64_scheduler=True)
+    sampling = Sampling(tuple(PROMPTS), STEPS, GUIDANCE)
+    changes = {"callback_on_step_end": step_callback}
+    expected = stock_gradients(pipe, sampling, more_arguments=changes)
+    unchanged = stock_gradients(pipe, sampling)
+    found = trained(pipe, METHODS["full"](), **sampling.call_arguments(), **changes)
+    assert relative_difference(found, expected) < 1e-10
+    assert relative_difference(unchanged, expected) > 0.01
