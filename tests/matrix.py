@@ -53,6 +53,13 @@ def uncovered() -> list[str]:
     return found
 
 
+def largest(differences: list[float]) -> str:
+    """One digit of the largest, such as 5e-8."""
+    if not differences:
+        return "-"
+    return f"{max(differences):.0e}".replace("e-0", "e-") if max(differences) else "0"
+
+
 def row(family: Family, outcomes: list[Outcome]) -> str:
     """One line of the table."""
     proven = [outcome for outcome in outcomes if outcome.refused is None]
@@ -60,10 +67,12 @@ def row(family: Family, outcomes: list[Outcome]) -> str:
     differences = [outcome.difference for outcome in proven]
     conditional = [o.conditional_difference for o in proven if o.conditional_difference is not None]
     state = "proven" if proven else "refused"
-    cases = ", ".join(outcome.case for outcome in proven) or "-"
     notes = [family.note] if family.note else []
-    if proven and refused:
-        notes.append("refused: " + ", ".join(outcome.case for outcome in refused))
+    # What was found; what to do about it follows the semicolon.
+    found = [outcome.refused.removeprefix(f"{family.pipeline}: ").split(";")[0] for outcome in refused]
+    for message in dict.fromkeys(found):
+        cases = ", ".join(outcome.case for outcome, of_case in zip(refused, found, strict=True) if of_case == message)
+        notes.append(f"refused{f' ({cases})' if proven else ''}: *{message}*")
     kept_out = [outcome.case for outcome in proven if outcome.conditional_refused is not None]
     if kept_out:
         notes.append("conditional branch alone refused: " + ", ".join(kept_out))
@@ -71,9 +80,9 @@ def row(family: Family, outcomes: list[Outcome]) -> str:
         family.name,
         f"`{family.pipeline}`",
         state,
-        cases,
-        f"{max(differences):.0e}" if differences else "-",
-        f"{max(conditional):.0e}" if conditional else "-",
+        "; ".join(outcome.case for outcome in proven) or "-",
+        largest(differences),
+        largest(conditional),
         "; ".join(notes),
     ]
     return "| " + " | ".join(cells) + " |"
@@ -88,7 +97,10 @@ def table() -> str:
     for family in tqdm(FAMILIES):
         pipe = family.build()
         lines.append(row(family, [try_case(pipe, case) for case in family.cases(pipe)]))
-    return "\n".join(lines)
+    proven = [line.split("`")[1] for line in lines[2:] if line.split(" | ")[2] == "proven"]
+    classes = len({family.pipeline for family in FAMILIES})
+    summary = f"Of {classes} pipeline classes ({len(FAMILIES)} rows) {len(set(proven))} are proven in some row."
+    return "\n".join([f"{summary} By diffusers {diffusers.__version__}, torch {torch.__version__}.", "", *lines])
 
 
 def main() -> None:

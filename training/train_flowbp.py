@@ -115,25 +115,28 @@ def pipeline_class(args: argparse.Namespace, config: dict[str, Any]) -> type[Dif
             f"{name}: expected a model with FlowMatchEulerDiscreteScheduler, got {scheduler}; only Euler steps of "
             "flow matching can be recorded."
         )
-    transformers = [component for component in config if is_velocity_model(component)]
+    transformers = [part for part, spec in config.items() if is_velocity_model(part) and spec != [None, None]]
     if args.lora_component not in transformers:
         raise ValueError(
             f"--lora_component {args.lora_component}: {name} has {', '.join(transformers) or 'no transformer'}."
         )
+    transformer = config[args.lora_component][1]
+    if not issubclass(getattr(diffusers, transformer, object), PeftAdapterMixin):
+        raise ValueError(f"{name}: diffusers cannot add a LoRA to its {transformer}; choose another pipeline.")
     return getattr(diffusers, name)
 
 
 def call_arguments(args: argparse.Namespace, pipeline: type[DiffusionPipeline]) -> dict[str, Any]:
     """Arguments of every call of the pipeline but the prompts and the noise."""
-    known = inspect.signature(pipeline.__call__).parameters
+    known = set(inspect.signature(pipeline.__call__).parameters) - {"self", *OWN_ARGUMENTS}
     arguments = {name: vars(args)[name] for name in ("height", "width", "num_inference_steps")}
     for name in ("num_frames", "guidance_scale"):
         if vars(args)[name] is not None:
             arguments[name] = vars(args)[name]
     arguments |= args.pipeline_arguments
     for name in arguments:
-        if name not in known or name in OWN_ARGUMENTS:
-            near = difflib.get_close_matches(name, set(known) - {"self", *OWN_ARGUMENTS}, n=1, cutoff=0.0)
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
             raise ValueError(f"{pipeline.__name__} takes no argument {name} here; did you mean {near[0]}?")
     return {**arguments, "output_type": "pt", "return_dict": False}
 
@@ -185,17 +188,21 @@ def main(argv: list[str] | None = None) -> None:
     pipe = Pipeline.from_pretrained(model, trust_remote_code=False, **given, **loading)
     pipe.set_progress_bar_config(disable=True)
     encoders = text_encoders(pipe)
-    for name, component in pipe.components.items():
+    for component in pipe.components.values():
         if not isinstance(component, torch.nn.Module):
             continue
         freeze(component)
         if args.group_offload and any(component is encoder for encoder in encoders):
             group_offload_encoder(component, device)
-        elif not (quantization_config is not None and name == args.lora_component):
+        else:
             component.to(device)
     for module in (reward, plain_reward):
         freeze(module).to(device)
     transformer = getattr(pipe, args.lora_component)
+    for module in transformer.modules():
+        # HiDream's experts: their code for evaluation runs without gradients, the other computes the same with them.
+        if hasattr(module, "moe_infer"):
+            module.train()
     parameters = add_lora(transformer, args)
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()

@@ -48,7 +48,8 @@ class Call:
         is_list: whether the outputs are a list with a tensor for each sample; lists of that length among the arguments
             then have one for each sample too. Otherwise the samples are the rows of `outputs[0]`.
         versions: version counters of the trainable parameters at the call.
-        hooks: names of diffusers' hooks inside the transformer at the call; guiders switch some on around one call.
+        switches: the diffusers hooks and attention processors inside the transformer at the call; some guidance
+            exchanges them around one call.
     """
 
     module: torch.nn.Module
@@ -58,7 +59,7 @@ class Call:
     outputs: list[torch.Tensor]
     is_list: bool
     versions: list[int]
-    hooks: list[str]
+    switches: list[str]
 
     @property
     def size(self) -> int:
@@ -175,7 +176,7 @@ class Recorder:
             )
         for name, module in pipe.components.items():
             if (is_velocity_model(name) or name == "vae") and isinstance(module, torch.nn.Module):
-                if any("group_offloading" in hook for hook in active_hooks(module)):
+                if any("group_offloading" in switch for switch in switches(module)):
                     raise RecordingError(
                         f"{self.name}: group offloading of {name} takes weights away that its backward pass needs; "
                         "use it on the text encoders only, and quantise the transformer where memory is short."
@@ -366,7 +367,7 @@ class Recorder:
             else:
                 kept[index] = self._keep(leaf)
         versions = [parameter._version for parameter in module.parameters() if parameter.requires_grad]
-        return Call(module, spec, kept, attached, outputs, is_list, versions, active_hooks(module))
+        return Call(module, spec, kept, attached, outputs, is_list, versions, switches(module))
 
     def _keep(self, tensor: torch.Tensor) -> torch.Tensor:
         """A detached copy; one for all steps where the pipeline passes the same, unchanged tensor again."""
@@ -569,14 +570,15 @@ class Recorder:
         return tree_unflatten(joined, parts[0][1])
 
 
-def active_hooks(module: torch.nn.Module) -> list[str]:
-    """Names of the diffusers hooks (skipped layers, perturbed attention, ...) that are on inside a transformer."""
-    return [
-        f"{name}.{hook}"
-        for name, part in module.named_modules()
-        if hasattr(part, "_diffusers_hook")
-        for hook in part._diffusers_hook.hooks
-    ]
+def switches(module: torch.nn.Module) -> list[str]:
+    """Names of the diffusers hooks (skipped layers, offloading, ...) and attention processors inside a model."""
+    found = []
+    for name, part in module.named_modules():
+        if hasattr(part, "_diffusers_hook"):
+            found += [f"{name}.{hook}" for hook in part._diffusers_hook.hooks]
+        if hasattr(part, "processor"):
+            found.append(f"{name}.{type(part.processor).__name__}")
+    return found
 
 
 def _holds_state(value: Any) -> bool:

@@ -23,7 +23,7 @@ import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .methods import Term
-from .recording import REPLAY_TOLERANCE, ActiveStep, Call, RecordingError, Trajectory, active_hooks
+from .recording import REPLAY_TOLERANCE, ActiveStep, Call, RecordingError, Trajectory, switches
 
 # Rows of a call that are computed: slices of its batch, `None` for the whole call, an empty tuple for none of it.
 Rows = tuple[slice, ...] | None
@@ -248,13 +248,13 @@ class Sweep:
                     f"{self.name}: the transformer's parameters changed after the rollout was recorded; call backward "
                     "before the optimizer's step."
                 )
-        hooks = active_hooks(recorded)
+        now = switches(recorded)
         for call, number in zip(calls, numbers, strict=True):
-            if call.hooks != hooks:
-                changed = ", ".join(sorted(set(call.hooks) ^ set(hooks)))
+            if call.switches != now:
+                changed = ", ".join(sorted(set(call.switches) ^ set(now))[:2])
                 raise RecordingError(
-                    f"{self.name}: step {number}: hooks inside the transformer were on for one call only ({changed}), "
-                    "so it cannot be called again as it was; switch that guidance off."
+                    f"{self.name}: step {number}: parts of the transformer were exchanged for one call ({changed}, "
+                    "...), so it cannot be called again as it was; switch that guidance off."
                 )
         is_whole = len(calls) == 1 and rows[0] is None
         with ExitStack() as stack:

@@ -269,11 +269,11 @@ def sana_pag_cases(pipe: DiffusionPipeline) -> list[Case]:
     plain, guided = sana_prompts()
     return [
         Case("guidance", {**guided, "pag_scale": 0.0}, Part(0, "first half")),
-        Case("perturbed attention", {**plain, "pag_scale": 3.0}, refused="does not reproduce its recorded output"),
+        Case("perturbed attention", {**plain, "pag_scale": 3.0}, refused="parts of the transformer were exchanged"),
         Case(
             "perturbed attention and guidance",
             {**guided, "pag_scale": 3.0},
-            refused="does not reproduce its recorded output",
+            refused="parts of the transformer were exchanged",
         ),
     ]
 
@@ -290,11 +290,11 @@ def sd3_pag_cases(pipe: DiffusionPipeline) -> list[Case]:
     plain, guided, _ = (dict(case.arguments) for case in sd3_cases(pipe))
     return [
         Case("guidance", {**guided, "pag_scale": 0.0}, Part(0, "first half")),
-        Case("perturbed attention", {**plain, "pag_scale": 3.0}, refused="does not reproduce its recorded output"),
+        Case("perturbed attention", {**plain, "pag_scale": 3.0}, refused="parts of the transformer were exchanged"),
         Case(
             "perturbed attention and guidance",
             {**guided, "pag_scale": 3.0},
-            refused="does not reproduce its recorded output",
+            refused="parts of the transformer were exchanged",
         ),
     ]
 

@@ -332,7 +332,7 @@ FAMILIES = [
         "image",
         partial(build_dream_lite, DreamLitePipeline),
         dream_lite_cases,
-        note="Its model is a UNet.",
+        note="its model is a UNet",
     ),
     Family(
         "DreamLite Mobile",
@@ -340,7 +340,7 @@ FAMILIES = [
         "image",
         partial(build_dream_lite, DreamLiteMobilePipeline),
         dream_lite_mobile_cases,
-        note="Its model is a UNet.",
+        note="its model is a UNet",
     ),
     Family(
         "Cosmos-Predict2.5",
@@ -348,7 +348,7 @@ FAMILIES = [
         "video",
         build_cosmos_25,
         cosmos_25_cases,
-        note="Nvidia's own safety checker turns videos into numpy arrays; with it the pipeline is refused.",
+        note="without its safety checker, which goes through numpy",
     ),
     Family(
         "LTX-Video, long",
@@ -356,6 +356,6 @@ FAMILIES = [
         "video",
         build_ltx_long,
         ltx_long_cases,
-        note="It samples window by window, and with one window leaves out the last step.",
+        note="it samples window by window",
     ),
 ]

@@ -856,7 +856,7 @@ FAMILIES = [
         "video",
         partial(build_ltx_2, LTX2Pipeline),
         ltx_2_cases,
-        note="The sound is sampled along with the video, and each depends on the other.",
+        note="sound is sampled along with the video, each depends on the other",
     ),
     Family(
         "LTX-2 with conditions",
@@ -864,7 +864,7 @@ FAMILIES = [
         "video",
         partial(build_ltx_2, LTX2ConditionPipeline),
         ltx_2_cases,
-        note="As LTX-2.",
+        note="as LTX-2",
     ),
     Family(
         "LTX-2 in context",
@@ -872,7 +872,7 @@ FAMILIES = [
         "video",
         partial(build_ltx_2, LTX2InContextPipeline),
         ltx_2_cases,
-        note="As LTX-2.",
+        note="as LTX-2",
     ),
     Family(
         "Motif-Video without guidance",
@@ -907,7 +907,7 @@ FAMILIES = [
                 skip_layer_guidance_stop=1.0,
             )
         ),
-        motif_case("skip-layer guidance", refused="hooks inside the transformer"),
+        motif_case("skip-layer guidance", refused="parts of the transformer were exchanged"),
     ),
     Family("Helios", "HeliosPipeline", "video", build_helios, helios_cases),
     Family("Wan VACE", "WanVACEPipeline", "video", build_wan_vace, wan_vace_cases),
@@ -918,7 +918,7 @@ FAMILIES = [
         "video",
         partial(build_ltx, LTXConditionPipeline),
         ltx_condition_cases,
-        note="Its steps have the other sign and a length for each token.",
+        note="its steps have the other sign and a length for each token",
     ),
     Family(
         "Kandinsky 6",
@@ -926,6 +926,6 @@ FAMILIES = [
         "video",
         build_kandinsky_6,
         kandinsky_6_cases,
-        note="Sampled sound depends on the video and the video on it.",
+        note="with sound as LTX-2",
     ),
 ]
