@@ -70,3 +70,16 @@ def test_readme_shows_the_matrix() -> None:
     assert [(line.split(" | ")[0][2:], line.split(" | ")[2]) for line in rows] == [
         (family.name, state(family)) for family in FAMILIES
     ]
+
+
+@pytest.mark.parametrize("frozen", ["transformer", "transformer_2"])
+def test_one_of_two_transformers_may_be_trained(frozen: str) -> None:
+    """The other one of Wan 2.2 still passes gradients from step to step."""
+    family = next(family for family in FAMILIES if family.name == "Wan 2.2")
+    pipe = family.build()
+    getattr(pipe, frozen).requires_grad_(False)
+    for case in family.cases(pipe):
+        outcome = try_case(pipe, case)
+        assert outcome.difference < BOUND and outcome.coupling > 1e-2, outcome
+        if case.unconditional is not None:
+            assert outcome.conditional_difference < BOUND, outcome
