@@ -66,8 +66,10 @@ MODES = {
 # Each mode with one branch, or with the unconditional branch's gradient and without it.
 BRANCHES = [(mode, both) for mode, row in MODES.items() for both in ((False, True) if row.calls == 2 else (False,))]
 GUIDED = [mode for mode, row in MODES.items() if row.calls == 2]
-# Rollouts of three lengths and batches; the longest only where there is guidance, for time.
-RUNS = [(*branch, seed) for branch in BRANCHES for seed in ROLLOUTS if seed != 1 or branch[0] in GUIDED]
+# Rollouts of three lengths and batches; the longest, for time, only with guidance by the conditional branch.
+RUNS = [
+    (mode, both, seed) for mode, both in BRANCHES for seed in ROLLOUTS if seed != 1 or (mode in GUIDED and not both)
+]
 
 
 def tiny_pipeline(mode: str, seed: int, float64_scheduler: bool = True) -> DiffusionPipeline:

@@ -311,11 +311,13 @@ def test_transformers_have_the_size_in_their_name(name, billions):
 
 
 @pytest.mark.parametrize("name", memory.MODELS)
-def test_every_lora_layer_exists(name):
+def test_every_lora_layer_is_trained_in_float32(name):
     transformer = memory.build(*memory.MODELS[name].transformer)
-    linear = [path for path, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]
+    parameters = memory.add_lora(transformer, memory.MODELS[name].lora_layers, rank=1)
+    assert {tensor.dtype for parameter in parameters for tensor in (parameter, parameter.grad)} == {torch.float32}
+    trained = [path for path, module in transformer.named_modules() if hasattr(module, "lora_A")]
     for layer in memory.MODELS[name].lora_layers:
-        assert any(path == layer or path.endswith(f".{layer}") for path in linear), layer
+        assert any(path == layer or path.endswith(f".{layer}") for path in trained), layer
 
 
 # The report.

@@ -17,6 +17,9 @@ from .config import parse_args_with_config
 from .drawing import STEP_SAMPLING
 from .methods import ACTIVE_SUPPORTS, ENDPOINTS, METHODS, OPTIONS, Method, get_method
 from .objectives import Objective
+from .prompts import load_texts
+from .rewards import load_reward
+from .rewards.loading import parse_model_paths
 from .training_utils import make_generator
 from .weights import LEG_WEIGHTS
 
@@ -121,7 +124,16 @@ def add_reward_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("reward and prompts")
     add = group.add_argument
     add("--reward", required=True, help="Name, weighted sum (a:0.7,b:0.3) or package.module:factory.")
+    add(
+        "--reward_model_path",
+        nargs="+",
+        default=[],
+        metavar="NAME=FOLDER",
+        help="Folders with the weights of rewards, by the reward's name, in place of the Hub.",
+    )
+    add("--reward_offload", action="store_true", help="Rewards wait on the CPU and visit the GPU in turn.")
     add("--reward_augment", action="store_true", help="Shift, blur and noise pictures a little before the reward.")
+    add("--reward_text_column", help="Column of --prompts with the text that ocr looks for. Default: what is quoted.")
     add("--reward_clip", type=float, help="Reward at which a sample stops to count (hinge; HPSv2.1: 0.55).")
     add("--loss_scale", type=float, default=1.0, help="Factor on the loss.")
     add(
@@ -164,7 +176,8 @@ def add_training_arguments(parser: argparse.ArgumentParser, output_dir: str) -> 
     add(
         "--dry_run",
         action="store_true",
-        help="One update, then print peak memory and seconds by stage and exit; nothing is written.",
+        help="One update, then print peak memory and seconds by stage and exit; nothing but the embeddings of "
+        "--precompute_prompt_embeds is written.",
     )
 
     group = parser.add_argument_group("reports")
@@ -227,6 +240,27 @@ def choose_method(args: argparse.Namespace, backbone: str) -> Method:
     method = get_method(args.method, backbone=backbone, **given)
     method.draw(torch.linspace(1, 0, args.num_inference_steps + 1), make_generator("trial"))
     return method
+
+
+def choose_rewards(args: argparse.Namespace) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """The reward of a run's updates and that of its validation, which never augments; often one and the same.
+
+    Args:
+        args: of `parse_training_args`.
+
+    Raises:
+        ValueError, FileNotFoundError, ModuleNotFoundError: see `load_reward`, `parse_model_paths`, `load_texts`.
+    """
+    model_paths = parse_model_paths(args.reward_model_path)
+    options = {}
+    if args.reward_text_column is not None:
+        options["texts"] = load_texts(
+            args.prompts, args.reward_text_column, prompt_column=args.prompt_column, split=args.prompt_split
+        )
+    plain = load_reward(args.reward, model_paths, args.reward_offload, **options)
+    if not args.reward_augment:
+        return plain, plain
+    return load_reward(args.reward, model_paths, args.reward_offload, augment=True, **options), plain
 
 
 def choose_objective(args: argparse.Namespace, method: Method, guidance_scale: float) -> Objective:

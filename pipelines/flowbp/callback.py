@@ -114,8 +114,10 @@ class FlowBPCallback:
         """
         recorded = tuple(self._recorder.trajectories) if self._recorder is not None else ()
         if not recorded or any(trajectory.endpoint is None for trajectory in recorded):
+            name = "" if self._recorder is None else f"{self._recorder.name}: "
             raise RecordingError(
-                "Expected a complete rollout, got none; call the pipeline inside `with callback.record(pipe):`."
+                f"{name}Expected a complete rollout, got none; call the pipeline inside `with callback.record(pipe):` "
+                "and let it make every step with its own scheduler."
             )
         if len(recorded) != 1 + self.copies:
             raise RecordingError(
@@ -163,8 +165,8 @@ class FlowBPCallback:
             self._recorder = None
             if isinstance(error, RuntimeError) and "numpy() on Tensor that requires grad" in str(error):
                 raise RecordingError(
-                    f"{type(pipe).__name__} turns its pictures into numpy arrays, which carry no gradient; call it "
-                    'with output_type="pt" (a pipeline that always does so cannot be trained through).'
+                    f"{type(pipe).__name__}: the pipeline turns tensors into numpy arrays, which carry no gradient; "
+                    'call it with output_type="pt" (a pipeline that always does so cannot be trained through).'
                 ) from error
             raise
         finally:

@@ -9,7 +9,7 @@ Figures are matplotlib `Figure` objects on the Agg canvas: no display, and nothi
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -128,17 +128,64 @@ def before_after(
     if len(set(lengths.values())) > 1:
         got = ", ".join(f"{number} {name}" for name, number in lengths.items())
         raise ValueError(f"before_after: one of each for every pair of pictures expected, got {got}")
-    width, height = _check_pictures("before_after", [*base, *aligned])
+    _check_pictures("before_after", [*base, *aligned])
+    rows = {"base": base, "aligned": aligned}
+    by_name = None if scores is None else dict(zip(rows, scores, strict=True))
+    note = "Each column: one prompt, the same noise for both pictures."
+    _draw_rows(rows, prompts, path, title, f"{subtitle}  ·  {note}" if subtitle else note, by_name)
 
-    pairs = math.ceil(len(base) / 8)
-    columns = math.ceil(len(base) / pairs)
+
+def comparison(
+    rows: Mapping[str, Sequence[Image.Image]],
+    prompts: Sequence[str],
+    path: str | Path,
+    title: str,
+    subtitle: str,
+    scores: Mapping[str, Sequence[float]] | None = None,
+) -> None:
+    """Writes a PNG like `before_after`'s for any number of models, one below the other.
+
+    Args:
+        rows: pictures by the model's name, the base model's first; all of one size, as many of each as prompts.
+        prompts: one for each column.
+        path: the PNG to write.
+        title: the figure's title.
+        subtitle: a line below the title.
+        scores: a number for each picture of each row, shown below it with two decimals.
+
+    Raises:
+        ValueError: no pictures, pictures of several sizes, or lists of different lengths.
+    """
+    lengths = {"prompts": len(prompts)} | {name: len(images) for name, images in rows.items()}
+    if scores is not None:
+        lengths |= {f"{name} scores": len(scores[name]) for name in rows}
+    if len(set(lengths.values())) > 1:
+        got = ", ".join(f"{number} {name}" for name, number in lengths.items())
+        raise ValueError(f"comparison: one of each for every prompt expected, got {got}")
+    _check_pictures("comparison", [image for images in rows.values() for image in images])
+    _draw_rows(rows, prompts, path, title, subtitle, scores)
+
+
+def _draw_rows(
+    rows: Mapping[str, Sequence[Image.Image]],
+    prompts: Sequence[str],
+    path: str | Path,
+    title: str,
+    note: str,
+    scores: Mapping[str, Sequence[float]] | None,
+) -> None:
+    """Up to 8 columns stand in one block of rows; more are spread evenly over several blocks."""
+    first = next(iter(rows.values()))
+    width, height = first[0].size
+    blocks = math.ceil(len(first) / 8)
+    columns = math.ceil(len(first) / blocks)
     # Fewer pictures are shown larger: the whole is about 13 inches wide, a cell from 1.6 to 3.2 inches.
     cell = round(_DPI * min(max(12.8 / columns, 1.6), 3.2))
     # Whole multiples keep small pictures' pixels even.
     if width < cell:
         cell = max(cell // width, 1) * width
     cell_height = round(cell * height / width)
-    margin, label, gap, between_pairs = 40, 46, 14, 34
+    margin, label, gap, between_blocks = 40, 46, 14, 34
     prompt_size = 8 if columns > 4 else 9
     line = round(prompt_size * _DPI / 72 * 1.3)
     score_height = 26 if scores is not None else 0
@@ -146,17 +193,15 @@ def before_after(
     total_width = max(2 * margin + label + columns * (cell + gap) - gap, 5 * _DPI)
     measure = _Canvas(total_width, 100)
     text_width = total_width - 2 * margin - label
-    note = "Each column: one prompt, the same noise for both pictures."
-    if subtitle:
-        note = f"{subtitle}  ·  {note}"
     title_lines = _wrap(measure, title, text_width, 3, **_TITLE)
     note_lines = _wrap(measure, note, text_width, 4, fontsize=9)
     wrapped = [_wrap(measure, prompt, cell, 6, fontsize=prompt_size) for prompt in prompts]
     head = margin + 40 * len(title_lines) + 25 * len(note_lines) + 18
-    starts = range(0, len(base), columns)
+    starts = range(0, len(first), columns)
     prompt_heights = [line * max(map(len, wrapped[start : start + columns])) for start in starts]
-    pair_height = 2 * (cell_height + score_height) + gap + 10
-    total_height = head + sum(prompt_heights) + len(starts) * pair_height + (len(starts) - 1) * between_pairs + margin
+    block_height = len(rows) * (cell_height + score_height + gap) - gap + 10
+    blocks_height = len(starts) * block_height + (len(starts) - 1) * between_blocks
+    total_height = head + sum(prompt_heights) + blocks_height + margin
 
     canvas = _Canvas(total_width, total_height)
     left = margin + label
@@ -170,12 +215,13 @@ def before_after(
 
     top = head
     for start, prompt_height in zip(starts, prompt_heights, strict=True):
-        for row, (name, images, color) in enumerate((("base", base, _GREY), ("aligned", aligned, _ACCENT))):
+        for row, (name, images) in enumerate(rows.items()):
+            color = _GREY if row == 0 else _ACCENT
             row_top = top + row * (cell_height + score_height + gap)
             canvas.text(
                 margin + label - 16,
                 row_top + cell_height / 2,
-                name,
+                _wrap(measure, name, max(cell_height, 120), 1, fontsize=11, fontweight="bold")[0],
                 fontsize=11,
                 fontweight="bold",
                 color=color,
@@ -183,22 +229,22 @@ def before_after(
                 ha="right",
                 va="center",
             )
-            for column, index in enumerate(range(start, min(start + columns, len(base)))):
+            for column, index in enumerate(range(start, min(start + columns, len(first)))):
                 x = left + column * (cell + gap)
                 canvas.picture(x, row_top, _resize(images[index], (cell, cell_height)))
                 if scores is not None:
                     canvas.text(
                         x + cell / 2,
                         row_top + cell_height + 6,
-                        f"{scores[row][index]:.2f}",
+                        f"{scores[name][index]:.2f}",
                         fontsize=8,
                         fontweight="bold",
                         color=color,
                         ha="center",
                         va="top",
                     )
-        below = top + pair_height
-        for column, index in enumerate(range(start, min(start + columns, len(base)))):
+        below = top + block_height
+        for column, index in enumerate(range(start, min(start + columns, len(first)))):
             for number, text in enumerate(wrapped[index]):
                 canvas.text(
                     left + column * (cell + gap) + cell / 2,
@@ -209,7 +255,7 @@ def before_after(
                     ha="center",
                     va="top",
                 )
-        top += pair_height + prompt_height + between_pairs
+        top += block_height + prompt_height + between_blocks
     canvas.figure.savefig(path, format="png")
 
 

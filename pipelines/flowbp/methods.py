@@ -309,7 +309,7 @@ def _check_sigmas(sigmas: torch.Tensor) -> None:
             f"`sigmas` must be a floating point tensor of shape (N + 1,) with N >= 1, got {tuple(sigmas.shape)} "
             f"{sigmas.dtype}."
         )
-    if not (bool((sigmas[1:] < sigmas[:-1]).all()) and sigmas[-1] == 0):
+    if not (bool((sigmas[1:] < sigmas[:-1]).all()) and sigmas[-1] == 0 and sigmas[0] <= 1.001):
         raise ValueError(
             f"`sigmas` must fall from about 1 to exactly 0, got {sigmas[0].item():.4g} ... {sigmas[-1].item():.4g}; "
             "use a flow-matching Euler schedule without inverted sigmas."

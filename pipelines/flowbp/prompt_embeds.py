@@ -133,6 +133,15 @@ def cache_folder(root: Path, model: str, prompts: Sequence[str], settings: Mappi
     return root / model.strip("/").replace("/", "--") / digest
 
 
+def text_files(model: str) -> list[tuple[str, int, int]]:
+    """Names, sizes and times of the text encoders' and tokenizers' files in a local model; nothing for a Hub id.
+
+    A folder can get other weights under the same name.
+    """
+    files = [path for part in ("text_encoder*", "tokenizer*") for path in Path(model).glob(f"{part}/*")]
+    return sorted((f"{path.parent.name}/{path.name}", path.stat().st_size, path.stat().st_mtime_ns) for path in files)
+
+
 def precompute(folder: Path, prompts: Sequence[str], encoder: PromptEncoder, say: Callable[[str], None]) -> None:
     """Encode all prompts once and write them as safetensors, the folder as the last step.
 
@@ -202,6 +211,7 @@ def prepare_prompt_embeds(
             if name in ("revision", "variant", "mixed_precision", "max_sequence_length")
         }
         settings |= {"diffusers": diffusers.__version__, "transformers": transformers.__version__}
+        settings["files"] = text_files(args.pretrained_model_name_or_path)
         root = args.prompt_embeds_dir.expanduser()
         folder = cache_folder(root, args.pretrained_model_name_or_path, everything, settings)
         with accelerator.main_process_first():

@@ -32,10 +32,58 @@ def load_prompts(source: str, *, column: str | None = None, split: str = "train"
         FileNotFoundError: the source is no file, no folder and cannot be an id on the Hub.
         ValueError: anything else that keeps the prompts from being read, in one line.
     """
+    table = _read(source, split)
+    if isinstance(table, list):
+        if column is not None:
+            raise ValueError(f"prompts: column {column!r} was asked of {source!r}, but a .txt file has no columns")
+        prompts = table
+    else:
+        prompts = _column(table, source, column)
+    prompts = [prompt.strip() for prompt in prompts if prompt is not None and prompt.strip()]
+    if not prompts:
+        raise ValueError(f"prompts: {source!r} holds no prompts: at least one is needed")
+    return prompts
+
+
+def load_texts(source: str, column: str, *, prompt_column: str | None = None, split: str = "train") -> dict[str, str]:
+    """Reads what another column says of each prompt, such as the text that a picture of it must show.
+
+    Args:
+        source: as for `load_prompts`, but not a `.txt` file.
+        column: the other column, of text.
+        prompt_column: `column` of `load_prompts`.
+        split: the split of a folder or Hub dataset.
+
+    Returns:
+        Prompt, as `load_prompts` gives it, -> text, without surrounding white space.
+
+    Raises:
+        FileNotFoundError, ValueError: as for `load_prompts`; also a prompt without text, or with two different ones.
+    """
+    table = _read(source, split)
+    if isinstance(table, list):
+        raise ValueError(f"prompts: column {column!r} was asked of {source!r}, but a .txt file has no columns")
+    texts: dict[str, str] = {}
+    for prompt, text in zip(_column(table, source, prompt_column), _column(table, source, column), strict=True):
+        if prompt is None or not prompt.strip():
+            continue
+        prompt, text = prompt.strip(), (text or "").strip()
+        if not text:
+            raise ValueError(f"prompts: column {column!r} of {source!r} has nothing for the prompt {prompt!r}")
+        if texts.setdefault(prompt, text) != text:
+            raise ValueError(
+                f"prompts: column {column!r} of {source!r} has both {texts[prompt]!r} and {text!r} for the prompt "
+                f"{prompt!r}: one is expected"
+            )
+    return texts
+
+
+def _read(source: str, split: str) -> datasets.Dataset | list[str]:
+    """A table, or the lines of a .txt file."""
     path = Path(source)
     if path.is_dir():
-        prompts = _column(_read_folder(path, split), source, column)
-    elif path.suffix in (".txt", *_BUILDERS):
+        return _read_folder(path, split)
+    if path.suffix in (".txt", *_BUILDERS):
         if not path.is_file():
             raise FileNotFoundError(f"prompts: no file {source!r}: check the path")
         if split != "train":
@@ -44,28 +92,15 @@ def load_prompts(source: str, *, column: str | None = None, split: str = "train"
             )
         if path.suffix != ".parquet":
             _check_utf8(path)
-        if path.suffix == ".txt":
-            if column is not None:
-                raise ValueError(f"prompts: column {column!r} was asked of {source!r}, but a .txt file has no columns")
-            prompts = path.read_text(encoding="utf-8-sig").split("\n")
-        else:
-            prompts = _column(_read_table(path), source, column)
-    elif path.exists():
+        return path.read_text(encoding="utf-8-sig").split("\n") if path.suffix == ".txt" else _read_table(path)
+    if path.exists():
         raise ValueError(
             f"prompts: {source!r} is neither a folder nor one of .txt, {', '.join(_BUILDERS)}: "
             "convert it to one of these"
         )
-    elif re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source):
-        prompts = _column(_read_hub(source, split), source, column)
-    else:
-        raise FileNotFoundError(
-            f"prompts: no file or folder {source!r}, and it cannot be a dataset id: check the path"
-        )
-
-    prompts = [prompt.strip() for prompt in prompts if prompt is not None and prompt.strip()]
-    if not prompts:
-        raise ValueError(f"prompts: {source!r} holds no prompts: at least one is needed")
-    return prompts
+    if re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source):
+        return _read_hub(source, split)
+    raise FileNotFoundError(f"prompts: no file or folder {source!r}, and it cannot be a dataset id: check the path")
 
 
 def _check_utf8(path: Path) -> None:

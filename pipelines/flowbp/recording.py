@@ -186,6 +186,11 @@ class Recorder:
                 f"{self.name}: sequential CPU offload replaces the transformer's parameters at every call, so their "
                 "gradients would be lost; call pipe.remove_all_hooks() and keep the transformer loaded."
             )
+        if any(getattr(transformer, "is_cache_enabled", False) for transformer in self.transformers):
+            raise RecordingError(
+                f"{self.name}: the transformer's cache is on, so a step reuses what another one computed; call "
+                "pipe.transformer.disable_cache()."
+            )
         for module in (module for transformer in self.transformers for module in transformer.modules()):
             # Small rates could hide in the tolerance of a replay, so this is not left to the comparison.
             if isinstance(module, torch.nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
@@ -258,11 +263,27 @@ class Recorder:
         self._kept: dict[int, tuple[torch.Tensor, int, torch.Tensor]] = {}
         self._endpoint: torch.Tensor | None = None
         self._finished = False
+        self._trailing_calls = 0
 
     def _pipeline_call(self, original: Callable[..., Any], pipe: Any, *args: Any, **kwargs: Any) -> Any:
-        if pipe is self.pipe:
-            self._begin_rollout()
-        return original(pipe, *args, **kwargs)
+        if pipe is not self.pipe:
+            return original(pipe, *args, **kwargs)
+        self._begin_rollout()
+        returned = original(pipe, *args, **kwargs)
+        if self._finished and self._trailing_calls:
+            # It got an earlier call's output in place of its own.
+            raise RecordingError(
+                f"{self.name}: the transformer was called after the last scheduler step, expected nothing but the "
+                "decoder there; switch that pass (a refiner) off."
+            )
+        tensors = [leaf for leaf in tree_flatten(returned)[0] if isinstance(leaf, torch.Tensor)]
+        if self._finished and tensors and not any(tensor.requires_grad for tensor in tensors):
+            raise RecordingError(
+                f"{self.name}: what the pipeline returned carries no gradient (decoded or post-processed through "
+                'numpy, detach or no_grad), expected differentiable pictures; call it with output_type="pt", or '
+                '"latent" and decode yourself.'
+            )
+        return returned
 
     def _scheduler_set_timesteps(self, original: Callable[..., Any], scheduler: Any, *args: Any, **kwargs: Any) -> Any:
         if scheduler is self.scheduler and self._trajectory is not None:
@@ -318,6 +339,7 @@ class Recorder:
         self, module: torch.nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
         self._start()
+        self._trailing_calls += 1
         if self._finished or self._skips:
             # Nothing that follows is used: earlier outputs of that batch stand in, and the pipeline's code runs on.
             layout = _layout(tree_flatten((args, kwargs))[0])
@@ -429,6 +451,7 @@ class Recorder:
         values = dict(zip(("model_output", "timestep", "sample"), args, strict=False)) | kwargs
         velocity, sample = values["model_output"], values["sample"]
         as_tuple = values.get("return_dict", True) is False
+        self._trailing_calls = 0
         if self._finished:
             return (self._endpoint,) if as_tuple else _scheduler_output(self._endpoint)
         trajectory, step = self._trajectory, self._step
@@ -441,6 +464,7 @@ class Recorder:
         # Skipped steps too: schedulers count their steps, and not all find their place by the timestep.
         with torch.no_grad():
             result = original(scheduler, *_detached(args), **_detached(kwargs))
+        self._check_place(scheduler)
         if self._skips:
             following = self._renoised() if step == self._last - 1 else sample.detach()
         else:
@@ -466,6 +490,12 @@ class Recorder:
                 raise RecordingError(
                     f"{self.name}: the velocity of step {step} depends on outputs of earlier steps (guidance with "
                     "memory); switch that guidance off."
+                )
+            attached = [tensor for call in self._calls for tensor in call.attached.values()]
+            if _uses_parameters([velocity, *attached], self.transformers):
+                raise RecordingError(
+                    f"{self.name}: the velocity of step {step} uses parameters of the transformer outside of its "
+                    "forward pass, so their gradient would be lost; such a pipeline is not supported."
                 )
             trajectory.steps[step] = ActiveStep(
                 self._latents if step in self._coupled else None, velocity, self._calls
@@ -527,6 +557,16 @@ class Recorder:
             raise RecordingError(
                 f"{self.name}: the latents given to step {self._step} are not those that step {self._step - 1} "
                 "returned; a callback or the pipeline altered them. Record without such a callback."
+            )
+
+    def _check_place(self, scheduler: Any) -> None:
+        # Evenly spaced sigmas hide a rollout that starts later: its steps have the expected length all the same.
+        following = getattr(scheduler, "step_index", None)
+        if following is not None and following != self._step + 1:
+            raise RecordingError(
+                f"{self.name}: the scheduler made step {following - 1} of its sigmas, expected step {self._step}: the "
+                "rollout must begin at the first sigma and make one Euler step for each; use a text-to-image pipeline "
+                "or strength 1."
             )
 
     def _check_euler(self, following: torch.Tensor, sample: torch.Tensor, velocity: torch.Tensor) -> None:
@@ -599,6 +639,21 @@ def _holds_state(value: Any) -> bool:
             return True
         else:
             pending += vars(part).values()
+    return False
+
+
+def _uses_parameters(tensors: Sequence[torch.Tensor], modules: Sequence[torch.nn.Module]) -> bool:
+    """Whether the autograd graph of `tensors` ends in a parameter of `modules`."""
+    parameters = {id(parameter) for module in modules for parameter in module.parameters()}
+    pending, seen = [tensor.grad_fn for tensor in tensors], set()
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if id(getattr(node, "variable", None)) in parameters:
+            return True
+        pending += [following for following, _ in node.next_functions]
     return False
 
 

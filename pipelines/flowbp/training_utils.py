@@ -235,21 +235,27 @@ def load_quantization_config(path: Path | None, dtype: torch.dtype) -> Quantizat
 
     Args:
         path: file with the config's arguments; `quant_method` says whose they are, bitsandbytes' where it is left out.
-        dtype: what 4-bit weights of bitsandbytes are computed in.
+        dtype: what 4-bit weights of bitsandbytes are computed in where the file does not say.
 
     Raises:
-        ValueError: for a file that cannot be read as such a config.
+        ValueError: for a file that cannot be read as such a config, and where its library or a GPU is missing.
     """
     if path is None:
         return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        content = {"quant_method": "bitsandbytes", **content}
+        content = {"quant_method": "bitsandbytes", **json.loads(path.read_text(encoding="utf-8"))}
         if content.get("load_in_4bit"):
-            content["bnb_4bit_compute_dtype"] = str(dtype).removeprefix("torch.")
-        return DiffusersAutoQuantizer.from_dict(content)
-    except (OSError, ValueError, TypeError, ImportError) as error:
-        raise ValueError(f"--quantization_config_path {path}: not a quantisation config: {error}") from error
+            content.setdefault("bnb_4bit_compute_dtype", str(dtype).removeprefix("torch."))
+        config = DiffusersAutoQuantizer.from_dict(content)
+        # diffusers takes keys that it does not know without a word.
+        known = config.to_dict()
+        if unknown := content.keys() - known:
+            raise ValueError(f"unknown {', '.join(sorted(unknown))}, expected some of {', '.join(sorted(known))}")
+        DiffusersAutoQuantizer.from_config(config).validate_environment(device_map=None)
+    except (OSError, ValueError, TypeError, KeyError, AssertionError, ImportError, RuntimeError) as error:
+        # The libraries raise all of these for a file that they cannot use.
+        raise ValueError(f"--quantization_config_path {path}: {type(error).__name__}: {error}") from error
+    return config
 
 
 def freeze(module: torch.nn.Module) -> torch.nn.Module:
@@ -471,7 +477,12 @@ class TrainingRun:
         return gradient_norm.item()
 
     def report(
-        self, update: int, rewards: list[torch.Tensor], losses: list[torch.Tensor], gradient_norm: float
+        self,
+        update: int,
+        rewards: list[torch.Tensor],
+        losses: list[torch.Tensor],
+        gradient_norm: float,
+        parts: Mapping[str, float],
     ) -> None:
         """Log an update, and write its checkpoint and validation pictures where they are due.
 
@@ -480,6 +491,7 @@ class TrainingRun:
             rewards: `(B,)` of each pass.
             losses: scalar of each pass.
             gradient_norm: of `optimizer_step`.
+            parts: mean of each part of the reward, see `part_means`.
         """
         args, accelerator, done = self.args, self.accelerator, update + 1
         scores = accelerator.gather(torch.cat(rewards).float().to(accelerator.device))
@@ -487,6 +499,10 @@ class TrainingRun:
             "step": done,
             "reward": scores.mean().item(),
             "reward_std": scores.std(correction=0).item(),
+            **{
+                f"reward/{name}": accelerator.gather(torch.tensor([mean], device=accelerator.device)).mean().item()
+                for name, mean in parts.items()
+            },
             "loss": accelerator.gather(torch.stack(losses).float().to(accelerator.device)).mean().item(),
             "gradient_norm": gradient_norm,
             "learning_rate": self.lr_scheduler.get_last_lr()[0],
