@@ -42,6 +42,7 @@ def main() -> None:
     environment = {
         **os.environ,
         **ALLOCATOR,
+        "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_VERBOSITY": "error",
         "DIFFUSERS_VERBOSITY": "error",
@@ -57,7 +58,9 @@ def main() -> None:
     print("Training a LoRA of the bundled pipeline against a text recogniser ...", flush=True)
     launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
-    launch += ["--num_cpu_threads_per_process", str(min(4, os.cpu_count() or 1))]
+    # One thread: where another program takes a core, threads that wait for each other are many times slower than one,
+    # and the numbers are the same on any count of cores.
+    launch += ["--num_cpu_threads_per_process", "1"]
     script = str(ROOT / "training" / "train_flowbp_sd3.py")
     run(sys.executable, *launch, script, "--config", str(RECIPE), "--output_dir", str(output))
     trained = time.perf_counter() - started
