@@ -22,6 +22,7 @@ from text_pictures import colours_right
 from tqdm.auto import tqdm
 
 from flowbp.config import parse_args_with_config
+from flowbp.evaluation import interval
 from flowbp.prompts import load_prompts
 from flowbp.rewards import load_reward
 from flowbp.rewards.ocr import OCRReward
@@ -61,14 +62,6 @@ def measure(
         for name, value in zip(MEASURES, (*values, colours_right(images, batch)), strict=True):
             found[name].append(value.double())
     return {name: torch.cat(values) for name, values in found.items()}
-
-
-def interval(values: torch.Tensor, draws: int = 10_000) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean of `(n,)` values, over prompts (percentiles of resampled means)."""
-    generator = torch.Generator().manual_seed(0)
-    chosen = torch.randint(len(values), (draws, len(values)), generator=generator)
-    low, high = torch.quantile(values[chosen].mean(1), torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
-    return low, high
 
 
 def summarise(base: dict[str, torch.Tensor], aligned: dict[str, torch.Tensor]) -> list[dict[str, Any]]:

@@ -15,6 +15,9 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest
 import torch
 
+# So that failed asserts in these helpers show values.
+pytest.register_assert_rewrite("training_scripts")
+
 
 @pytest.fixture(autouse=True)
 def _same_start() -> Iterator[None]:

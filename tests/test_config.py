@@ -5,13 +5,10 @@
 """Options come from the command line, else the recipe, else the defaults; every error is one line with exit code 2."""
 
 import argparse
-from pathlib import Path
 
 import pytest
-import yaml
 
 from flowbp.config import parse_args_with_config
-from flowbp.methods import METHODS, OPTIONS, get_method
 
 
 def even(text: str) -> int:
@@ -170,24 +167,3 @@ def test_parsers_that_would_miss_the_file_are_refused() -> None:
         parse_args_with_config(argparse.ArgumentParser(), [])
     with pytest.raises(ValueError, match="a --config option"):
         parse_args_with_config(argparse.ArgumentParser(allow_abbrev=False), [])
-
-
-RECIPES = sorted((Path(__file__).parent.parent / "training" / "recipes").glob("*.yaml"))
-
-
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_recipes_are_the_paper_s_settings(path: Path) -> None:
-    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    assert path.stem == "sd3_" + recipe["method"].replace("-", "_")
-    assert recipe["train_batch_size"] * recipe["gradient_accumulation_steps"] == 64
-    assert (recipe["num_inference_steps"], recipe["sigmas"], recipe["max_train_steps"]) == (25, "linear", 300)
-    defaults = get_method(recipe["method"])
-    options = {key: value for key, value in recipe.items() if key in OPTIONS}
-    assert get_method(recipe["method"], **options).options == defaults.options
-    assert recipe.get("unconditional_gradient", False) == defaults.unconditional_gradient
-
-
-def test_there_is_a_recipe_for_every_method_that_the_paper_runs() -> None:
-    assert {path.stem for path in RECIPES} == {
-        "sd3_" + name.replace("-", "_") for name in METHODS if name not in ("full", "draft-k")
-    }

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from flowbp import get_method
+from flowbp import METHODS, get_method
 from flowbp.arguments import choose_method
 
 TRAINING = Path(__file__).parents[1] / "training"
@@ -30,3 +30,13 @@ def test_a_recipe_spells_out_the_defaults_of_its_backbone(path: Path, monkeypatc
     assert (args.num_inference_steps, args.resolution, args.max_train_steps) == (25, 512, 300)
     assert args.guidance_scale == (3.5 if backbone == "sd3" else 4.0)
     assert args.train_batch_size * args.gradient_accumulation_steps == 64
+    assert bool(args.unconditional_gradient) == expected.unconditional_gradient
+    if backbone == "sd3":
+        assert args.sigmas == "linear"  # FLUX pipelines have these sigmas of their own
+
+
+def test_there_is_a_recipe_for_every_method_that_the_paper_runs() -> None:
+    rows = [name.replace("-", "_") for name in METHODS if name not in ("full", "draft-k")]
+    ours = ["flowbp_sparse", "flowbp_bridge", "flowbp_lagrange"]
+    expected = [f"sd3_{row}" for row in rows] + [f"{backbone}_{row}" for backbone in ("flux", "flux2") for row in ours]
+    assert sorted(path.stem for path in RECIPES) == sorted(expected)

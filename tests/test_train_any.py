@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, UniPCMultistepScheduler
+from safetensors.torch import load_file
 from tiny_pipelines import (
     tiny_flux_pipeline,
     tiny_klein_pipeline,
@@ -23,12 +24,11 @@ from tiny_pipelines import (
     tiny_z_image_pipeline,
 )
 from training_scripts import (
-    ALPHA,
     METHOD_OPTIONS,
-    RANK,
     SHARED_ARGUMENTS,
     accelerate_launch,
     check_bfloat16_round_trip,
+    check_dry_run,
     check_float32_over_bfloat16,
     check_refusal,
     check_round_trip,
@@ -247,14 +247,17 @@ def test_a_run_goes_on_where_it_stopped(script: ModuleType, arguments_of: Argume
 
 
 def test_dry_run_writes_nothing(
-    script: ModuleType, arguments_of: Arguments, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    script: ModuleType, arguments_of: Arguments, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    arguments = arguments_of("Wan 2.1")
-    before = sorted(tmp_path.rglob("*"))
-    script.main(command_line(arguments, dry_run=True))
-    printed = capsys.readouterr().out
-    assert all(stage in printed for stage in ("stage", "rollout", "decode", "reward", "sweep", "optimizer", "update"))
-    assert "Load it with" not in printed and sorted(tmp_path.rglob("*")) == before
+    stages = ("rollout", "decode", "reward", "sweep", "optimizer")
+    check_dry_run(script, arguments_of("Wan 2.1"), tmp_path, capsys, stages)
+
+
+def test_strict_checks_and_changes_nothing(script: ModuleType, arguments_of: Arguments, tmp_path: Path):
+    arguments = arguments_of("Z-Image")
+    script.main(command_line(arguments))
+    script.main(command_line(arguments, strict=True, output_dir=tmp_path / "strict"))
+    assert same(lora_of(arguments["output_dir"]), lora_of(tmp_path / "strict"))
 
 
 def test_accelerate_launch(arguments_of: Arguments):
@@ -275,6 +278,10 @@ REFUSALS = {
     ),
     "unknown option of a pipeline without frames": ({"num_frames": 5}, "FluxPipeline takes no argument num_frames"),
     "the script's own argument": ({"pipeline_arguments": {"output_type": "pil"}}, "takes no argument output_type"),
+    "several pictures of a prompt": (
+        {"pipeline_arguments": {"num_images_per_prompt": 2}},
+        "takes no argument num_images_per_prompt",
+    ),
     "self": ({"pipeline_arguments": {"self": 1}}, "takes no argument self"),
     "no JSON": ({"pipeline_arguments": "true_cfg_scale=2"}, "--pipeline_arguments: invalid json_object value"),
     "no JSON object": ({"pipeline_arguments": "[1]"}, "a JSON object expected, got [1]"),
@@ -349,3 +356,31 @@ def test_a_scheduler_of_another_kind_that_was_saved_is_refused_by_the_recorder(
     (model / "scheduler" / "scheduler_config.json").write_text(json.dumps({**config, "stochastic_sampling": True}))
     with pytest.raises(RecordingError, match="is not latents"):
         script.main(command_line(arguments, pretrained_model_name_or_path=model))
+
+
+def test_a_model_saved_with_another_scheduler_trains_with_flow_shift(
+    script: ModuleType, arguments_of: Arguments, tmp_path: Path
+):
+    """Released Wan models come with UniPC: `--flow_shift` gives the LoRA of the same model with Euler steps."""
+    arguments = arguments_of("Wan 2.1")
+    saved = arguments["pretrained_model_name_or_path"]
+    shift = json.loads((saved / "scheduler" / "scheduler_config.json").read_text())["shift"]
+    model = tmp_path / "unipc"
+    shutil.copytree(saved, model)
+    UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True).save_pretrained(
+        model / "scheduler"
+    )
+    index = json.loads((model / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", "UniPCMultistepScheduler"]
+    (model / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="got UniPCMultistepScheduler; .* give --flow_shift"):
+        script.main(command_line(arguments, pretrained_model_name_or_path=model, output_dir=tmp_path / "refused"))
+    found = []
+    for name, changes in (
+        ("euler", {}),
+        ("shift", {"pretrained_model_name_or_path": model, "flow_shift": shift}),
+    ):
+        script.main(command_line(arguments, output_dir=tmp_path / name, **changes))
+        found.append(load_file(tmp_path / name / LORA_FILE))
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(found[0][key], found[1][key]) for key in found[0])

@@ -4,17 +4,21 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """The script for FLUX.1, on a tiny pipeline with both text encoders: distilled guidance, and true guidance."""
 
+import json
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
+from diffusers import TorchAoConfig
 from tiny_pipelines import tiny_flux_pipeline
 from training_scripts import (
     METHOD_OPTIONS,
     SHARED_ARGUMENTS,
     accelerate_launch,
     check_bfloat16_round_trip,
+    check_dry_run,
     check_float32_over_bfloat16,
     check_recipe,
     check_refusal,
@@ -114,6 +118,35 @@ def test_lora_and_optimizer_stay_float32_over_a_bfloat16_base(
     check_bfloat16_round_trip(model, output, drawn, **CALL)
 
 
+def test_dry_run_writes_nothing(
+    script: ModuleType, arguments: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    check_dry_run(script, arguments, tmp_path, capsys)
+
+
+def test_strict_checks_and_changes_nothing(script: ModuleType, arguments: dict[str, Any], tmp_path: Path):
+    script.main(command_line(arguments))
+    script.main(command_line(arguments, strict=True, output_dir=tmp_path / "strict"))
+    assert same(lora_of(arguments["output_dir"]), lora_of(tmp_path / "strict"))
+
+
+def test_a_quantised_base(
+    script: ModuleType, arguments: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    quantization = pytest.importorskip(
+        "torchao.quantization", reason="torchao is an optional library; bitsandbytes needs a GPU to quantise"
+    )
+    config = tmp_path / "int8.json"
+    config.write_text(json.dumps(TorchAoConfig(quantization.Int8WeightOnlyConfig()).to_dict()))
+    runs = watch_runs(monkeypatch)
+    changes = {"quantization_config_path": config, "mixed_precision": "bf16", "gradient_checkpointing": True}
+    script.main(command_line(arguments, **changes))
+    check_run(arguments["output_dir"])
+    quantised = runs[0].transformer.transformer_blocks[0].attn.to_q.base_layer.weight
+    assert type(quantised).__name__ == "Int8Tensor"
+    assert all(parameter.dtype == parameter.grad.dtype == torch.float32 for parameter in runs[0].parameters)
+
+
 def test_accelerate_launch(arguments: dict[str, Any], model: Path):
     output = arguments["output_dir"]
     printed = accelerate_launch(NAME, command_line(arguments))
@@ -139,6 +172,7 @@ def test_every_recipe_parses_and_draws(script: ModuleType, recipe: Path):
         ({"resolution": 10}, "--resolution must be a multiple of 4 for this model, got 10; use 8"),
         ({"sigmas": "linear"}, "unknown argument --sigmas"),
         ({"method": "draft-k", "last_n": 3}, "draft-k has no option 'last_n'"),
+        ({"quantization_config_path": "absent.json"}, "--quantization_config_path absent.json: FileNotFoundError"),
         ({"offload": True, "group_offload": True}, "--offload and --group_offload exclude each other"),
     ],
 )

@@ -15,6 +15,7 @@ from training_scripts import (
     SHARED_ARGUMENTS,
     accelerate_launch,
     check_bfloat16_round_trip,
+    check_dry_run,
     check_float32_over_bfloat16,
     check_recipe,
     check_refusal,
@@ -24,8 +25,10 @@ from training_scripts import (
     load_pipeline,
     load_script,
     log_of,
+    lora_of,
     metadata_of,
     recipes_of,
+    same,
     watch_pictures,
     watch_runs,
     write_prompts,
@@ -114,6 +117,18 @@ def test_lora_and_optimizer_stay_float32_over_a_bfloat16_base(
     check_float32_over_bfloat16(runs[0])
     output = arguments["output_dir"]
     check_bfloat16_round_trip(model, output, drawn, **CALL)
+
+
+def test_dry_run_writes_nothing(
+    script: ModuleType, arguments: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    check_dry_run(script, arguments, tmp_path, capsys)
+
+
+def test_strict_checks_and_changes_nothing(script: ModuleType, arguments: dict[str, Any], tmp_path: Path):
+    script.main(command_line(arguments))
+    script.main(command_line(arguments, strict=True, output_dir=tmp_path / "strict"))
+    assert same(lora_of(arguments["output_dir"]), lora_of(tmp_path / "strict"))
 
 
 def test_accelerate_launch(arguments: dict[str, Any], model: Path):

@@ -4,6 +4,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """The script for Stable Diffusion 3, on a tiny pipeline that was saved and is loaded as any other."""
 
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from diffusers import SD3Transformer2DModel
 from peft import LoraConfig, set_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import load_file
@@ -24,6 +26,7 @@ from training_scripts import (
     SHARED_ARGUMENTS,
     accelerate_launch,
     check_bfloat16_round_trip,
+    check_dry_run,
     check_float32_over_bfloat16,
     check_recipe,
     check_refusal,
@@ -48,7 +51,8 @@ from training_scripts import (
 from flowbp import METHODS
 from flowbp.arguments import choose_method
 from flowbp.methods import OPTIONS
-from flowbp.training_utils import LORA_FILE
+from flowbp.recording import RecordingError
+from flowbp.training_utils import LORA_FILE, TrainingRun
 
 NAME = "train_flowbp_sd3"
 # What users give the pipeline to get the pictures of the script's validation.
@@ -160,6 +164,48 @@ def test_lora_and_optimizer_stay_float32_over_a_bfloat16_base(
         assert tensors and all(tensor.dtype == torch.float32 for tensor in tensors.values())
     assert (output / "validation" / "000001.png").is_file()
     check_bfloat16_round_trip(model, output, drawn, **CALL)
+
+
+def test_dry_run_writes_nothing(
+    script: ModuleType, arguments: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    check_dry_run(script, arguments, tmp_path, capsys)
+
+
+def test_strict_checks_and_changes_nothing(script: ModuleType, arguments: dict[str, Any], tmp_path: Path):
+    script.main(command_line(arguments))
+    script.main(command_line(arguments, strict=True, output_dir=tmp_path / "strict"))
+    assert same(lora_of(arguments["output_dir"]), lora_of(tmp_path / "strict"))
+
+
+def test_strict_refuses_what_the_sweep_does_not_see(
+    script: ModuleType, arguments: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """From the second update on, the unconditional rows of the transformer's outputs differ from call to call.
+
+    The sweep computes the conditional rows only, so without `--strict` that is seen in the first update alone.
+    """
+    forward, optimizer_step = SD3Transformer2DModel.forward, TrainingRun.optimizer_step
+    calls, updates = itertools.count(), []
+
+    def drifts(module: SD3Transformer2DModel, *args: Any, **kwargs: Any) -> Any:
+        output = forward(module, *args, **kwargs)
+        if updates and len(output[0]) == 2 * arguments["train_batch_size"]:
+            output[0][: arguments["train_batch_size"]] += 1e-3 * next(calls)
+        return output
+
+    def step(run: TrainingRun, update: int) -> float:
+        updates.append(update)
+        return optimizer_step(run, update)
+
+    monkeypatch.setattr(SD3Transformer2DModel, "forward", drifts)
+    monkeypatch.setattr(TrainingRun, "optimizer_step", step)
+    script.main(command_line(arguments, method="draft-k"))
+    assert next(calls) > 0
+    updates.clear()
+    with pytest.raises(RecordingError, match="does not reproduce its recorded output"):
+        script.main(command_line(arguments, method="draft-k", strict=True, output_dir=tmp_path / "strict"))
+    assert updates == [0]
 
 
 # Seeds and resume.

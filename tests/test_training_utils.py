@@ -2,27 +2,38 @@
 #
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""Seeds, checkpoints and the list of what may leave the machine."""
+"""Seeds, checkpoints, the LoRA, quantisation configs, stages, and the list of what may leave the machine."""
 
+import argparse
 import fnmatch
 import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers.optimization import get_scheduler
+from tiny_sd3 import tiny_sd3_pipeline
 
+from flowbp.arguments import add_model_arguments, add_reward_arguments, add_training_arguments, parse_training_args
+from flowbp.recording import RecordingError
 from flowbp.training_utils import (
     PUSHED_FILES,
+    StageMeter,
+    TrainingRun,
+    add_lora,
     checkpoints,
     derive_seed,
     find_checkpoint,
     load_checkpoint,
+    load_quantization_config,
+    make_accelerator,
     make_generator,
     missing_components,
     read_log,
     save_checkpoint,
+    to_pil,
 )
 
 
@@ -197,3 +208,227 @@ def test_checkpoints_are_ordered_by_when_they_were_written(tmp_path: Path) -> No
     (tmp_path / "checkpoint-400").mkdir()
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-300", "checkpoint-100"]
     assert find_checkpoint(tmp_path, "latest").name == "checkpoint-100"
+
+
+# The LoRA.
+
+
+def lora_arguments(**changes: object) -> argparse.Namespace:
+    values = {"rank": 3, "lora_alpha": 6, "lora_layers": "attn.to_q, attn.to_out.0", "seed": 1}
+    return argparse.Namespace(**{**values, **changes})
+
+
+def test_the_lora_is_float32_on_a_frozen_model_of_another_dtype():
+    transformer = tiny_sd3_pipeline(torch.bfloat16).transformer.requires_grad_(False)
+    before = {name: parameter.clone() for name, parameter in transformer.named_parameters()}
+    parameters = add_lora(transformer, lora_arguments())
+    named = dict(transformer.named_parameters())
+    trained = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
+    assert [id(parameter) for parameter in parameters] == [id(parameter) for parameter in trained.values()]
+    # Two blocks, two layers of each, two matrices of each.
+    assert len(trained) == 8 and all(".attn.to_" in name and ".lora_" in name for name in trained)
+    assert all(parameter.dtype == torch.float32 for parameter in parameters)
+    assert all(parameter.abs().max() == 0 for name, parameter in trained.items() if "lora_B" in name)
+    frozen = {name.replace(".base_layer", ""): value for name, value in named.items() if name not in trained}
+    assert frozen.keys() == before.keys()
+    assert all(value.dtype == torch.bfloat16 and torch.equal(value, before[name]) for name, value in frozen.items())
+    assert all(layer.scaling["default"] == 2 for layer in transformer.modules() if hasattr(layer, "scaling"))
+
+
+def test_the_lora_s_start_is_the_seed_s():
+    def start(seed: int) -> list[torch.Tensor]:
+        transformer = tiny_sd3_pipeline(torch.float32).transformer.requires_grad_(False)
+        torch.rand(7)  # The global generator's state must not matter.
+        return add_lora(transformer, lora_arguments(seed=seed))
+
+    first, again, other = start(1), start(1), start(2)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+def test_layers_that_no_transformer_has_are_refused():
+    transformer = tiny_sd3_pipeline(torch.float32).transformer
+    with pytest.raises(ValueError, match="to_nowhere"):
+        add_lora(transformer, lora_arguments(lora_layers="to_nowhere"))
+
+
+# Quantisation configs.
+
+
+def test_no_file_is_no_quantisation():
+    assert load_quantization_config(None, torch.bfloat16) is None
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "No such file"),
+        ("{", "JSONDecodeError"),
+        ("[1, 2]", "TypeError"),
+        ('{"quant_method": "int3"}', "Unknown quantization type, got int3"),
+        ("{}", "Unknown quantization type, got bitsandbytes"),
+        ('{"load_in_8bit": true, "load_in_8bits": true}', "unknown load_in_8bits, expected some of .*load_in_8bit"),
+        ('{"load_in_8bit": "yes"}', "load_in_8bit must be a boolean"),
+        ('{"quant_method": "torchao"}', "torchao|quant_type"),
+    ],
+)
+def test_a_file_that_is_no_quantisation_config_is_refused_in_one_line(
+    tmp_path: Path, content: str | None, message: str
+):
+    path = tmp_path / "config.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ValueError, match=f"--quantization_config_path .*config.json: .*({message})"):
+        load_quantization_config(path, torch.bfloat16)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="bitsandbytes quantises where there is a GPU")
+def test_bitsandbytes_without_a_gpu_is_refused_before_a_model_is_loaded(tmp_path: Path):
+    path = tmp_path / "int8.json"
+    path.write_text('{"load_in_8bit": true}')
+    with pytest.raises(ValueError, match="int8.json: RuntimeError: No GPU found"):
+        load_quantization_config(path, torch.bfloat16)
+
+
+# Pictures and stages.
+
+
+def test_pictures_are_those_of_the_pipelines_and_of_videos_the_middle_frames():
+    images = torch.rand(2, 3, 4, 6)
+    found = [np.asarray(image) for image in to_pil(images)]
+    assert [image.shape for image in found] == [(4, 6, 3)] * 2
+    expected = (images.permute(0, 2, 3, 1) * 255).round().byte().numpy()
+    assert all(np.array_equal(image, other) for image, other in zip(found, expected, strict=True))
+
+    videos = torch.rand(2, 5, 3, 4, 6)
+    of_middle = [image.tobytes() for image in to_pil(videos[:, 2])]
+    assert [image.tobytes() for image in to_pil(videos)] == of_middle
+
+
+def test_stages_add_up(monkeypatch: pytest.MonkeyPatch):
+    now = [100.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    meter = StageMeter(torch.device("cpu"))
+    for stage, seconds in (("rollout", 2), ("rollout", 1), ("sweep", 4), ("rollout", 8), (None, 16), ("sweep", 32)):
+        meter.mark(stage)
+        now[0] += seconds
+    # The last stage has not ended.
+    assert meter.seconds == {"rollout": 11, "sweep": 4} and meter.peaks == {}
+    lines = meter.table().splitlines()
+    assert [line.split() for line in lines[:4]] == [
+        ["stage", "seconds", "peak", "GiB"],
+        ["rollout", "11.00", "-"],
+        ["sweep", "4.00", "-"],
+        ["update", "15.00"],
+    ]
+    assert lines[4].startswith("peak of the whole process, loading included: ")
+
+
+# Processes.
+
+
+def run_arguments(folder: Path, **changes: object) -> argparse.Namespace:
+    values = {
+        "output_dir": folder / "run",
+        "logging_dir": "logs",
+        "report_to": "none",
+        "dry_run": False,
+        "allow_tf32": False,
+        "hub_model_id": None,
+        "push_to_hub": False,
+    }
+    return argparse.Namespace(**{**values, **changes})
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_the_output_folder_is_made_unless_nothing_is_to_be_written(tmp_path: Path, dry_run: bool):
+    args = run_arguments(tmp_path, dry_run=dry_run)
+    accelerator = make_accelerator(args)
+    assert args.output_dir.exists() == (not dry_run) and accelerator.num_processes == 1
+    assert accelerator.mixed_precision == "no" and args.hub_model_id == "run"
+
+
+def test_another_number_of_processes_than_were_started_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="expected 2 processes .*accelerate runs 1; on CPUs set ACCELERATE_USE_CPU"):
+        make_accelerator(run_arguments(tmp_path))
+    assert not (tmp_path / "run").exists()
+
+
+# What a script keeps between updates.
+
+
+def start_run(folder: Path, *words: str) -> TrainingRun:
+    """A run of a tiny transformer whose pictures are grey and whose LoRA is not trained."""
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--config")
+    add_model_arguments(parser, "a pipeline", "attn.to_q")
+    add_reward_arguments(parser)
+    add_training_arguments(parser, str(folder / "run"))
+    required = (
+        "--pretrained_model_name_or_path",
+        "m",
+        "--prompts",
+        "p.txt",
+        "--reward",
+        "grey",
+        "--report_to",
+        "none",
+    )
+    args = parse_training_args(parser, [*required, *words])
+    transformer = tiny_sd3_pipeline(torch.float32).transformer.requires_grad_(False)
+    return TrainingRun(
+        args,
+        make_accelerator(args),
+        transformer,
+        add_lora(transformer, args),
+        ["a", "b"],
+        sample=lambda prompt, generator: torch.full((1, 3, 8, 8), 0.5),
+        reward=lambda images, prompts: images.mean((1, 2, 3)),
+        save_lora=lambda folder: None,
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "scale"), [((), 0.25), (("--mixed_precision", "bf16"), 0.25), (("--mixed_precision", "fp16"), 2.0**14)]
+)
+def test_gradients_are_scaled_by_the_passes_and_the_loss_scale(tmp_path: Path, words: tuple[str, ...], scale: float):
+    run = start_run(tmp_path, "--gradient_accumulation_steps", "4", *words)
+    next(run.updates())
+    assert run.gradient_scale == scale
+    for parameter in run.parameters:
+        parameter.grad = torch.full_like(parameter, 4 * run.gradient_scale)
+    count = sum(parameter.numel() for parameter in run.parameters)
+    # The optimizer gets what four passes with gradients of 1 have as their mean.
+    assert run.optimizer_step(0) == pytest.approx(count**0.5)
+
+
+def test_gradients_are_clipped_and_then_cleared(tmp_path: Path):
+    run = start_run(tmp_path, "--max_grad_norm", "0.5")
+    updates = run.updates()
+    next(updates)
+    for parameter in run.parameters:
+        parameter.grad = torch.ones_like(parameter)
+    assert run.optimizer_step(0) > 1
+    assert torch.cat([parameter.grad.flatten() for parameter in run.parameters]).norm().item() == pytest.approx(0.5)
+    next(updates)
+    assert all(parameter.grad is None for parameter in run.parameters)
+
+
+def test_gradients_that_are_not_finite_are_refused(tmp_path: Path):
+    run = start_run(tmp_path)
+    next(run.updates())
+    before = [parameter.detach().clone() for parameter in run.parameters]
+    for parameter in run.parameters:
+        parameter.grad = torch.full_like(parameter, float("nan"))
+    with pytest.raises(RecordingError, match="Update 3: the gradient holds NaN or infinite values"):
+        run.optimizer_step(2)
+    assert all(torch.equal(parameter, old) for parameter, old in zip(run.parameters, before, strict=True))
+
+
+def test_validation_pictures_are_of_the_first_prompts_or_of_those_given(tmp_path: Path):
+    assert start_run(tmp_path, "--num_validation_images", "1").validation_prompts == ["a"]
+    given = start_run(tmp_path, "--num_validation_images", "2", "--validation_prompt", "x", "y")
+    images, scores = given.validate()
+    assert given.validation_prompts == ["x", "x", "y", "y"]
+    assert len(images) == 4 and scores == [0.5] * 4

@@ -13,7 +13,7 @@ import os
 import runpy
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,9 +29,10 @@ from safetensors.torch import load_file
 
 from flowbp import training_utils
 from flowbp.arguments import choose_method
-from flowbp.training_utils import LORA_FILE, TrainingRun, make_generator, missing_components
+from flowbp.training_utils import LORA_FILE, StageMeter, TrainingRun, make_generator, missing_components
 
 ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
 RANK, ALPHA = 3, 5
 PROMPTS = ('the text "42"', 'a "7" in red', 'blue "k9"')
 
@@ -183,6 +184,27 @@ def check_float32_over_bfloat16(run: TrainingRun) -> None:
         assert tensor.dtype == torch.float32
     # Nothing on the way rounded them either.
     assert any(not torch.equal(parameter, parameter.bfloat16().float()) for parameter in run.parameters)
+
+
+def check_dry_run(
+    script: ModuleType,
+    arguments: dict[str, Any],
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    stages: Sequence[str] = ("encode", "rollout", "decode", "reward", "sweep", "optimizer"),
+) -> None:
+    """A dry run prints its stages, their sum and the process' memory, and writes nothing into `folder`."""
+    before = sorted(folder.rglob("*"))
+    capsys.readouterr()
+    script.main(command_line(arguments, dry_run=True, report_to="tensorboard", checkpointing_steps=1))
+    lines = capsys.readouterr().out.splitlines()
+    start = lines.index(StageMeter(CPU).table().splitlines()[0])
+    table = {line.split()[0]: line.split()[1:] for line in lines[start:]}
+    assert list(table) == ["stage", *stages, "update", "peak"], table
+    seconds = [float(table[stage][0]) for stage in stages]
+    # Each is rounded to a hundredth.
+    assert max(seconds) > 0 and abs(sum(seconds) - float(table["update"][0])) < 0.01 * len(table)
+    assert sorted(folder.rglob("*")) == before and not arguments["output_dir"].exists()
 
 
 def check_recipe(script: ModuleType, backbone: str, recipe: Path) -> None:

@@ -16,8 +16,6 @@ scripts of their own, with the paper's defaults.
 """
 
 import argparse
-import difflib
-import inspect
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -26,12 +24,12 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.training_utils import _collate_lora_metadata
 from peft import get_peft_model_state_dict
 
-from flowbp import FlowBPCallback, load_reward
+from flowbp import FlowBPCallback
 from flowbp.arguments import (
     add_method_arguments,
     add_model_arguments,
@@ -39,11 +37,14 @@ from flowbp.arguments import (
     add_training_arguments,
     choose_method,
     choose_objective,
+    choose_rewards,
     parse_training_args,
 )
+from flowbp.inference import call_arguments
 from flowbp.prompt_embeds import group_offload_encoder, text_encoders
 from flowbp.prompts import load_prompts
 from flowbp.recording import RecordingError, is_velocity_model
+from flowbp.rewards import part_means
 from flowbp.training_utils import (
     LORA_FILE,
     WEIGHT_DTYPES,
@@ -60,8 +61,6 @@ from flowbp.training_utils import (
 
 # The attention layers of most of diffusers' transformers.
 LORA_LAYERS = "to_k,to_q,to_v,to_out.0"
-# What the script gives the pipeline itself.
-OWN_ARGUMENTS = ("prompt", "generator", "output_type", "return_dict", "callback_on_step_end", "num_images_per_prompt")
 
 
 def json_object(text: str) -> dict[str, Any]:
@@ -89,6 +88,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--num_inference_steps", type=int, default=25, help="Steps N of a rollout (the paper: 25).")
     add("--guidance_scale", type=float, help="Guidance scale. Default: the pipeline's.")
     add(
+        "--flow_shift",
+        type=float,
+        help="Sample with FlowMatchEulerDiscreteScheduler of this shift, for models that were saved with another "
+        "scheduler, such as Wan (3.0 for 480p, 5.0 for 720p) and Sana.",
+    )
+    add(
         "--pipeline_arguments",
         type=json_object,
         default={},
@@ -110,10 +115,10 @@ def pipeline_class(args: argparse.Namespace, config: dict[str, Any]) -> type[Dif
     if not hasattr(diffusers, name):
         raise ValueError(f"{name}: not a pipeline of diffusers {diffusers.__version__}; use one of diffusers' own.")
     scheduler = config.get("scheduler", [None, None])[1]
-    if scheduler != "FlowMatchEulerDiscreteScheduler":
+    if scheduler != "FlowMatchEulerDiscreteScheduler" and args.flow_shift is None:
         raise ValueError(
             f"{name}: expected a model with FlowMatchEulerDiscreteScheduler, got {scheduler}; only Euler steps of "
-            "flow matching can be recorded."
+            "flow matching can be recorded: give --flow_shift to sample with that scheduler, here and at inference."
         )
     transformers = [part for part, spec in config.items() if is_velocity_model(part) and spec != [None, None]]
     if args.lora_component not in transformers:
@@ -124,21 +129,6 @@ def pipeline_class(args: argparse.Namespace, config: dict[str, Any]) -> type[Dif
     if not issubclass(getattr(diffusers, transformer, object), PeftAdapterMixin):
         raise ValueError(f"{name}: diffusers cannot add a LoRA to its {transformer}; choose another pipeline.")
     return getattr(diffusers, name)
-
-
-def call_arguments(args: argparse.Namespace, pipeline: type[DiffusionPipeline]) -> dict[str, Any]:
-    """Arguments of every call of the pipeline but the prompts and the noise."""
-    known = set(inspect.signature(pipeline.__call__).parameters) - {"self", *OWN_ARGUMENTS}
-    arguments = {name: vars(args)[name] for name in ("height", "width", "num_inference_steps")}
-    for name in ("num_frames", "guidance_scale"):
-        if vars(args)[name] is not None:
-            arguments[name] = vars(args)[name]
-    arguments |= args.pipeline_arguments
-    for name in arguments:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-            raise ValueError(f"{pipeline.__name__} takes no argument {name} here; did you mean {near[0]}?")
-    return {**arguments, "output_type": "pt", "return_dict": False}
 
 
 def of_frames(
@@ -166,14 +156,14 @@ def main(argv: list[str] | None = None) -> None:
     model = args.pretrained_model_name_or_path
     config = DiffusionPipeline.load_config(model, **source)
     Pipeline = pipeline_class(args, config)
-    call = call_arguments(args, Pipeline)
+    given = ("height", "width", "num_frames", "num_inference_steps", "guidance_scale")
+    call = call_arguments(Pipeline, {name: vars(args)[name] for name in given} | args.pipeline_arguments)
     prompts = load_prompts(args.prompts, column=args.prompt_column, split=args.prompt_split)
     if args.resume_from_checkpoint:
         find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     weight_dtype = WEIGHT_DTYPES[args.mixed_precision]
     quantization_config = load_quantization_config(args.quantization_config_path, weight_dtype)
-    plain_reward = load_reward(args.reward)
-    reward = load_reward(args.reward, augment=True) if args.reward_augment else plain_reward
+    reward, plain_reward = choose_rewards(args)
     accelerator = make_accelerator(args)
     rank, device = accelerator.process_index, accelerator.device
 
@@ -185,6 +175,8 @@ def main(argv: list[str] | None = None) -> None:
         given[args.lora_component] = transformer_class.from_pretrained(
             model, subfolder=args.lora_component, quantization_config=quantization_config, **loading
         )
+    if args.flow_shift is not None:
+        given["scheduler"] = FlowMatchEulerDiscreteScheduler(shift=args.flow_shift)
     pipe = Pipeline.from_pretrained(model, trust_remote_code=False, **given, **loading)
     pipe.set_progress_bar_config(disable=True)
     encoders = text_encoders(pipe)
@@ -278,7 +270,7 @@ def main(argv: list[str] | None = None) -> None:
             rewards.append(out.rewards)
             losses.append(out.loss)
         gradient_norm = run.optimizer_step(update)
-        run.report(update, rewards, losses, gradient_norm)
+        run.report(update, rewards, losses, gradient_norm, part_means(reward))
     run.finish()
 
 

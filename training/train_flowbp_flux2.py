@@ -24,7 +24,7 @@ from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline, Flux2Transformer2D
 from diffusers.training_utils import _collate_lora_metadata
 from peft import get_peft_model_state_dict
 
-from flowbp import FlowBPCallback, load_reward
+from flowbp import FlowBPCallback
 from flowbp.arguments import (
     add_method_arguments,
     add_model_arguments,
@@ -33,11 +33,13 @@ from flowbp.arguments import (
     add_training_arguments,
     choose_method,
     choose_objective,
+    choose_rewards,
     parse_training_args,
 )
 from flowbp.prompt_embeds import Embeds, prepare_prompt_embeds
 from flowbp.prompts import load_prompts
 from flowbp.recording import RecordingError
+from flowbp.rewards import part_means
 from flowbp.training_utils import (
     WEIGHT_DTYPES,
     TrainingRun,
@@ -107,8 +109,7 @@ def main(argv: list[str] | None = None) -> None:
         find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     weight_dtype = WEIGHT_DTYPES[args.mixed_precision]
     quantization_config = load_quantization_config(args.quantization_config_path, weight_dtype)
-    plain_reward = load_reward(args.reward)
-    reward = load_reward(args.reward, augment=True) if args.reward_augment else plain_reward
+    reward, plain_reward = choose_rewards(args)
     accelerator = make_accelerator(args)
     rank, device = accelerator.process_index, accelerator.device
 
@@ -135,9 +136,7 @@ def main(argv: list[str] | None = None) -> None:
     without = dict.fromkeys(TEXT_COMPONENTS)
     pipe = Flux2KleinPipeline.from_pretrained(model, transformer=transformer, **without, **loading)
     freeze(pipe.vae).to(device)
-    freeze(transformer)
-    if quantization_config is None:
-        transformer.to(device)
+    freeze(transformer).to(device)
     pipe.set_progress_bar_config(disable=True)
     for module in (reward, plain_reward):
         freeze(module).to(device)
@@ -212,7 +211,7 @@ def main(argv: list[str] | None = None) -> None:
             rewards.append(out.rewards)
             losses.append(out.loss)
         gradient_norm = run.optimizer_step(update)
-        run.report(update, rewards, losses, gradient_norm)
+        run.report(update, rewards, losses, gradient_norm, part_means(reward))
     run.finish()
 
 

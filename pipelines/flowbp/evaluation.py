@@ -446,7 +446,7 @@ th, td { padding: .35rem .9rem .35rem 0; text-align: right; white-space: nowrap;
   border-bottom: 1px solid var(--line); }
 th { color: var(--grey); font-weight: 600; }
 th:first-child, td:first-child { text-align: left; }
-.settings td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
+.settings td { text-align: left; } .settings td + td { white-space: normal; overflow-wrap: anywhere; }
 .card { border-top: 1px solid var(--line); padding: 1rem 0; break-inside: avoid; }
 .card p { color: var(--ink); margin: 0 0 .5rem; }
 .images { display: flex; flex-wrap: wrap; gap: 1rem; }
@@ -487,12 +487,13 @@ def _embedded(path: Path) -> str:
     return f'<img{style} alt="" src="data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}">'
 
 
-def _html_table(heads: Iterable[str], columns: Sequence[Sequence[str]], style: str = "") -> str:
+def _html_table(heads: Sequence[str], columns: Sequence[Sequence[str]], style: str = "") -> str:
     def line(tag: str, cells: Iterable[str]) -> str:
         return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
-    body = "\n".join(line("td", cells) for cells in zip(*columns, strict=True))
-    return f'<div class="scroll"><table{style}>\n{line("th", heads)}\n{body}\n</table></div>'
+    lines = [line("th", heads)] if any(heads) else []
+    lines += [line("td", cells) for cells in zip(*columns, strict=True)]
+    return f'<div class="scroll"><table{style}>\n' + "\n".join(lines) + "\n</table></div>"
 
 
 def largest_changes(changes: Sequence[float], limit: int) -> list[int]:

@@ -151,7 +151,8 @@ def comparison(
         path: the PNG to write.
         title: the figure's title.
         subtitle: a line below the title.
-        scores: a number for each picture of each row, shown below it with two decimals.
+        scores: a number for each picture of each row, shown below it: with three decimals if all are below 1 in size,
+            else with two.
 
     Raises:
         ValueError: no pictures, pictures of several sizes, or lists of different lengths.
@@ -163,7 +164,8 @@ def comparison(
         got = ", ".join(f"{number} {name}" for name, number in lengths.items())
         raise ValueError(f"comparison: one of each for every prompt expected, got {got}")
     _check_pictures("comparison", [image for images in rows.values() for image in images])
-    _draw_rows(rows, prompts, path, title, subtitle, scores)
+    is_small = scores is not None and all(abs(score) < 1 for name in rows for score in scores[name])
+    _draw_rows(rows, prompts, path, title, subtitle, scores, digits=3 if is_small else 2)
 
 
 def _draw_rows(
@@ -173,6 +175,7 @@ def _draw_rows(
     title: str,
     note: str,
     scores: Mapping[str, Sequence[float]] | None,
+    digits: int = 2,
 ) -> None:
     """Up to 8 columns stand in one block of rows; more are spread evenly over several blocks."""
     first = next(iter(rows.values()))
@@ -185,13 +188,15 @@ def _draw_rows(
     if width < cell:
         cell = max(cell // width, 1) * width
     cell_height = round(cell * height / width)
-    margin, label, gap, between_blocks = 40, 46, 14, 34
+    measure = _Canvas(100, 100)
+    names = {name: _wrap(measure, name, max(cell_height, 120), 2, fontsize=11, fontweight="bold") for name in rows}
+    margin, gap, between_blocks = 40, 14, 34
+    label = 46 + 25 * (max(map(len, names.values())) - 1)
     prompt_size = 8 if columns > 4 else 9
     line = round(prompt_size * _DPI / 72 * 1.3)
     score_height = 26 if scores is not None else 0
 
     total_width = max(2 * margin + label + columns * (cell + gap) - gap, 5 * _DPI)
-    measure = _Canvas(total_width, 100)
     text_width = total_width - 2 * margin - label
     title_lines = _wrap(measure, title, text_width, 3, **_TITLE)
     note_lines = _wrap(measure, note, text_width, 4, fontsize=9)
@@ -221,7 +226,7 @@ def _draw_rows(
             canvas.text(
                 margin + label - 16,
                 row_top + cell_height / 2,
-                _wrap(measure, name, max(cell_height, 120), 1, fontsize=11, fontweight="bold")[0],
+                "\n".join(names[name]),
                 fontsize=11,
                 fontweight="bold",
                 color=color,
@@ -236,7 +241,7 @@ def _draw_rows(
                     canvas.text(
                         x + cell / 2,
                         row_top + cell_height + 6,
-                        f"{scores[name][index]:.2f}",
+                        f"{scores[name][index]:.{digits}f}",
                         fontsize=8,
                         fontweight="bold",
                         color=color,

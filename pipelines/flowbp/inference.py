@@ -13,7 +13,8 @@ from diffusers import DiffusionPipeline
 from diffusers.loaders import PeftAdapterMixin
 
 # What scripts give a pipeline themselves.
-OWN_ARGUMENTS = ("prompt", "generator", "output_type", "return_dict", "callback_on_step_end", "num_images_per_prompt")
+OWN_ARGUMENTS = "prompt generator output_type return_dict callback_on_step_end".split()
+OWN_ARGUMENTS += ["num_images_per_prompt", "num_videos_per_prompt"]
 
 
 class BaseForLast:

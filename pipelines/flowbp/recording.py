@@ -307,14 +307,11 @@ class Recorder:
                     f"{self.name}: expected {1 + surrogate.num_noised} pipeline call(s) in one record() block, got "
                     "one more; open a new block for each rollout."
                 )
-        elif isinstance(self.method, Surrogate):
-            surrogate = self.method
-            surrogate.check(len(sigmas) - 1)
-        elif sigmas[0] < sigmas[-1]:
-            # Schedulers with inverted sigmas count from 0, noise, to 1: velocities have the other sign.
-            surrogate = self.method.draw(1 - sigmas, self.generator).negated()
         else:
-            surrogate = self.method.draw(sigmas, self.generator)
+            try:
+                surrogate = self._draw(sigmas)
+            except ValueError as error:
+                raise ValueError(f"{self.name}: {error}") from error
         self._trajectory = Trajectory(sigmas, surrogate)
         self.on_stage("rollout")
         self._is_copy = bool(self.trajectories)
@@ -327,6 +324,15 @@ class Recorder:
         self.trajectories.append(self._trajectory)
         # From here on the pipeline's code between the leaves is recorded as glue.
         torch.set_grad_enabled(True)
+
+    def _draw(self, sigmas: torch.Tensor) -> Surrogate:
+        if isinstance(self.method, Surrogate):
+            self.method.check(len(sigmas) - 1)
+            return self.method
+        if sigmas[0] < sigmas[-1]:
+            # Schedulers with inverted sigmas count from 0, noise, to 1: velocities have the other sign.
+            return self.method.draw(1 - sigmas, self.generator).negated()
+        return self.method.draw(sigmas, self.generator)
 
     @property
     def _skips(self) -> bool:

@@ -93,6 +93,13 @@ def find_files(source: Source, model_path: Path | None = None) -> Path:
     return folder
 
 
+def find_tokenizer(source: Source, folder: Path) -> Path:
+    """`folder` if it holds a tokenizer, else the folder of `source` as `find_files` gives it."""
+    if any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "vocab.txt")):
+        return folder
+    return find_files(source)
+
+
 def load_checkpoint(source: Source, path: Path) -> Mapping[str, Any]:
     """What `torch.save` wrote into a file, on the CPU. Only tensors and plain values are read, no code is run.
 
@@ -102,7 +109,7 @@ def load_checkpoint(source: Source, path: Path) -> Mapping[str, Any]:
     try:
         # Mapped, a file of many gigabytes is not held in memory twice; older formats cannot be mapped.
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except (pickle.UnpicklingError, OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
         raise ValueError(
             f"reward {source.reward!r}: {path} is not a whole checkpoint of tensors ({_line(error)}); download "
             f"{path.name} again from {source.page}."
@@ -116,7 +123,10 @@ def load_checkpoint(source: Source, path: Path) -> Mapping[str, Any]:
 
 
 def load_weights(source: Source, module: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
-    """Copies weights into a module, which keeps its dtype; names and shapes must be exactly the module's.
+    """Gives a module its weights, in the module's dtype; names and shapes must be exactly the module's.
+
+    The module may have been built without memory for them (`accelerate.init_empty_weights`): they are not copied into
+    it where their dtype is right.
 
     Raises:
         ValueError: a missing, unexpected or misshapen weight, in one line with the first few.
@@ -135,7 +145,9 @@ def load_weights(source: Source, module: torch.nn.Module, weights: Mapping[str, 
             f"reward {source.reward!r}: the weights are not those of {source.repo_id}: {', '.join(problems[:3])}{more}"
             f"; expected {', '.join(source.required)} from {source.page}."
         )
-    module.load_state_dict(weights)
+    module.load_state_dict(
+        {name: weights[name].to(tensor.dtype).contiguous() for name, tensor in expected.items()}, assign=True
+    )
 
 
 def load_pretrained(source: Source, loader: Callable[..., T], folder: Path, **options: Any) -> T:
@@ -154,8 +166,8 @@ def load_pretrained(source: Source, loader: Callable[..., T], folder: Path, **op
         return loader(folder, local_files_only=True, trust_remote_code=False, **options)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError) as error:
         raise ValueError(
-            f"reward {source.reward!r}: {folder} does not hold what {source.repo_id} has ({_line(error)}); download it "
-            f"again from {source.page}."
+            f"reward {source.reward!r}: {folder} does not hold what {source.repo_id} has ({_line(error)}); "
+            f"download it again from {source.page}."
         ) from error
 
 
@@ -191,8 +203,8 @@ def _missing(source: Source, reason: str) -> FileNotFoundError:
     return FileNotFoundError(
         f"reward {source.reward!r}: expected {', '.join(source.required)} of the repository {source.repo_id} "
         f"(revision {source.revision or 'main'}), got: {reason}; licence and access: {source.page}; cache folder: "
-        f"{constants.HF_HUB_CACHE}; remedy: run once with network (after `hf auth login` where that page asks to accept "
-        f"terms), or give a local copy: --reward_model_path {source.reward}=FOLDER."
+        f"{constants.HF_HUB_CACHE}; remedy: run once with network (after `hf auth login` where that page asks to "
+        f"accept terms), or give a local copy: --reward_model_path {source.reward}=FOLDER."
     )
 
 

@@ -9,7 +9,7 @@ that ship inside two PyPI packages, neither of which is imported. Train on one v
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import pairwise
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .onnx_module import OnnxModule
+from .preprocessing import check_images
 
 HEIGHT = 48  # of the recognisers' input
 STRIDE = 8  # columns of the input per column of the output
@@ -109,6 +110,7 @@ class OCRReward(nn.Module):
         stretch: the picture is resized to height 48 and to this times the width that would keep its aspect ratio,
             rounded to a multiple of 8. None: 1 for v4 and 1.5 for v5, the best of those tried (1 to 2) on drawn
             pictures of one to three digits.
+        texts: prompt -> text to look for, for prompts that do not quote it. None: what each prompt quotes.
 
     Raises:
         ValueError: an unknown version, or a stretch that is not above 0.
@@ -122,12 +124,13 @@ class OCRReward(nn.Module):
         generator: torch.Generator | None = None,
         stretch: float | None = None,
         colour_invariant: bool = False,
+        texts: Mapping[str, str] | None = None,
     ):
         super().__init__()
         if stretch is not None and not stretch > 0:
             raise ValueError(f"stretch: expected a number above 0, or None for the version's own, got {stretch}.")
         self.network, characters = _load(version)
-        self.version, self.augment, self.generator = version, augment, generator
+        self.version, self.augment, self.generator, self.texts = version, augment, generator, texts
         self.colour_invariant = colour_invariant
         self.stretch = VERSIONS[version].stretch if stretch is None else stretch
         # Chinese fonts have ASCII's characters a second time at full width (U+FF01 to U+FF5E). A lone "0" in a picture
@@ -154,11 +157,11 @@ class OCRReward(nn.Module):
 
         Raises:
             ValueError: images of another shape, not finite or out of range; a number of prompts other than B; a prompt
-                without quoted text, or with a text that has characters unknown to the recogniser or is too long.
+                without a text, or with a text that has characters unknown to the recogniser or is too long.
         """
-        _check(images, prompts)
+        check_images(images, prompts)
         columns = self._width(images) // STRIDE
-        targets = [self._classes(quoted_text(prompt), columns) for prompt in prompts]
+        targets = [self._classes(self.text_of(prompt), columns) for prompt in prompts]
         log_probabilities = self._log_probabilities(images, self.augment, self.colour_invariant)
         lengths = torch.tensor([len(target) for target in targets])
         loss = F.ctc_loss(
@@ -174,14 +177,22 @@ class OCRReward(nn.Module):
     @torch.no_grad()
     def read(self, images: Tensor) -> list[str]:
         """What the recogniser reads in each image (B, 3, H, W): the likeliest class of each column, repeats merged."""
-        _check(images)
+        check_images(images)
         places = self._log_probabilities(images, augment=False).argmax(-1).cpu()
         return ["".join(self.characters[place] for place in row.unique_consecutive().tolist()) for row in places]
 
     def exact(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """(B,) bool on the CPU: does the recogniser read exactly the text that the prompt quotes?"""
-        _check(images, prompts)
-        return torch.tensor([text == quoted_text(p) for text, p in zip(self.read(images), prompts, strict=True)])
+        """(B,) bool on the CPU: does the recogniser read exactly the prompt's text?"""
+        check_images(images, prompts)
+        return torch.tensor([text == self.text_of(p) for text, p in zip(self.read(images), prompts, strict=True)])
+
+    def text_of(self, prompt: str) -> str:
+        """The text that a picture of the prompt must show; ValueError where `texts` or quotes do not say."""
+        if self.texts is None:
+            return quoted_text(prompt)
+        if prompt not in self.texts:
+            raise ValueError(f"prompt: expected one of the {len(self.texts)} that have texts, got {prompt!r}.")
+        return self.texts[prompt]
 
     def _width(self, images: Tensor) -> int:
         return STRIDE * max(1, round(HEIGHT * self.stretch * images.shape[3] / images.shape[2] / STRIDE))
@@ -252,17 +263,3 @@ def _shapes(x: Tensor) -> Tensor:
     y = y / (y.pow(2).mean((1, 2, 3), keepdim=True) + 1e-4).sqrt()
     # Text on a sixth of the picture then lies near 0.1 and its background near 0.9.
     return (0.8 + 0.3 * y).expand_as(x)
-
-
-def _check(images: Tensor, prompts: Sequence[str] | None = None) -> None:
-    if images.ndim != 4 or images.shape[1] != 3 or images.numel() == 0 or not images.is_floating_point():
-        raise ValueError(f"images: expected a float tensor (B, 3, H, W), got {tuple(images.shape)} of {images.dtype}.")
-    low, high = (bound.item() for bound in images.detach().aminmax())
-    if not (low >= -1e-3 and high <= 1 + 1e-3):  # NaN fails this too
-        raise ValueError(
-            f"images: expected finite values in [0, 1], got {low:.4g} to {high:.4g}; "
-            'pipelines give that range with output_type="pt".'
-        )
-    if prompts is not None and (isinstance(prompts, str) or len(prompts) != len(images)):
-        got = "one string" if isinstance(prompts, str) else f"{len(prompts)}"
-        raise ValueError(f"prompts: expected a list of {len(images)}, one per image, got {got}.")

@@ -1,0 +1,310 @@
+# Copyright 2026 The FlowBP for diffusers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""The judges on tiny models: HPSv3 against its own code (`golden/make_hpsv3.py`), UnifiedReward part by part."""
+
+import json
+import logging
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from golden.make_hpsv3 import BYTES, CHAT_TEMPLATE, CONFIG, PROMPTS, QUESTION, SPECIAL, byte_vocabulary, weight
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForImageTextToText, Qwen2Tokenizer, Qwen2VLImageProcessorPil
+
+from flowbp.rewards import judges, load_reward
+from flowbp.rewards.judges import (
+    MAX_NEW_TOKENS,
+    REWARD_TOKEN,
+    HPSv3,
+    UnifiedReward,
+    hpsv3,
+    hpsv3_question,
+    parse_score,
+    unifiedreward_alignment,
+    unifiedreward_quality,
+)
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def save_processor(folder: Path, config: dict[str, object]) -> None:
+    """A configuration, a tokenizer and an image processor as repositories of Qwen2-VL's family have them."""
+    tokenizer = Qwen2Tokenizer(vocab=byte_vocabulary(), merges=[])
+    tokenizer.add_special_tokens({"extra_special_tokens": list(SPECIAL[1:])})
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(folder)
+    Qwen2VLImageProcessorPil().save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.fixture(scope="module")
+def hpsv3_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("hpsv3")
+    save_processor(folder, CONFIG)
+    layout = json.loads((GOLDEN / "hpsv3.json").read_text())
+    save_file({name: weight(name, tuple(shape)) for name, shape in layout.items()}, folder / "HPSv3.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def judge(hpsv3_folder: Path) -> HPSv3:
+    return hpsv3(hpsv3_folder, QUESTION, torch.float32)
+
+
+@pytest.fixture(scope="module")
+def golden() -> dict[str, Tensor]:
+    return load_file(GOLDEN / "hpsv3.safetensors")
+
+
+@pytest.fixture(scope="module")
+def images(golden: dict[str, Tensor]) -> Tensor:
+    return golden["pictures"].permute(0, 3, 1, 2) / 255
+
+
+@pytest.fixture(scope="module")
+def written_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny UnifiedReward: Qwen2.5-VL with random weights."""
+    folder = tmp_path_factory.mktemp("unifiedreward")
+    vision = {
+        "depth": 2,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "out_hidden_size": 32,
+        "num_heads": 2,
+        "in_channels": 3,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "window_size": 112,
+        "fullatt_block_indexes": [1],
+    }
+    config = {**CONFIG, "model_type": "qwen2_5_vl", "vision_config": vision}
+    config["architectures"] = ["Qwen2_5_VLForConditionalGeneration"]
+    save_processor(folder, config)
+    torch.manual_seed(0)
+    AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder)).save_pretrained(folder)
+    return folder
+
+
+def make_it_say(reward: UnifiedReward, text: str) -> None:
+    """Weights under which the model writes `text` whatever it sees: each byte's embedding leads to the next byte."""
+    model, tokenizer = reward.model, reward.conversation.tokenizer
+    newline = tokenizer("\n")["input_ids"][0]  # the last token of the question
+    steps = [newline, *tokenizer(text)["input_ids"], tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    assert len(set(steps[:-1])) == len(steps) - 1  # no byte twice, so that each has one successor
+    with torch.no_grad():
+        for layer in model.model.language_model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        embeddings = torch.nn.functional.normalize(torch.randn(CONFIG["vocab_size"], CONFIG["hidden_size"]))
+        model.get_input_embeddings().weight.copy_(embeddings)
+        model.lm_head.weight.zero_()
+        for old, new in zip(steps, steps[1:], strict=False):
+            model.lm_head.weight[new] = embeddings[old]
+
+
+def test_hpsv3_scores_are_the_references(judge: HPSv3, images: Tensor, golden: dict[str, Tensor]) -> None:
+    scores = judge(images, PROMPTS)
+    assert scores.shape == (2,) and scores.dtype == torch.float32
+    torch.testing.assert_close(scores, golden["scores"][:, 0], rtol=0, atol=1e-5)
+    assert golden["scores"][:, 0].diff().abs() > 1e-2
+
+
+def test_hpsv3_inputs_are_the_references(judge: HPSv3, images: Tensor, golden: dict[str, Tensor]) -> None:
+    pictures = judges.to_pictures("hpsv3", images, PROMPTS)
+    pixels = []
+    for number, (picture, prompt) in enumerate(zip(pictures, PROMPTS, strict=True)):
+        inputs = judge.conversation(picture, QUESTION, prompt, torch.device("cpu"))
+        real = golden["attention_mask"][number].bool()
+        assert torch.equal(inputs["input_ids"][0], golden["input_ids"][number][real])
+        assert torch.equal(inputs["image_grid_thw"][0], golden["image_grid_thw"][number])
+        pixels.append(inputs["pixel_values"])
+    torch.testing.assert_close(torch.cat(pixels)[::97], golden["pixel_values"], rtol=0, atol=1e-5)
+
+
+def test_hpsv3_counts_positions_as_the_reference(judge: HPSv3, images: Tensor, golden: dict[str, Tensor]) -> None:
+    """With Qwen2-VL's own positions of a picture the score is another: the parity above could fail."""
+    inputs = judge.conversation(judges.to_pictures("hpsv3", images, PROMPTS)[0], QUESTION, PROMPTS[0], "cpu")
+    with torch.no_grad():
+        hidden = judge.model(**inputs).last_hidden_state[inputs["input_ids"] == judge.reward_token_id]
+        first, second, third = judge.head
+        score = third(second(first(hidden).relu()).relu())[0, 0]
+    assert (score - golden["scores"][0, 0]).abs() > 1e-3
+
+
+def test_a_batch_of_one_is_a_batch_of_many(judge: HPSv3, images: Tensor) -> None:
+    alone = [judge(images[i : i + 1], PROMPTS[i : i + 1]) for i in range(2)]
+    assert torch.equal(torch.cat(alone), judge(images, PROMPTS))
+
+
+def test_hpsv3_in_bfloat16_and_under_autocast(hpsv3_folder: Path, images: Tensor, golden: dict[str, Tensor]) -> None:
+    judge = hpsv3(hpsv3_folder, QUESTION)
+    assert judge.model.dtype == torch.bfloat16 and judge.head[0].weight.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = judge(images, PROMPTS)
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores, golden["scores"][:, 0], rtol=0, atol=0.05)
+
+
+def test_judges_refuse_to_give_a_gradient(judge: HPSv3, images: Tensor) -> None:
+    leaf = images.clone().requires_grad_()
+    with pytest.raises(ValueError, match="ask for a gradient") as error:
+        judge(leaf, PROMPTS)
+    assert "\n" not in str(error.value) and "hpsv3" in str(error.value)
+    with torch.no_grad():
+        assert not judge(leaf, PROMPTS).requires_grad
+    assert not any(parameter.requires_grad for parameter in judge.parameters())
+
+
+def test_hpsv3_refuses_other_weights(hpsv3_folder: Path, tmp_path: Path) -> None:
+    save_processor(tmp_path, CONFIG)
+    weights = load_file(hpsv3_folder / "HPSv3.safetensors")
+    weights["visual.blocks.7.norm1.weight"] = weights.pop("visual.blocks.1.norm1.weight")
+    save_file(weights, tmp_path / "HPSv3.safetensors")
+    with pytest.raises(ValueError, match=r"missing model\.visual\.blocks\.1\.norm1\.weight") as error:
+        hpsv3(tmp_path, QUESTION)
+    assert "MizzenAI/HPSv3" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_hpsv3_refuses_a_head_of_another_shape(hpsv3_folder: Path, tmp_path: Path) -> None:
+    save_processor(tmp_path, CONFIG)
+    weights = load_file(hpsv3_folder / "HPSv3.safetensors")
+    weights["rm_head.5.weight"] = torch.zeros(1, 16)
+    save_file(weights, tmp_path / "HPSv3.safetensors")
+    with pytest.raises(ValueError, match=r"2\.weight of shape \(1, 16\) instead of \(2, 16\)"):
+        hpsv3(tmp_path, QUESTION)
+
+
+@pytest.mark.parametrize("question", ["no place for a prompt <|Reward|>", "{prompt} without the token"])
+def test_hpsv3_refuses_a_question_without_its_parts(question: str) -> None:
+    with pytest.raises(ValueError, match="question: expected"):
+        hpsv3(question=question)
+
+
+def test_missing_weights(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="MizzenAI/HPSv3"):
+        hpsv3(tmp_path, QUESTION)
+    with pytest.raises(FileNotFoundError, match="CodeGoat24/UnifiedReward-qwen-7b"):
+        unifiedreward_quality(tmp_path)
+
+
+def test_the_question_comes_from_the_authors_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it, and with another text, the remedy is named; the package's code is never run."""
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    with pytest.raises(ModuleNotFoundError, match=r"pip install --no-deps hpsv3==1\.0\.0"):
+        hpsv3_question()
+    file = tmp_path / "hpsv3" / "dataset" / "data_collator_qwen.py"
+    file.parent.mkdir(parents=True)
+    (tmp_path / "hpsv3" / "__init__.py").write_text("raise RuntimeError('imported')\n")
+    text = 'raise RuntimeError("run")\nINSTRUCTION = "Rate {text_prompt}."\nprompt_with_special_token = "<|Reward|>"\n'
+    file.write_text(text)
+    sys.path_importer_cache.pop(str(tmp_path), None)
+    with pytest.raises(ValueError, match="another text"):
+        hpsv3_question()
+    digest = judges.hashlib.sha256(b"Rate {text_prompt}.<|Reward|>").hexdigest()
+    monkeypatch.setattr(judges, "HPSV3_QUESTION_SHA256", digest)
+    assert hpsv3_question() == "Rate {prompt}.<|Reward|>"
+
+
+@pytest.mark.parametrize("name", ["unifiedreward-alignment", "unifiedreward-quality"])
+def test_unifiedreward_by_name(written_folder: Path, images: Tensor, name: str) -> None:
+    reward = load_reward(name, {name: written_folder})
+    assert reward.name == name and reward.model.dtype == torch.bfloat16
+    scores = reward(images.to(torch.bfloat16), PROMPTS)
+    assert scores.shape == (2,) and scores.isnan().all() and reward.unparsed == 2  # random weights write no score
+
+
+def test_unifiedreward_reads_the_score_that_is_written(written_folder: Path, images: Tensor) -> None:
+    reward = unifiedreward_alignment(written_folder, dtype=torch.float32)
+    make_it_say(reward, "Final Score:3")
+    assert reward.answer(judges.to_pictures("x", images, PROMPTS)[0], PROMPTS[0]) == "Final Score:3"
+    scores = reward(images, PROMPTS)
+    assert scores.tolist() == [3.0, 3.0] and scores.dtype == torch.float32 and reward.unparsed == 0
+
+
+def test_an_answer_without_a_score_is_nan_and_counted(
+    written_folder: Path, images: Tensor, caplog: pytest.LogCaptureFixture
+) -> None:
+    reward = unifiedreward_quality(written_folder, dtype=torch.float32)
+    make_it_say(reward, "Fine. ")
+    with caplog.at_level(logging.WARNING):
+        scores = reward(images, PROMPTS)
+    assert scores.isnan().all() and reward.unparsed == 2
+    assert "2 answers" in caplog.text and "Fine. " in caplog.text and "unifiedreward-quality" in caplog.text
+
+
+def test_unifiedreward_writes_what_greedy_decoding_writes(written_folder: Path, images: Tensor) -> None:
+    """Random weights, and the model's own forward pass token by token instead of `generate`."""
+    reward = unifiedreward_alignment(written_folder, "{prompt}?", torch.float32)
+    picture = judges.to_pictures("x", images, PROMPTS)[0]
+    inputs = reward.inputs(picture, PROMPTS[0])
+    assert inputs["image_grid_thw"].tolist() == [[1, 36, 36]]  # 512 rounded to a multiple of 28, by 14
+    start, written = inputs["input_ids"].shape[1], 12
+    with torch.no_grad():
+        for _ in range(written):
+            following = reward.model(**inputs).logits[:, -1:].argmax(-1)
+            inputs["input_ids"] = torch.cat([inputs["input_ids"], following], dim=1)
+            for name in ("attention_mask", "mm_token_type_ids"):
+                last = torch.full_like(following, int(name == "attention_mask")).to(inputs[name].dtype)
+                inputs[name] = torch.cat([inputs[name], last], dim=1)
+    text = reward.conversation.tokenizer.decode(inputs["input_ids"][0, start:], skip_special_tokens=True)
+    answer = reward.answer(picture, PROMPTS[0])
+    assert answer.startswith(text) and len(text) > 0 and len(answer) <= MAX_NEW_TOKENS
+
+
+@pytest.mark.parametrize(
+    ("answer", "score"),
+    [
+        ("The dog is there.\nFinal Score: 4", 4.0),
+        ("final score:2.5 of 5", 2.5),
+        ("Final Score: 5.0", 5.0),
+        ("Final Score: seven", None),
+        ("Final Score: 0", None),
+        ("4", None),
+    ],
+)
+def test_parse_score(answer: str, score: float | None) -> None:
+    assert parse_score(answer) == score
+
+
+def test_the_two_questions_differ_and_hold_the_prompt(written_folder: Path) -> None:
+    rewards = [make(written_folder, dtype=torch.float32) for make in (unifiedreward_alignment, unifiedreward_quality)]
+    assert rewards[0].question != rewards[1].question
+    assert all(reward.question.count("{prompt}") == 1 and "Final Score:" in reward.question for reward in rewards)
+    with pytest.raises(ValueError, match="where the prompt goes"):
+        unifiedreward_alignment(written_folder, "How good?", torch.float32)
+
+
+@pytest.mark.parametrize("token", ["<|image_pad|>", REWARD_TOKEN])
+def test_a_prompt_with_a_special_token(judge: HPSv3, images: Tensor, token: str) -> None:
+    with pytest.raises(ValueError, match="special token"):
+        judge(images[:1], [f"a cat {token}"])
+
+
+def test_bad_input(judge: HPSv3, images: Tensor) -> None:
+    with pytest.raises(ValueError, match="expected a list of 2"):
+        judge(images, PROMPTS[:1])
+    with pytest.raises(ValueError, match=r"in \[0, 1\]"):
+        judge(images * math.nan, PROMPTS)
+
+
+def test_a_chat_template_in_the_file_of_older_versions(hpsv3_folder: Path, tmp_path: Path) -> None:
+    save_processor(tmp_path, CONFIG)
+    (tmp_path / "chat_template.jinja").unlink()
+    (tmp_path / "HPSv3.safetensors").write_bytes((hpsv3_folder / "HPSv3.safetensors").read_bytes())
+    with pytest.raises(ValueError, match="expected a chat template"):
+        hpsv3(tmp_path, QUESTION)
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": CHAT_TEMPLATE}))
+    assert hpsv3(tmp_path, QUESTION).conversation.tokenizer.chat_template == CHAT_TEMPLATE
+    (tmp_path / "chat_template.jinja").write_text("for text alone")
+    assert hpsv3(tmp_path, QUESTION).conversation.tokenizer.chat_template == CHAT_TEMPLATE
+
+
+def test_the_reward_token_is_the_one_that_the_weights_know(judge: HPSv3) -> None:
+    assert judge.reward_token_id == BYTES + len(SPECIAL) == len(judge.model.get_input_embeddings().weight) - 1
