@@ -6,6 +6,7 @@
 
 import argparse
 import os
+import socket
 import weakref
 from collections import namedtuple
 from collections.abc import Callable, Iterator
@@ -128,7 +129,7 @@ def test_kept_embeddings_are_the_encoder_s(
     prompts = [f"text {number}" for number in range(9)]
     encoder = PromptEncoder(pipe, encode, CPU)
     folder = tmp_path / "root" / "model" / "hash"
-    half_written = folder.with_name("hash.partial")
+    half_written = folder.with_name(f"hash.{socket.gethostname()}.partial")
     half_written.mkdir(parents=True)
     (half_written / "00007.safetensors").write_text("rest")
     said: list[str] = []

@@ -13,6 +13,7 @@ import pytest
 import torch
 from diffusers import TorchAoConfig
 from tiny_pipelines import tiny_flux_pipeline
+from torchao.quantization import Int8WeightOnlyConfig
 from training_scripts import (
     METHOD_OPTIONS,
     SHARED_ARGUMENTS,
@@ -133,11 +134,8 @@ def test_strict_checks_and_changes_nothing(script: ModuleType, arguments: dict[s
 def test_a_quantised_base(
     script: ModuleType, arguments: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    quantization = pytest.importorskip(
-        "torchao.quantization", reason="torchao is an optional library; bitsandbytes needs a GPU to quantise"
-    )
     config = tmp_path / "int8.json"
-    config.write_text(json.dumps(TorchAoConfig(quantization.Int8WeightOnlyConfig()).to_dict()))
+    config.write_text(json.dumps(TorchAoConfig(Int8WeightOnlyConfig()).to_dict()))
     runs = watch_runs(monkeypatch)
     changes = {"quantization_config_path": config, "mixed_precision": "bf16", "gradient_checkpointing": True}
     script.main(command_line(arguments, **changes))

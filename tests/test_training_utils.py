@@ -149,13 +149,16 @@ def test_a_missing_file_is_named(tmp_path: Path, name: str):
     (folder / name).unlink()
     with pytest.raises(ValueError, match=f"checkpoint-1 has no {name}; choose a complete checkpoint"):
         load_checkpoint(folder, run.optimizer, run.lr_scheduler)
+    with pytest.raises(ValueError, match=f"checkpoint-1 has no {name}; choose a complete checkpoint"):
+        find_checkpoint(tmp_path, "checkpoint-1")
 
 
 def test_find_checkpoint(tmp_path: Path):
     names = ("checkpoint-2", "checkpoint-9", "checkpoint-10", "checkpoint-11.partial", "checkpoint-x", "logs")
     for age, name in enumerate(names):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "state.json").write_text("{}")
+        for file in ("state.json", "lora.safetensors", "optimizer.safetensors"):
+            (tmp_path / name / file).write_text("{}")
         os.utime(tmp_path / name / "state.json", (1_000_000 + age, 1_000_000 + age))
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-9", "checkpoint-10"]
     assert find_checkpoint(tmp_path, "latest") == tmp_path / "checkpoint-10"

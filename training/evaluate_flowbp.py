@@ -30,11 +30,12 @@ import diffusers
 import torch
 import transformers
 from accelerate import Accelerator
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.loaders import PeftAdapterMixin
 from PIL import Image
 from tqdm.auto import tqdm
 
+from flowbp.arguments import json_object
 from flowbp.config import parse_args_with_config
 from flowbp.evaluation import (
     Row,
@@ -59,14 +60,6 @@ from flowbp.rewards.loading import parse_model_paths
 from flowbp.training_utils import WEIGHT_DTYPES, derive_seed, freeze, missing_components, to_pil
 
 GRID_PROMPTS = 8  # columns of grid.png: the first prompts, not chosen ones
-
-
-def json_object(text: str) -> dict[str, Any]:
-    """An option's value that is a JSON object."""
-    value = json.loads(text)
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"a JSON object expected, got {text}")
-    return value
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -107,6 +100,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--num_frames", type=int, help="Frames of a video. Default: the pipeline's.")
     add("--num_inference_steps", type=int, default=25, help="Steps (the paper: 25).")
     add("--guidance_scale", type=float, help="Guidance scale. Default: the pipeline's.")
+    add("--flow_shift", type=float, help="Sample with FlowMatchEulerDiscreteScheduler of this shift, as in training.")
     add(
         "--sigmas",
         choices=("stock", "linear"),
@@ -293,6 +287,7 @@ def main(argv: list[str] | None = None) -> None:
         "variant": args.variant,
         "dtype": args.mixed_precision,
         "lora_component": args.lora_component,
+        "flow_shift": args.flow_shift,
         "call": call,
         "prompts": args.prompts,
         "prompts_sha256": hashlib.sha256(json.dumps([prompts, options, grouped]).encode()).hexdigest(),
@@ -329,6 +324,8 @@ def main(argv: list[str] | None = None) -> None:
     if pending:
         loading = {"variant": args.variant, "dtype": WEIGHT_DTYPES[args.mixed_precision], "use_safetensors": True}
         missing = missing_components(config)
+        if args.flow_shift is not None:
+            missing = {**missing, "scheduler": FlowMatchEulerDiscreteScheduler(shift=args.flow_shift)}
         pipe = Pipeline.from_pretrained(model, trust_remote_code=False, **missing, **loading, **source)
         pipe.set_progress_bar_config(disable=True)
         adapters = load_loras(pipe, rows, args.lora_component)

@@ -16,7 +16,6 @@ scripts of their own, with the paper's defaults.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -38,6 +37,7 @@ from flowbp.arguments import (
     choose_method,
     choose_objective,
     choose_rewards,
+    json_object,
     parse_training_args,
 )
 from flowbp.inference import call_arguments
@@ -61,14 +61,6 @@ from flowbp.training_utils import (
 
 # The attention layers of most of diffusers' transformers.
 LORA_LAYERS = "to_k,to_q,to_v,to_out.0"
-
-
-def json_object(text: str) -> dict[str, Any]:
-    """An option's value that is a JSON object."""
-    value = json.loads(text)
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"a JSON object expected, got {text}")
-    return value
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -115,6 +107,8 @@ def pipeline_class(args: argparse.Namespace, config: dict[str, Any]) -> type[Dif
     if not hasattr(diffusers, name):
         raise ValueError(f"{name}: not a pipeline of diffusers {diffusers.__version__}; use one of diffusers' own.")
     scheduler = config.get("scheduler", [None, None])[1]
+    if scheduler == "FlowMatchEulerDiscreteScheduler" and args.flow_shift is not None:
+        raise ValueError(f"--flow_shift {args.flow_shift}: {name} has its own Euler scheduler; leave the option out.")
     if scheduler != "FlowMatchEulerDiscreteScheduler" and args.flow_shift is None:
         raise ValueError(
             f"{name}: expected a model with FlowMatchEulerDiscreteScheduler, got {scheduler}; only Euler steps of "
@@ -169,15 +163,15 @@ def main(argv: list[str] | None = None) -> None:
 
     # The model: everything is frozen, only the LoRA is trained, in float32.
     loading = {"variant": args.variant, "dtype": weight_dtype, "use_safetensors": True, **source}
-    given: dict[str, Any] = dict(missing_components(config))
+    parts: dict[str, Any] = dict(missing_components(config))
     if quantization_config is not None:
         transformer_class = getattr(diffusers, config[args.lora_component][1])
-        given[args.lora_component] = transformer_class.from_pretrained(
+        parts[args.lora_component] = transformer_class.from_pretrained(
             model, subfolder=args.lora_component, quantization_config=quantization_config, **loading
         )
     if args.flow_shift is not None:
-        given["scheduler"] = FlowMatchEulerDiscreteScheduler(shift=args.flow_shift)
-    pipe = Pipeline.from_pretrained(model, trust_remote_code=False, **given, **loading)
+        parts["scheduler"] = FlowMatchEulerDiscreteScheduler(shift=args.flow_shift)
+    pipe = Pipeline.from_pretrained(model, trust_remote_code=False, **parts, **loading)
     pipe.set_progress_bar_config(disable=True)
     encoders = text_encoders(pipe)
     for component in pipe.components.values():

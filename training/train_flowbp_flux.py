@@ -79,7 +79,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_method_arguments(parser)
     add_reward_arguments(parser)
     add_training_arguments(parser, output_dir="flux-flowbp-lora")
-    return parse_training_args(parser, argv)
+    args = parse_training_args(parser, argv)
+    if args.negative_prompt and args.true_cfg_scale <= 1:
+        parser.error("--negative_prompt has no effect without guidance; set --true_cfg_scale above 1")
+    return args
 
 
 def check_resolution(args: argparse.Namespace, source: dict[str, Any]) -> None:
@@ -119,7 +122,7 @@ def main(argv: list[str] | None = None) -> None:
     loading = {"variant": args.variant, "dtype": weight_dtype, "use_safetensors": True, **source}
 
     def load_text_pipeline() -> FluxPipeline:
-        return FluxPipeline.from_pretrained(model, transformer=None, vae=None, **loading)
+        return FluxPipeline.from_pretrained(model, transformer=None, vae=None, trust_remote_code=False, **loading)
 
     def encode(pipe: FluxPipeline, texts: list[str]) -> Embeds:
         embeds, pooled, _ = pipe.encode_prompt(
@@ -136,7 +139,7 @@ def main(argv: list[str] | None = None) -> None:
         model, subfolder="transformer", quantization_config=quantization_config, **loading
     )
     without = dict.fromkeys(TEXT_COMPONENTS)
-    pipe = FluxPipeline.from_pretrained(model, transformer=transformer, **without, **loading)
+    pipe = FluxPipeline.from_pretrained(model, transformer=transformer, trust_remote_code=False, **without, **loading)
     freeze(pipe.vae).to(device)
     freeze(transformer).to(device)
     pipe.set_progress_bar_config(disable=True)

@@ -118,7 +118,9 @@ def main(argv: list[str] | None = None) -> None:
     loading = {"variant": args.variant, "dtype": weight_dtype, "use_safetensors": True, **source}
 
     def load_text_pipeline() -> Flux2KleinPipeline:
-        return Flux2KleinPipeline.from_pretrained(model, transformer=None, vae=None, **loading)
+        return Flux2KleinPipeline.from_pretrained(
+            model, transformer=None, vae=None, trust_remote_code=False, **loading
+        )
 
     def encode(pipe: Flux2KleinPipeline, texts: list[str]) -> Embeds:
         # With the pipeline's own choice of the text encoder's layers, as at inference.
@@ -134,7 +136,9 @@ def main(argv: list[str] | None = None) -> None:
         model, subfolder="transformer", quantization_config=quantization_config, **loading
     )
     without = dict.fromkeys(TEXT_COMPONENTS)
-    pipe = Flux2KleinPipeline.from_pretrained(model, transformer=transformer, **without, **loading)
+    pipe = Flux2KleinPipeline.from_pretrained(
+        model, transformer=transformer, trust_remote_code=False, **without, **loading
+    )
     freeze(pipe.vae).to(device)
     freeze(transformer).to(device)
     pipe.set_progress_bar_config(disable=True)

@@ -82,7 +82,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_method_arguments(parser)
     add_reward_arguments(parser)
     add_training_arguments(parser, output_dir="sd3-flowbp-lora")
-    return parse_training_args(parser, argv)
+    args = parse_training_args(parser, argv)
+    if args.negative_prompt and args.guidance_scale <= 1:
+        parser.error("--negative_prompt has no effect without guidance; set --guidance_scale above 1")
+    return args
 
 
 def check_resolution(args: argparse.Namespace, source: dict[str, Any]) -> None:
@@ -128,7 +131,9 @@ def main(argv: list[str] | None = None) -> None:
             shape = SD3Transformer2DModel.from_config(
                 SD3Transformer2DModel.load_config(model, subfolder="transformer", **source)
             )
-        return StableDiffusion3Pipeline.from_pretrained(model, transformer=shape, vae=None, **missing, **loading)
+        return StableDiffusion3Pipeline.from_pretrained(
+            model, transformer=shape, vae=None, trust_remote_code=False, **missing, **loading
+        )
 
     def encode(pipe: StableDiffusion3Pipeline, texts: list[str]) -> Embeds:
         embeds, _, pooled, _ = pipe.encode_prompt(
@@ -150,7 +155,9 @@ def main(argv: list[str] | None = None) -> None:
         model, subfolder="transformer", quantization_config=quantization_config, **loading
     )
     without = {**missing, **dict.fromkeys(TEXT_COMPONENTS)}
-    pipe = StableDiffusion3Pipeline.from_pretrained(model, transformer=transformer, **without, **loading)
+    pipe = StableDiffusion3Pipeline.from_pretrained(
+        model, transformer=transformer, trust_remote_code=False, **without, **loading
+    )
     freeze(pipe.vae).to(device)
     freeze(transformer).to(device)
     pipe.set_progress_bar_config(disable=True)

@@ -8,8 +8,10 @@ A script adds the groups that it wants; what differs between backbones (the roll
 """
 
 import argparse
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,6 +27,14 @@ from .weights import LEG_WEIGHTS
 
 # Those of diffusers' schedules that need no further options.
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """An option's value that is a JSON object."""
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"a JSON object expected, got {text}")
+    return value
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, model: str, lora_layers: str) -> None:
@@ -65,7 +75,11 @@ def add_prompt_embeds_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what scripts can do that call their pipeline's `encode_prompt` themselves."""
     group = parser.add_argument_group("prompt embeddings")
     add = group.add_argument
-    add("--offload", action="store_true", help="Text encoders wait on the CPU between uses.")
+    add(
+        "--offload",
+        action=argparse.BooleanOptionalAction,
+        help="Text encoders wait on the CPU between uses. Default: they do, except with --group_offload.",
+    )
     add(
         "--precompute_prompt_embeds",
         action="store_true",
@@ -198,7 +212,7 @@ COUNTS = (
     "num_validation_images steps_per_forward samples_per_decode"
 ).split()
 # Options that must be above 0.
-POSITIVE = ("learning_rate", "max_grad_norm", "loss_scale")
+POSITIVE = ("learning_rate", "max_grad_norm", "loss_scale", "flow_shift")
 
 
 def parse_training_args(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
@@ -215,14 +229,20 @@ def parse_training_args(parser: argparse.ArgumentParser, argv: list[str] | None)
     for name, value in vars(args).items():
         if name in COUNTS and value is not None and value < 1:
             parser.error(f"--{name} must be at least 1, got {value}")
-        if name in POSITIVE and not value > 0:
+        if name in POSITIVE and value is not None and not value > 0:
             parser.error(f"--{name} must be above 0, got {value}")
+        if name in ("adam_beta1", "adam_beta2") and not 0 <= value < 1:
+            parser.error(f"--{name} must be at least 0 and below 1, got {value}")
+        if name in ("lr_warmup_steps", "adam_weight_decay", "adam_epsilon") and value < 0:
+            parser.error(f"--{name} must not be negative, got {value}")
     if args.mixed_precision is None:
         args.mixed_precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         if args.mixed_precision not in ("no", "fp16", "bf16"):
             parser.error(f"--mixed_precision must be no, fp16 or bf16, accelerate says {args.mixed_precision}")
     if args.group_offload and vars(args).get("offload"):
         parser.error("--offload and --group_offload exclude each other; choose one")
+    if "offload" in vars(args) and args.offload is None:
+        args.offload = not args.group_offload
     return args
 
 

@@ -12,6 +12,7 @@ import gc
 import hashlib
 import json
 import shutil
+import socket
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from diffusers.hooks import apply_group_offloading
 from diffusers.training_utils import offload_models
+from huggingface_hub import try_to_load_from_cache
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -119,6 +121,12 @@ class PromptEmbeds:
         return {name: torch.cat([row[name] for row in rows]).to(self.device) for name in rows[0]}
 
 
+def hub_commit(model: str, revision: str | None) -> str | None:
+    """The commit of a Hub model whose `model_index.json` is in the local cache; `None` for a folder."""
+    found = try_to_load_from_cache(model, "model_index.json", revision=revision) if not Path(model).is_dir() else None
+    return Path(found).parent.name if isinstance(found, str) else None
+
+
 def cache_folder(root: Path, model: str, prompts: Sequence[str], settings: Mapping[str, Any]) -> Path:
     """Where the embeddings of these prompts belong: `root/<model>/<hash>`.
 
@@ -156,7 +164,8 @@ def precompute(folder: Path, prompts: Sequence[str], encoder: PromptEncoder, say
     """
     size = sum(tensor.nbytes for tensor in encoder(prompts[:1]).values()) * len(prompts)
     say(f"Prompt embeddings: {len(prompts)} prompts, {size / 2**20:.1f} MiB, into {folder}")
-    partial = folder.with_name(folder.name + ".partial")
+    # Of this machine alone: of several, one process of each writes, perhaps to one disk.
+    partial = folder.with_name(f"{folder.name}.{socket.gethostname()}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     free = shutil.disk_usage(partial).free
@@ -172,7 +181,13 @@ def precompute(folder: Path, prompts: Sequence[str], encoder: PromptEncoder, say
         ]
         joined = {name: torch.cat([batch[name] for batch in batches]).cpu().contiguous() for name in batches[0]}
         save_file(joined, partial / f"{start // PROMPTS_PER_FILE:05d}.safetensors")
-    partial.rename(folder)
+    try:
+        partial.rename(folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
+        # Another machine was faster; both wrote the same.
+        shutil.rmtree(partial)
 
 
 def prepare_prompt_embeds(
@@ -212,9 +227,11 @@ def prepare_prompt_embeds(
         }
         settings |= {"diffusers": diffusers.__version__, "transformers": transformers.__version__}
         settings["files"] = text_files(args.pretrained_model_name_or_path)
+        settings["commit"] = hub_commit(args.pretrained_model_name_or_path, args.revision)
+        settings["prompts_per_file"] = PROMPTS_PER_FILE
         root = args.prompt_embeds_dir.expanduser()
         folder = cache_folder(root, args.pretrained_model_name_or_path, everything, settings)
-        with accelerator.main_process_first():
+        with accelerator.local_main_process_first():
             if folder.is_dir():
                 accelerator.print(f"Prompt embeddings: {folder} exists already.")
             else:

@@ -337,7 +337,7 @@ class Sweep:
     def _not_reproduced(self, number: int, problem: str) -> RecordingError:
         return RecordingError(
             f"{self.name}: step {number}: the transformer called again does not reproduce its recorded output: "
-            f"{problem}; switch dropout and caches off (transformer.eval()) and change nothing between record and "
+            f"{problem}; switch dropout, caches and gradient checkpointing off and change nothing between record and "
             "backward."
         )
 

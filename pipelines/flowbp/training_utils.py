@@ -32,6 +32,7 @@ from diffusers.training_utils import cast_training_params
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch.nn import Linear
 from tqdm.auto import tqdm
 
 from .figures import before_after, image_grid, reward_curve
@@ -116,9 +117,7 @@ def load_checkpoint(
     Raises:
         ValueError: naming the file that is missing.
     """
-    for name in ("lora.safetensors", "optimizer.safetensors", "state.json"):
-        if not (folder / name).is_file():
-            raise ValueError(f"Checkpoint {folder} has no {name}; choose a complete checkpoint.")
+    check_checkpoint(folder)
     state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     moments: dict[int, dict[str, torch.Tensor]] = {}
     for key, value in load_file(folder / "optimizer.safetensors").items():
@@ -145,6 +144,13 @@ def checkpoints(output_dir: Path) -> list[Path]:
     return sorted(found, key=lambda path: (path / "state.json").stat().st_mtime_ns)
 
 
+def check_checkpoint(folder: Path) -> None:
+    """Raise ValueError, naming the file, where a checkpoint lacks one."""
+    for name in ("lora.safetensors", "optimizer.safetensors", "state.json"):
+        if not (folder / name).is_file():
+            raise ValueError(f"Checkpoint {folder} has no {name}; choose a complete checkpoint.")
+
+
 def find_checkpoint(output_dir: Path, choice: str) -> Path:
     """The checkpoint that `--resume_from_checkpoint` means.
 
@@ -160,6 +166,7 @@ def find_checkpoint(output_dir: Path, choice: str) -> Path:
         return existing[-1]
     for path in (output_dir / choice, Path(choice)):
         if choice != "latest" and path.is_dir():
+            check_checkpoint(path)
             return path
     names = ", ".join(path.name for path in existing) or "no checkpoints"
     raise ValueError(f"--resume_from_checkpoint {choice}: not found; {output_dir} has {names}.")
@@ -282,7 +289,13 @@ def add_lora(transformer: torch.nn.Module, args: argparse.Namespace) -> list[tor
         init_lora_weights="gaussian",
         target_modules=[name.strip() for name in args.lora_layers.split(",")],
     )
-    transformer.add_adapter(config)
+    try:
+        transformer.add_adapter(config)
+    except ValueError as error:
+        layers = {name.rpartition(".")[2] for name, part in transformer.named_modules() if type(part) is Linear}
+        raise ValueError(
+            f"--lora_layers {args.lora_layers}: {error} Its linear layers are called {', '.join(sorted(layers))}."
+        ) from error
     cast_training_params(transformer, dtype=torch.float32)
     return [parameter for parameter in transformer.parameters() if parameter.requires_grad]
 
@@ -509,7 +522,7 @@ class TrainingRun:
             "seconds": sum(self.meter.seconds.values()),
         }
         self.progress.set_postfix(reward=f"{row['reward']:.3f}", s_per_update=f"{row['seconds']:.2f}")
-        if row["gradient_norm"] == 0:
+        if row["gradient_norm"] == 0 and accelerator.is_main_process:
             self.progress.write(
                 f"Update {done}: the gradient is exactly 0. Are all rewards above --reward_clip, or all samples "
                 "dropped by --max_gap_j or --max_gap_0?"
