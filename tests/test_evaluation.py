@@ -9,6 +9,7 @@ import csv
 import html
 import io
 import json
+import math
 import re
 from pathlib import Path
 
@@ -316,3 +317,23 @@ def test_comparison_stands_every_row_below_the_other(tmp_path: Path) -> None:
     assert all((edge == 255).all() for edge in (array[:8], array[-8:], array[:, :8], array[:, -8:]))
     with pytest.raises(ValueError, match="3 base, 3 a name.*2 c"):
         comparison({**rows, "c": rows["c"][:2]}, ["p"] * 3, tmp_path / "b.png", "Title", "note")
+
+
+def test_images_without_a_score_are_left_out_everywhere() -> None:
+    nan = math.nan
+    scores = {
+        "judge": {
+            "base": torch.tensor([[1.0, 2.0], [nan, 4.0], [5.0, 6.0], [nan, 1.0]], dtype=torch.float64),
+            "lora": torch.tensor([[2.0, nan], [7.0, 3.0], [6.0, 8.0], [1.0, nan]], dtype=torch.float64),
+        }
+    }
+    base, lora = summarise(scores, {"judge": {"one": [0, 3], "two": [1, 2]}})
+    assert base["left_out"] == lora["left_out"] == 4
+    assert base["score"]["mean"] == pytest.approx((1 + 4 + 5.5) / 3)
+    assert lora["score"]["mean"] == pytest.approx((2 + 3 + 7) / 3)
+    assert lora["change"]["mean"] == pytest.approx((1 - 1 + 1.5) / 3)
+    assert lora["win_rate"]["mean"] == pytest.approx((1 + 0 + 1) / 3)
+    assert lora["groups"]["one"]["mean"] == 2.0 and lora["groups"]["two"]["mean"] == pytest.approx(5.0)
+    assert "(4 without a score)" in table_markdown([base, lora])
+    with pytest.raises(ValueError, match="judge: expected scores, got none for any image"):
+        summarise({"judge": {"base": torch.full((2, 1), nan, dtype=torch.float64)}}, {})

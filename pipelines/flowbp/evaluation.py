@@ -174,15 +174,17 @@ def wins(scores: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
     """Win rate of each prompt: the share of its images that score above the base model's image of the same noise.
 
     Args:
-        scores, base: `(P, m)`; equal scores count half.
+        scores, base: `(P, m)`; equal scores count half, images without a score (NaN) in either do not count.
 
     Returns:
-        `(P,)` in float64.
+        `(P,)` in float64, NaN where no image counts.
     """
-    return ((scores > base).double() + 0.5 * (scores == base).double()).mean(1)
+    won = (scores > base).double() + 0.5 * (scores == base).double()
+    return won.masked_fill((scores + base).isnan(), math.nan).nanmean(1)
 
 
 def _estimate(values: torch.Tensor) -> dict[str, Any]:
+    values = values[~values.isnan()]
     return {"mean": values.mean().item(), "interval": list(interval(values))}
 
 
@@ -192,32 +194,43 @@ def summarise(
     """A record for each reward and row.
 
     Args:
-        scores: reward -> row -> `(P, m)` float64 scores; the first row is the base model.
+        scores: reward -> row -> `(P, m)` float64 scores; the first row is the base model. An image that a judge gave
+            no score in some row (NaN) is left out in all rows, so that they stay comparable.
         groups: reward -> group -> its prompts' places, for the rewards that have a table by group (GenEval's tasks).
 
     Returns:
-        Records with `reward`, `row`, `share` (all of the reward's scores are 0 or 1), and `score`, each a `mean` and a
+        Records with `reward`, `row`, `share` (all of the reward's scores are 0 or 1), `left_out` (images without a
+        score), and `score`, each a `mean` and a
         95 % `interval`; of rows but the base's also `change` and `win_rate`, against the base model's images of the
         same noise. With groups also `groups`, by name, and `overall`, the mean of the groups' means, as in GenEval.
+
+    Raises:
+        ValueError: for a reward that scored no image in all rows.
     """
     records = []
     for reward, by_row in scores.items():
+        missing = torch.stack([values.isnan() for values in by_row.values()]).any(0)
+        if bool(missing.all()):
+            raise ValueError(f"{reward}: expected scores, got none for any image; leave this reward out.")
+        by_row = {name: values.masked_fill(missing, math.nan) for name, values in by_row.items()}
         base = next(iter(by_row.values()))
-        is_share = all(bool(((values == 0) | (values == 1)).all()) for values in by_row.values())
+        is_share = all(bool(((values == 0) | (values == 1) | missing).all()) for values in by_row.values())
         for name, values in by_row.items():
-            record: dict[str, Any] = {"reward": reward, "row": name, "share": is_share}
-            record["score"] = _estimate(values.mean(1))
+            left_out = int(missing.sum())
+            record: dict[str, Any] = {"reward": reward, "row": name, "share": is_share, "left_out": left_out}
+            record["score"] = _estimate(values.nanmean(1))
             if values is not base:
-                record["change"] = _estimate((values - base).mean(1))
+                record["change"] = _estimate((values - base).nanmean(1))
                 record["win_rate"] = _estimate(wins(values, base))
             if reward in groups:
-                record |= _by_group(values.mean(1), groups[reward])
+                record |= _by_group(values.nanmean(1), groups[reward])
             records.append(record)
     return records
 
 
 def _by_group(values: torch.Tensor, groups: Mapping[str, Sequence[int]]) -> dict[str, Any]:
     parts = {name: values[torch.tensor(places)] for name, places in groups.items()}
+    parts = {name: part[~part.isnan()] for name, part in parts.items()}
     # Prompts are resampled within their groups, by one generator, so that groups vary independently.
     generator = torch.Generator().manual_seed(0)
     means = torch.stack([_resampled_means(part, 10_000, generator) for part in parts.values()]).mean(0)
@@ -281,6 +294,9 @@ def tables(records: Sequence[Mapping[str, Any]]) -> dict[str, tuple[list[str], l
     rows = list(dict.fromkeys(record["row"] for record in records))
     of = {(record["reward"], record["row"]): record for record in records}
     title = titles(rewards)
+    for reward in rewards:
+        if of[reward, rows[0]]["left_out"]:
+            title[reward] += f" ({of[reward, rows[0]]['left_out']} without a score)"
     share = {reward: of[reward, rows[0]]["share"] for reward in rewards}
     heads = ["", *(title[reward] + (", %" if share[reward] else "") for reward in rewards)]
     found = {
@@ -533,7 +549,8 @@ def report_html(
     flat = {(reward, row.name): scores[reward][row.name].flatten().tolist() for reward in rewards for row in rows}
 
     def change(reward: str, row: Row, place: int) -> float:
-        return flat[reward, row.name][place] - flat[reward, base.name][place]
+        found = flat[reward, row.name][place] - flat[reward, base.name][place]
+        return 0.0 if math.isnan(found) else found
 
     by_row = {row.name: [change(rewards[0], row, place) for place in range(store.images)] for row in others}
     leader = max(by_row, key=lambda name: statistics.fmean(by_row[name]))
