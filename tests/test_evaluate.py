@@ -6,6 +6,7 @@
 
 import importlib
 import json
+import math
 import re
 import signal
 import subprocess
@@ -302,9 +303,13 @@ def test_scores_of_frames_are_averaged_and_checked(script: ModuleType) -> None:
     found = script.score(reward, ["x"], videos, ["10", "20"])["x"]
     assert found == pytest.approx((videos.mean((1, 2, 3, 4)) + torch.tensor([10.0, 20.0])).tolist())
     with pytest.raises(ValueError, match="expected 2 finite scores"):
-        script.score(lambda images, prompts: torch.tensor([1.0, float("nan")]), ["x"], videos[:, 0], ["", ""])
+        script.score(lambda images, prompts: torch.tensor([1.0, float("inf")]), ["x"], videos[:, 0], ["", ""])
     with pytest.raises(ValueError, match="expected 2 finite scores"):
         script.score(lambda images, prompts: torch.ones(1), ["x"], videos[:, 0], ["", ""])
+    unanswered = script.score(lambda images, prompts: torch.tensor([1.0, math.nan]), ["x"], videos[:, 0], ["", ""])[
+        "x"
+    ]
+    assert unanswered[0] == 1.0 and math.isnan(unanswered[1])
     with pytest.raises(ValueError, match=r"in \[0, 1\].*from 0.00 to 2.00"):
         script.score(reward, ["x"], torch.tensor([0.0, 2.0]).expand(1, 3, 2, 2), ["0"])
 

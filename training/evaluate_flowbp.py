@@ -232,11 +232,12 @@ def score(
     parts = reward.parts(images, prompts) if is_sum else {names[0]: reward(images, prompts)}
     found = {}
     for name, values in parts.items():
-        if values.shape != (len(images),) or not bool(values.isfinite().all()):
+        # NaN is a judge's answer without a score; the tables leave such images out and count them.
+        if values.shape != (len(images),) or bool(values.isinf().any()):
             raise ValueError(
                 f"reward {name}: expected {len(images)} finite scores, got {tuple(values.shape)}: {values.tolist()}."
             )
-        found[name] = values.double().unflatten(0, (-1, frames)).mean(1).tolist()
+        found[name] = values.double().unflatten(0, (-1, frames)).nanmean(1).tolist()
     return found
 
 
@@ -429,6 +430,6 @@ def write_results(
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         # One line for what the user can put right.
         sys.exit(f"evaluate_flowbp.py: error: {' '.join(str(error).split())}")

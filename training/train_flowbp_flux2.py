@@ -222,6 +222,6 @@ def main(argv: list[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError, RecordingError) as error:
+    except (ValueError, OSError, ModuleNotFoundError, RecordingError) as error:
         # One line for what the user can put right.
         sys.exit(f"train_flowbp_flux2.py: error: {' '.join(str(error).split())}")
