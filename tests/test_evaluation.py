@@ -335,5 +335,6 @@ def test_images_without_a_score_are_left_out_everywhere() -> None:
     assert lora["win_rate"]["mean"] == pytest.approx((1 + 0 + 1) / 3)
     assert lora["groups"]["one"]["mean"] == 2.0 and lora["groups"]["two"]["mean"] == pytest.approx(5.0)
     assert "(4 without a score)" in table_markdown([base, lora])
-    with pytest.raises(ValueError, match="judge: expected scores, got none for any image"):
-        summarise({"judge": {"base": torch.full((2, 1), nan, dtype=torch.float64)}}, {})
+    silent = {"base": torch.tensor([[nan], [1.0]], dtype=torch.float64)}
+    assert list(summarise({"judge": silent}, {"judge": {"one": [0], "two": [1]}})[0]["groups"]) == ["two"]
+    assert summarise({"judge": {"base": torch.full((2, 1), nan, dtype=torch.float64)}}, {}) == []

@@ -13,7 +13,6 @@ import pytest
 import torch
 from diffusers import TorchAoConfig
 from tiny_pipelines import tiny_flux_pipeline
-from torchao.quantization import Int8WeightOnlyConfig
 from training_scripts import (
     METHOD_OPTIONS,
     SHARED_ARGUMENTS,
@@ -98,14 +97,14 @@ def test_the_negative_prompt_counts_with_true_guidance_only(
     loras = {}
     for run, changes in {
         "distilled": {},
-        "distilled, negative": {"negative_prompt": "grey"},
         "true": {"true_cfg_scale": 3.0},
         "true, negative": TRUE_GUIDANCE,
     }.items():
         changes = {"method": "draft-k", "output_dir": tmp_path / run, **changes}
         script.main(command_line(arguments, **changes))
         loras[run] = lora_of(tmp_path / run)
-    assert same(loras["distilled"], loras["distilled, negative"])
+    with pytest.raises(SystemExit):  # it would have no effect
+        script.main(command_line(arguments, negative_prompt="grey"))
     assert not same(loras["true"], loras["true, negative"]) and not same(loras["true"], loras["distilled"])
 
 
@@ -134,8 +133,13 @@ def test_strict_checks_and_changes_nothing(script: ModuleType, arguments: dict[s
 def test_a_quantised_base(
     script: ModuleType, arguments: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    quantization = pytest.importorskip(
+        "torchao.quantization",
+        reason="torchao prints errors at import where its compiled parts do not fit torch, so it is not installed "
+        "with the tests (pip install torchao==0.18.0 runs this one); bitsandbytes needs a GPU to quantise",
+    )
     config = tmp_path / "int8.json"
-    config.write_text(json.dumps(TorchAoConfig(Int8WeightOnlyConfig()).to_dict()))
+    config.write_text(json.dumps(TorchAoConfig(quantization.Int8WeightOnlyConfig()).to_dict()))
     runs = watch_runs(monkeypatch)
     changes = {"quantization_config_path": config, "mixed_precision": "bf16", "gradient_checkpointing": True}
     script.main(command_line(arguments, **changes))

@@ -57,6 +57,7 @@ from flowbp.prompts import load_prompts, load_texts
 from flowbp.recording import is_velocity_model
 from flowbp.rewards import WeightedReward, load_reward
 from flowbp.rewards.loading import parse_model_paths
+from flowbp.rewards.ocr import quoted_text
 from flowbp.training_utils import WEIGHT_DTYPES, derive_seed, freeze, missing_components, to_pil
 
 GRID_PROMPTS = 8  # columns of grid.png: the first prompts, not chosen ones
@@ -228,7 +229,7 @@ def score(
         images = images.flatten(0, 1)
         prompts = [prompt for prompt in prompts for _ in range(frames)]
     # Of several rewards load_reward makes a sum whose parts can be had alone.
-    is_sum = isinstance(reward, WeightedReward)
+    is_sum = isinstance(reward, WeightedReward) and list(reward.weights) == list(names)
     parts = reward.parts(images, prompts) if is_sum else {names[0]: reward(images, prompts)}
     found = {}
     for name, values in parts.items():
@@ -264,6 +265,9 @@ def main(argv: list[str] | None = None) -> None:
     options: dict[str, Any] = {}
     if args.reward_text_column is not None:
         options["texts"] = load_texts(args.prompts, args.reward_text_column, **columns)
+    if any(name.startswith("ocr") for name in rewards) and "texts" not in options:
+        for prompt in prompts:
+            quoted_text(prompt)
     if "geneval" in rewards:
         # Its prompts come with what their pictures must show.
         options["metadata_path"] = args.prompts
@@ -403,6 +407,11 @@ def write_results(
         for reward in rewards
     }
     records = summarise(scores, groups)
+    for reward in set(rewards) - {record["reward"] for record in records}:
+        print(f"{reward} gave no image a score; it is left out of the tables.")
+        del scores[reward]
+    if not records:
+        raise ValueError("Expected scores, got none from any reward; see scores.parquet.")
     write_text(folder / "table.json", json.dumps({"settings": store.settings, "records": records}, indent=2) + "\n")
     write_text(folder / "table.md", table_markdown(records))
     write_text(folder / "table.csv", table_csv(records))

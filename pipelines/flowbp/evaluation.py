@@ -204,14 +204,13 @@ def summarise(
         95 % `interval`; of rows but the base's also `change` and `win_rate`, against the base model's images of the
         same noise. With groups also `groups`, by name, and `overall`, the mean of the groups' means, as in GenEval.
 
-    Raises:
-        ValueError: for a reward that scored no image in all rows.
+        A reward that scored no image in all rows has no records.
     """
     records = []
     for reward, by_row in scores.items():
         missing = torch.stack([values.isnan() for values in by_row.values()]).any(0)
         if bool(missing.all()):
-            raise ValueError(f"{reward}: expected scores, got none for any image; leave this reward out.")
+            continue
         by_row = {name: values.masked_fill(missing, math.nan) for name, values in by_row.items()}
         base = next(iter(by_row.values()))
         is_share = all(bool(((values == 0) | (values == 1) | missing).all()) for values in by_row.values())
@@ -230,7 +229,9 @@ def summarise(
 
 def _by_group(values: torch.Tensor, groups: Mapping[str, Sequence[int]]) -> dict[str, Any]:
     parts = {name: values[torch.tensor(places)] for name, places in groups.items()}
+    # A group whose images a judge gave no score has no place in the table; it is the same for all rows.
     parts = {name: part[~part.isnan()] for name, part in parts.items()}
+    parts = {name: part for name, part in parts.items() if len(part)}
     # Prompts are resampled within their groups, by one generator, so that groups vary independently.
     generator = torch.Generator().manual_seed(0)
     means = torch.stack([_resampled_means(part, 10_000, generator) for part in parts.values()]).mean(0)

@@ -23,6 +23,7 @@ OpenAI).
 """
 
 import difflib
+import importlib.util
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -361,6 +362,8 @@ def geneval(metadata_path: Path | None = None, model_path: Path | None = None) -
     Raises:
         FileNotFoundError, ValueError: see `read_metadata`, `find_files`, `load_pretrained`.
     """
+    if importlib.util.find_spec("scipy") is None:
+        raise ModuleNotFoundError("reward 'geneval': its detector needs scipy; pip install 'flowbp[geneval]'.")
     if metadata_path is None:
         raise ValueError(
             "reward 'geneval': expected metadata_path, the benchmark's evaluation_metadata.jsonl, got none; it is in "

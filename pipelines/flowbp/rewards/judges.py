@@ -14,6 +14,7 @@ the transformers that it pins (`tests/golden/make_hpsv3.py`); UnifiedReward's ag
 """
 
 import ast
+import functools
 import hashlib
 import json
 import logging
@@ -34,6 +35,7 @@ from transformers import (
     AutoImageProcessor,
     AutoModelForImageTextToText,
     AutoTokenizer,
+    PreTrainedModel,
     Qwen2VLForConditionalGeneration,
 )
 
@@ -356,13 +358,20 @@ def unifiedreward_quality(
     return _unifiedreward("unifiedreward-quality", model_path, question, dtype)
 
 
+@functools.lru_cache(maxsize=1)
+def _unifiedreward_model(repo_id: str, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    # The two judges ask one model: 7B weights are not loaded twice.
+    source = Source("unifiedreward", repo_id, ())
+    return load_pretrained(
+        source, AutoModelForImageTextToText.from_pretrained, folder, use_safetensors=True, dtype=dtype
+    )
+
+
 def _unifiedreward(name: str, model_path: Path | None, question: str, dtype: torch.dtype) -> UnifiedReward:
     files = (*MODEL_FILES, *TOKENIZER_FILES, "chat_template.*")
     source = Source(name, "CodeGoat24/UnifiedReward-qwen-7b", (*_PROCESSOR_FILES, "model.safetensors"), files)
     folder = find_files(source, model_path)
-    model = load_pretrained(
-        source, AutoModelForImageTextToText.from_pretrained, folder, use_safetensors=True, dtype=dtype
-    )
+    model = _unifiedreward_model(source.repo_id, folder, dtype)
     return UnifiedReward(name, model, _conversation(source, folder, model.config.image_token_id), question)
 
 
