@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,13 @@ def save_processor(folder: Path, config: dict[str, object]) -> None:
     tokenizer.save_pretrained(folder)
     Qwen2VLImageProcessorPil().save_pretrained(folder)
     (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.fixture(autouse=True)
+def _fresh_models() -> Iterator[None]:
+    """Both names of UnifiedReward share a model, which some tests change."""
+    yield
+    judges._unifiedreward_model.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -308,3 +316,9 @@ def test_a_chat_template_in_the_file_of_older_versions(hpsv3_folder: Path, tmp_p
 
 def test_the_reward_token_is_the_one_that_the_weights_know(judge: HPSv3) -> None:
     assert judge.reward_token_id == BYTES + len(SPECIAL) == len(judge.model.get_input_embeddings().weight) - 1
+
+
+def test_both_unifiedrewards_ask_one_model(written_folder: Path) -> None:
+    names = ("unifiedreward-alignment", "unifiedreward-quality")
+    first, second = (load_reward(name, {name: written_folder}) for name in names)
+    assert first.model is second.model

@@ -55,7 +55,7 @@ from flowbp.figures import comparison
 from flowbp.inference import BaseForLast, call_arguments, lora_models
 from flowbp.prompts import load_prompts, load_texts
 from flowbp.recording import is_velocity_model
-from flowbp.rewards import WeightedReward, load_reward
+from flowbp.rewards import REWARDS, WeightedReward, load_reward
 from flowbp.rewards.loading import parse_model_paths
 from flowbp.rewards.ocr import quoted_text
 from flowbp.training_utils import WEIGHT_DTYPES, derive_seed, freeze, missing_components, to_pil
@@ -265,7 +265,7 @@ def main(argv: list[str] | None = None) -> None:
     options: dict[str, Any] = {}
     if args.reward_text_column is not None:
         options["texts"] = load_texts(args.prompts, args.reward_text_column, **columns)
-    if any(name.startswith("ocr") for name in rewards) and "texts" not in options:
+    if any(name in REWARDS and name.startswith("ocr") for name in rewards) and "texts" not in options:
         for prompt in prompts:
             quoted_text(prompt)
     if "geneval" in rewards:
@@ -354,6 +354,8 @@ def main(argv: list[str] | None = None) -> None:
             if callback is not None:
                 arguments["callback_on_step_end"] = callback
             noise = [torch.Generator().manual_seed(seed_of(place)) for place in places]
+            # What a pipeline or reward draws besides the given noise depends on the batch alone.
+            torch.manual_seed(seed_of(places[0]))
             images = pipe(prompt=texts, generator=noise, **arguments)[0].float()
             store.add(row, batch, to_pil(images), score(reward, rewards, images, texts))
     accelerator.wait_for_everyone()
