@@ -124,7 +124,9 @@ def main(argv: list[str] | None = None) -> None:
 
     path = args.pretrained_model_name_or_path
     missing = missing_components(StableDiffusion3Pipeline.load_config(path))
-    pipe = StableDiffusion3Pipeline.from_pretrained(path, dtype=torch.float32, use_safetensors=True, **missing)
+    pipe = StableDiffusion3Pipeline.from_pretrained(
+        path, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, **missing
+    )
     pipe.set_progress_bar_config(disable=True)
     call = {
         "height": args.resolution,

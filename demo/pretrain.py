@@ -397,7 +397,13 @@ def make_pipeline(
 def load_pipeline(folder: Path) -> StableDiffusion3Pipeline:
     """A saved pipeline, computing in float32."""
     pipe = StableDiffusion3Pipeline.from_pretrained(
-        folder, text_encoder_3=None, tokenizer_3=None, dtype=torch.float32, local_files_only=True
+        folder,
+        text_encoder_3=None,
+        tokenizer_3=None,
+        dtype=torch.float32,
+        use_safetensors=True,
+        trust_remote_code=False,
+        local_files_only=True,
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -431,7 +437,8 @@ def main(arguments: list[str] | None = None) -> None:
     if args.vae is None:
         vae = train_vae(args, pretraining, log)
     else:
-        vae = AutoencoderKL.from_pretrained(args.vae, local_files_only=True).eval().requires_grad_(False)
+        vae = AutoencoderKL.from_pretrained(args.vae, use_safetensors=True, local_files_only=True)
+        vae.eval().requires_grad_(False)
     if args.decoder_steps:
         train_decoder(vae, args, pretraining, log)
     vae.save_pretrained(args.work_dir / "vae")

@@ -32,6 +32,8 @@ import transformers
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.loaders import PeftAdapterMixin
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -58,7 +60,7 @@ from flowbp.recording import is_velocity_model
 from flowbp.rewards import REWARDS, WeightedReward, load_reward
 from flowbp.rewards.loading import parse_model_paths
 from flowbp.rewards.ocr import quoted_text
-from flowbp.training_utils import WEIGHT_DTYPES, derive_seed, freeze, missing_components, to_pil
+from flowbp.training_utils import PATIENCE, WEIGHT_DTYPES, derive_seed, freeze, missing_components, to_pil
 
 GRID_PROMPTS = 8  # columns of grid.png: the first prompts, not chosen ones
 
@@ -278,8 +280,16 @@ def main(argv: list[str] | None = None) -> None:
     elif "geneval" in rewards:
         grouped, grouped_rewards = geneval_tasks(args.prompts, prompts), ["geneval"]
     rows = make_rows(args.lora, args.lora_scale, args.base_for_last)
+    for lora in {row.lora for row in rows if row.lora is not None and row.digest is None}:
+        try:
+            snapshot_download(lora, allow_patterns="*.safetensors")
+        except (OSError, ValueError, HfHubHTTPError) as error:
+            raise ValueError(
+                f"--lora {lora}: no such folder or file, and not found on the Hub or in its cache "
+                f"({type(error).__name__}); give a folder, a .safetensors file or a Hub id."
+            ) from error
 
-    accelerator = Accelerator(mixed_precision="no")
+    accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[PATIENCE])
     expected = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != expected:
         raise ValueError(

@@ -17,13 +17,14 @@ import resource
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.optimization import get_scheduler
 from diffusers.quantizers.auto import DiffusersAutoQuantizer
@@ -41,6 +42,8 @@ from .prompts import PromptSampler
 from .recording import RecordingError
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
+# Processes wait for one another longer than NCCL's 10 minutes: while one encodes all prompts, or scores a last video.
+PATIENCE = InitProcessGroupKwargs(timeout=timedelta(hours=2))
 WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 # What `push_to_hub` may send. Everything else in the output folder stays there.
@@ -212,6 +215,7 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
     silent = args.report_to == "none" or args.dry_run
     accelerator = Accelerator(
         mixed_precision="no",
+        kwargs_handlers=[PATIENCE],
         log_with=None if silent else args.report_to,
         project_config=ProjectConfiguration(
             project_dir=str(args.output_dir), logging_dir=str(args.output_dir / args.logging_dir)
