@@ -131,9 +131,10 @@ def test_strict_checks_and_changes_nothing(script: ModuleType, arguments: dict[s
     assert same(lora_of(arguments["output_dir"]), lora_of(tmp_path / "strict"))
 
 
-def test_accelerate_launch(arguments: dict[str, Any], model: Path):
+@pytest.mark.parametrize("method", METHODS)
+def test_accelerate_launch(arguments: dict[str, Any], model: Path, method: str):
     output = arguments["output_dir"]
-    printed = accelerate_launch(NAME, command_line(arguments))
+    printed = accelerate_launch(NAME, command_line(arguments, method=method, **METHOD_OPTIONS[method]))
     assert f"LoRA, before_after.png and reward_curve.png are in {output}" in printed
     check_run(output)
     load_pipeline(model).load_lora_weights(output)

@@ -416,6 +416,13 @@ def test_a_bad_command_line_is_one_line_before_any_model(
 # As users start it.
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_accelerate_launch_with_every_method(arguments: dict[str, Any], model: Path, method: str):
+    accelerate_launch(NAME, command_line(arguments, method=method, **METHOD_OPTIONS[method]))
+    check_run(arguments["output_dir"])
+    load_pipeline(model).load_lora_weights(arguments["output_dir"])
+
+
 def test_accelerate_launch(arguments: dict[str, Any], model: Path):
     words = command_line(
         arguments, report_to="tensorboard", validation_steps=1, checkpointing_steps=1, validation_prompt=["a 42", "k9"]
