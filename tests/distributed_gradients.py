@@ -9,6 +9,7 @@ the mean of what the processes find alone, whatever the row, and each `backward`
 """
 
 import json
+import os
 
 import torch
 import torch.distributed as dist
@@ -90,8 +91,10 @@ def main() -> None:
             "exchanges": exchanges["number"],
         }
     if rank == 0:
-        print(json.dumps(found))
-    dist.destroy_process_group()
+        print(json.dumps(found), flush=True)
+    dist.barrier()
+    # Not destroy_process_group: on a loaded machine a process was seen to hang there, all its work done.
+    os._exit(0)
 
 
 if __name__ == "__main__":
