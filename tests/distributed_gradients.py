@@ -10,6 +10,7 @@ the mean of what the processes find alone, whatever the row, and each `backward`
 
 import json
 import os
+import time
 
 import torch
 import torch.distributed as dist
@@ -93,6 +94,7 @@ def main() -> None:
     if rank == 0:
         print(json.dumps(found), flush=True)
     dist.barrier()
+    time.sleep(1)  # the other process may still be leaving the barrier
     # Not destroy_process_group: on a loaded machine a process was seen to hang there, all its work done.
     os._exit(0)
 
