@@ -235,6 +235,9 @@ def parse_training_args(parser: argparse.ArgumentParser, argv: list[str] | None)
             parser.error(f"--{name} must be at least 0 and below 1, got {value}")
         if name in ("lr_warmup_steps", "adam_weight_decay", "adam_epsilon") and value < 0:
             parser.error(f"--{name} must not be negative, got {value}")
+    if args.dry_run:
+        # One update on one batch, as its help says.
+        args.gradient_accumulation_steps = 1
     if args.mixed_precision is None:
         args.mixed_precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         if args.mixed_precision not in ("no", "fp16", "bf16"):

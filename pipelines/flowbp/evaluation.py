@@ -306,6 +306,14 @@ def tables(records: Sequence[Mapping[str, Any]]) -> dict[str, tuple[list[str], l
             [rows, *(_cells([of[reward, row]["score"] for row in rows], share[reward]) for reward in rewards)],
         )
     }
+    for reward in rewards:
+        if "groups" not in of[reward, rows[0]]:
+            continue
+        groups = list(of[reward, rows[0]]["groups"])
+        columns = [_cells([of[reward, row]["groups"][group] for row in rows], share[reward]) for group in groups]
+        overall = _cells([of[reward, row]["overall"] for row in rows], share[reward])
+        unit = ", %" if share[reward] else ""
+        found[f"{title[reward]} by group{unit}"] = (["", *groups, "overall"], [rows, *columns, overall])
     if len(rows) > 1:
         others = rows[1:]
         found["Change against the base, same noise"] = (
@@ -319,14 +327,6 @@ def tables(records: Sequence[Mapping[str, Any]]) -> dict[str, tuple[list[str], l
             ["", *(title[reward] for reward in rewards)],
             [others, *(_cells([of[reward, row]["win_rate"] for row in others], True) for reward in rewards)],
         )
-    for reward in rewards:
-        if "groups" not in of[reward, rows[0]]:
-            continue
-        groups = list(of[reward, rows[0]]["groups"])
-        columns = [_cells([of[reward, row]["groups"][group] for row in rows], share[reward]) for group in groups]
-        overall = _cells([of[reward, row]["overall"] for row in rows], share[reward])
-        unit = ", %" if share[reward] else ""
-        found[f"{title[reward]} by group{unit}"] = (["", *groups, "overall"], [rows, *columns, overall])
     return found
 
 
