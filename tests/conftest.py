@@ -2,21 +2,43 @@
 #
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""What all tests share: one thread, no network, and no state that a test leaves to the next."""
+"""What all tests share: one thread, no network, and no state that a test leaves to the next.
+
+A test that connects to anything but loopback, itself or in a Python process that it starts, fails; see
+`no_network/sitecustomize.py`, which also says what it cannot see.
+"""
 
 import os
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Generator, Iterator
+from pathlib import Path
 
 # Before any Hugging Face library is imported, here and in the processes that tests start.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import no_network.sitecustomize
 import pytest
 import torch
 
+# The guard is on here from its import, and in the Python processes that tests start. Each process of pytest, xdist's
+# too, has a file of its own for what was refused.
+_REFUSED = tempfile.NamedTemporaryFile("r", prefix="flowbp-tests-", encoding="utf-8")
+os.environ["FLOWBP_TEST_REFUSED"] = _REFUSED.name
+_paths = [str(Path(no_network.sitecustomize.__file__).parent), os.environ.get("PYTHONPATH")]
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, _paths))
+
 # So that failed asserts in these helpers show values.
 pytest.register_assert_rewrite("training_scripts")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown() -> Generator[None]:
+    """Fail a test that reached for the network, in its fixtures too; libraries hide what the guard raises."""
+    yield
+    if refused := _REFUSED.read().splitlines():
+        pytest.fail(refused[0] + (f" (and {len(refused) - 1} more)" if refused[1:] else ""), pytrace=False)
 
 
 @pytest.fixture(autouse=True)

@@ -29,7 +29,8 @@ from tiny_pipelines import tiny_ovis_image_pipeline, tiny_wan_22_pipeline, tiny_
 from tiny_sd3 import MAX_SEQUENCE_LENGTH, add_random_lora, tiny_sd3_pipeline
 from training_scripts import ROOT, check_refusal, command_line, environment, load_pipeline, load_script, script_path
 
-from flowbp.training_utils import LORA_FILE, to_pil
+from flowbp.training_utils import LORA_FILE
+from flowbp.validation import to_pil
 
 NAME = "evaluate_flowbp"
 STEPS = 4

@@ -496,6 +496,28 @@ def test_gradient_scale_and_accumulation():
     assert relative_difference(sampled[0], total) > 0.01
 
 
+def test_a_batch_is_the_sum_of_its_samples():
+    """DRaFT-LV with a list of generators: four samples at once, and one after the other."""
+    pipe = tiny_sd3_pipeline(seed=8, float64_scheduler=True)
+    prompts = (*PROMPTS, "a 5")
+    found = []
+    for parts in ([[0, 1, 2, 3]], [[0], [1], [2], [3]]):
+        pipe.transformer.zero_grad(set_to_none=True)
+        for part in parts:
+            callback = FlowBPCallback(
+                get_method("draft-lv", num_noised=2),
+                noise_generator=[torch.Generator().manual_seed(NOISE_SEED + sample) for sample in part],
+            )
+            sampling = Sampling(tuple(prompts[sample] for sample in part), 5, 3.5, seeds=tuple(part))
+            with callback.record(pipe):
+                images = [pipe(**sampling.call_arguments()).images for _ in range(1 + callback.copies)]
+            callback.backward(
+                toy_reward, torch.cat(images), sampling.image_prompts(), gradient_scale=len(part) / len(prompts)
+            )
+        found.append(found_gradients(pipe))
+    assert relative_difference(*found) < 1e-12
+
+
 @pytest.mark.parametrize("name", ["full", "flowbp-bridge"])
 def test_lora(name: str):
     """Through a LoRA, whose parameters alone get gradients."""

@@ -52,7 +52,8 @@ from flowbp import METHODS
 from flowbp.arguments import choose_method
 from flowbp.methods import OPTIONS
 from flowbp.recording import RecordingError
-from flowbp.training_utils import LORA_FILE, TrainingRun
+from flowbp.training_run import TrainingRun
+from flowbp.training_utils import LORA_FILE
 
 NAME = "train_flowbp_sd3"
 # What users give the pipeline to get the pictures of the script's validation.

@@ -27,9 +27,10 @@ from peft import set_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from flowbp import training_utils
+from flowbp import validation
 from flowbp.arguments import choose_method
-from flowbp.training_utils import LORA_FILE, StageMeter, TrainingRun, make_generator, missing_components
+from flowbp.training_run import TrainingRun
+from flowbp.training_utils import LORA_FILE, StageMeter, make_generator, missing_components
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -147,13 +148,13 @@ def watch_pictures(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     A run's last ones are those of the trained model, one for each validation prompt, then those of the base model.
     """
     drawn: list[torch.Tensor] = []
-    to_pil = training_utils.to_pil
+    to_pil = validation.to_pil
 
     def keep(images: torch.Tensor) -> Any:
         drawn.append(images)
         return to_pil(images)
 
-    monkeypatch.setattr(training_utils, "to_pil", keep)
+    monkeypatch.setattr(validation, "to_pil", keep)
     return drawn
 
 

@@ -35,6 +35,7 @@ from diffusers.loaders import PeftAdapterMixin
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
+from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
 from flowbp.arguments import json_object
@@ -56,11 +57,13 @@ from flowbp.evaluation import (
 from flowbp.figures import comparison
 from flowbp.inference import BaseForLast, call_arguments, lora_models
 from flowbp.prompts import load_prompts, load_texts
+from flowbp.push import one_line
 from flowbp.recording import is_velocity_model
 from flowbp.rewards import REWARDS, WeightedReward, load_reward
 from flowbp.rewards.loading import parse_model_paths
 from flowbp.rewards.ocr import quoted_text
-from flowbp.training_utils import PATIENCE, WEIGHT_DTYPES, derive_seed, freeze, missing_components, to_pil
+from flowbp.training_utils import PATIENCE, WEIGHT_DTYPES, derive_seed, freeze, missing_components
+from flowbp.validation import to_pil
 
 GRID_PROMPTS = 8  # columns of grid.png: the first prompts, not chosen ones
 
@@ -198,7 +201,7 @@ def load_loras(pipe: DiffusionPipeline, rows: Sequence[Row], component: str) -> 
             else:
                 model = getattr(pipe, component)
                 model.load_lora_adapter(where, adapter_name=name, prefix=None, use_safetensors=True, **given)
-        except (ValueError, RuntimeError, KeyError) as error:
+        except (ValueError, RuntimeError, KeyError, SafetensorError) as error:
             raise ValueError(f"--lora {source}: does not fit {type(pipe).__name__}: {error}") from error
         # LoRAs of other models are skipped with a warning by diffusers.
         if not any(name in model.peft_config for model in lora_models(pipe)):
@@ -451,6 +454,6 @@ def write_results(
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError, ModuleNotFoundError) as error:
+    except (ValueError, OSError, ModuleNotFoundError, SafetensorError) as error:
         # One line for what the user can put right.
-        sys.exit(f"evaluate_flowbp.py: error: {' '.join(str(error).split())}")
+        sys.exit(f"evaluate_flowbp.py: error: {one_line(error)}")

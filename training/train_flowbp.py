@@ -17,7 +17,7 @@ scripts of their own, with the paper's defaults.
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,6 @@ import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.training_utils import _collate_lora_metadata
-from peft import get_peft_model_state_dict
 
 from flowbp import FlowBPCallback
 from flowbp.arguments import (
@@ -40,24 +39,29 @@ from flowbp.arguments import (
     json_object,
     parse_training_args,
 )
+from flowbp.checkpoints import find_checkpoint
+from flowbp.distributed import prepare_transformer
 from flowbp.inference import call_arguments
 from flowbp.prompt_embeds import group_offload_encoder, text_encoders
 from flowbp.prompts import load_prompts
-from flowbp.recording import RecordingError, is_velocity_model
+from flowbp.push import one_line
+from flowbp.recording import is_velocity_model
 from flowbp.rewards import part_means
+from flowbp.training_run import USER_ERRORS, TrainingRun
 from flowbp.training_utils import (
     LORA_FILE,
     WEIGHT_DTYPES,
-    TrainingRun,
     add_lora,
-    derive_seed,
-    find_checkpoint,
     freeze,
+    load_pipeline_config,
     load_quantization_config,
     make_accelerator,
     make_generator,
     missing_components,
+    sample_generators,
+    seed_rewards,
 )
+from flowbp.validation import score_pictures
 
 # The attention layers of most of diffusers' transformers.
 LORA_LAYERS = "to_k,to_q,to_v,to_out.0"
@@ -125,18 +129,28 @@ def pipeline_class(args: argparse.Namespace, config: dict[str, Any]) -> type[Dif
     return getattr(diffusers, name)
 
 
-def of_frames(
-    reward: Callable[[torch.Tensor, Sequence[str]], torch.Tensor], images: torch.Tensor, texts: Sequence[str]
-) -> torch.Tensor:
-    """Rewards (B,) of pictures (B, 3, H, W), or mean rewards of the frames of videos (B, F, 3, H, W)."""
-    low, high = images.min().item(), images.max().item()
-    if low < -1e-3 or high > 1 + 1e-3:
-        raise ValueError(f"Expected pictures in [0, 1], the pipeline made values from {low:.2f} to {high:.2f}.")
-    if images.ndim == 4:
-        return reward(images, texts)
-    frames = images.shape[1]
-    scores = reward(images.flatten(0, 1), [text for text in texts for _ in range(frames)])
-    return scores.unflatten(0, (-1, frames)).mean(1)
+def check_size(args: argparse.Namespace, config: dict[str, Any], source: dict[str, Any]) -> None:
+    """Refuse a size that the model cannot cut into patches, where VAE and transformer say so in the usual way."""
+    model = args.pretrained_model_name_or_path
+
+    def of(part: str) -> dict[str, Any]:
+        component = getattr(diffusers, config.get(part, (None, ""))[1] or "", None)
+        return {} if component is None else component.load_config(model, subfolder=part, **source)
+
+    vae, transformer = of("vae"), of(args.lora_component)
+    patch = transformer.get("patch_size")
+    patch = patch[-1] if isinstance(patch, list | tuple) else patch
+    if "block_out_channels" not in vae or not isinstance(patch, int):
+        return
+    multiple = 2 ** (len(vae["block_out_channels"]) - 1) * patch
+    if transformer.get("in_channels") == 4 * vae.get("latent_channels", 0):
+        # Latents are packed two by two.
+        multiple *= 2
+    for name in ("height", "width"):
+        size = vars(args)[name]
+        if size % multiple:
+            below = max(multiple, size // multiple * multiple)
+            raise ValueError(f"--{name} must be a multiple of {multiple} for this model, got {size}; use {below}.")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -148,18 +162,19 @@ def main(argv: list[str] | None = None) -> None:
     objective = choose_objective(args, method, 1.0)
     source = {"revision": args.revision}
     model = args.pretrained_model_name_or_path
-    config = DiffusionPipeline.load_config(model, **source)
+    config = load_pipeline_config(DiffusionPipeline, model, source)
     Pipeline = pipeline_class(args, config)
+    check_size(args, config, source)
     given = ("height", "width", "num_frames", "num_inference_steps", "guidance_scale")
     call = call_arguments(Pipeline, {name: vars(args)[name] for name in given} | args.pipeline_arguments)
     prompts = load_prompts(args.prompts, column=args.prompt_column, split=args.prompt_split)
-    if args.resume_from_checkpoint:
-        find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+    if args.resume_from_checkpoint is not None:
+        find_checkpoint(args.output_dir, args.resume_from_checkpoint, tell=lambda message: None)
     weight_dtype = WEIGHT_DTYPES[args.mixed_precision]
     quantization_config = load_quantization_config(args.quantization_config_path, weight_dtype)
-    reward, plain_reward = choose_rewards(args)
+    rewards = choose_rewards(args, prompts)
     accelerator = make_accelerator(args)
-    rank, device = accelerator.process_index, accelerator.device
+    device = accelerator.device
 
     # The model: everything is frozen, only the LoRA is trained, in float32.
     loading = {"variant": args.variant, "dtype": weight_dtype, "use_safetensors": True, **source}
@@ -173,6 +188,7 @@ def main(argv: list[str] | None = None) -> None:
         parts["scheduler"] = FlowMatchEulerDiscreteScheduler(shift=args.flow_shift)
     pipe = Pipeline.from_pretrained(model, trust_remote_code=False, **parts, **loading)
     pipe.set_progress_bar_config(disable=True)
+    transformer = getattr(pipe, args.lora_component)
     encoders = text_encoders(pipe)
     for component in pipe.components.values():
         if not isinstance(component, torch.nn.Module):
@@ -180,97 +196,104 @@ def main(argv: list[str] | None = None) -> None:
         freeze(component)
         if args.group_offload and any(component is encoder for encoder in encoders):
             group_offload_encoder(component, device)
-        else:
+        elif component is not transformer:
             component.to(device)
-    for module in (reward, plain_reward):
+    for module in rewards:
         freeze(module).to(device)
-    transformer = getattr(pipe, args.lora_component)
     for module in transformer.modules():
         # HiDream's experts: their code for evaluation runs without gradients, the other computes the same with them.
         if hasattr(module, "moe_infer"):
             module.train()
-    parameters = add_lora(transformer, args)
+    add_lora(transformer, args)
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
         vae = pipe.components.get("vae")
         if vae is not None and vae._supports_gradient_checkpointing:
             vae.enable_gradient_checkpointing()
     # Several processes: the sweep calls the wrapped transformer, the rollout the pipeline's own.
-    wrapped = accelerator.prepare_model(transformer) if accelerator.num_processes > 1 else None
+    wrapped = prepare_transformer(accelerator, transformer)
 
     # Every call, in training and validation, is the user's inference.
-    def sample(texts: list[str], generator: torch.Generator) -> torch.Tensor:
+    def sample(texts: list[str], generator: torch.Generator | list[torch.Generator]) -> torch.Tensor:
         arguments = dict(call)
         if isinstance(arguments.get("negative_prompt"), str):
             arguments["negative_prompt"] = [arguments["negative_prompt"]] * len(texts)
-        return pipe(prompt=texts, generator=generator, **arguments)[0]
+        pictures = pipe(prompt=texts, generator=generator, **arguments)[0]
+        if pictures.shape[-2:] != (args.height, args.width):
+            made = " x ".join(str(size) for size in pictures.shape[-2:])
+            raise ValueError(f"{Pipeline.__name__} makes {made} of {args.height} x {args.width}; ask for that size.")
+        return pictures
 
     # The file is the same for all pipelines; those without a LoRA loader load it into the transformer.
     has_loader = hasattr(Pipeline, "save_lora_weights") and args.lora_component == "transformer"
     writer = Pipeline if has_loader else StableDiffusion3Pipeline
 
-    def save_lora(folder: Path) -> None:
+    def save_lora(folder: Path, lora: Mapping[str, torch.Tensor]) -> None:
         writer.save_lora_weights(
             folder,
-            transformer_lora_layers=get_peft_model_state_dict(transformer),
+            transformer_lora_layers=dict(lora),
             **_collate_lora_metadata({"transformer": transformer}),
         )
-        if has_loader:
-            print(f'Load it with pipe.load_lora_weights("{folder}").')
-        else:
-            print(f'Load it with pipe.{args.lora_component}.load_lora_adapter("{folder}", weight_name="{LORA_FILE}").')
 
     run = TrainingRun(
         args,
         accelerator,
+        method,
+        pipe,
         transformer,
-        parameters,
         prompts,
         sample=lambda prompt, generator: sample([prompt], generator),
-        reward=lambda images, texts: of_frames(plain_reward, images, texts),
+        rewards=rewards,
         save_lora=save_lora,
     )
     for update in run.updates():
-        rewards, losses = [], []
-        for part in range(args.gradient_accumulation_steps):
-            batch = next(run.sampler)
-            # Surrogates are shared by the processes, so that all do equal work; noise is not.
+        for _ in range(args.gradient_accumulation_steps):
+            batch, places = run.next_batch()
+            # Passes and processes share a surrogate, so that they do equal work; every sample has noise of its own.
             callback = FlowBPCallback(
                 method,
-                generator=make_generator("surrogate", args.seed, update, part),
+                generator=make_generator("surrogate", args.seed, update),
                 unconditional_gradient=args.unconditional_gradient,
                 samples_per_decode=args.samples_per_decode,
                 steps_per_forward=args.steps_per_forward,
-                noise_generator=make_generator("copies", args.seed, update, part, rank),
+                noise_generator=sample_generators("copies", args.seed, update, places),
                 strict=args.strict or update == run.first_update,
                 on_stage=run.meter.mark,
+                velocity_anchor=args.velocity_anchor,
+                measure_gradients=True,
             )
-            # Rewards that augment at random draw from torch's global generator.
-            torch.manual_seed(derive_seed("reward", args.seed, update, part, rank))
+            seed_rewards(args.seed, update, places)
             run.meter.mark("rollout")
             with callback.record(pipe):
                 pictures = []
                 for _ in range(1 + callback.copies):
-                    noise = make_generator("noise", args.seed, update, part, rank)
+                    noise = sample_generators("noise", args.seed, update, places)
                     pictures.append(sample(batch, noise))
             out = callback.backward(
-                lambda images, texts: of_frames(reward, images.float(), texts),
+                lambda images, texts: score_pictures(rewards.training, images.float(), texts),
                 torch.cat(pictures),
                 batch,
                 objective=objective,
                 gradient_scale=run.gradient_scale,
                 transformer=wrapped,
             )
-            rewards.append(out.rewards)
-            losses.append(out.loss)
-        gradient_norm = run.optimizer_step(update)
-        run.report(update, rewards, losses, gradient_norm, part_means(reward))
+            run.collect(out, callback.surrogate, part_means(rewards.training))
+        run.optimizer_step()
+        run.report(update)
     run.finish()
+    if accelerator.is_main_process and not args.dry_run:
+        if has_loader:
+            print(f'Load it with pipe.load_lora_weights("{args.output_dir}").')
+        else:
+            print(
+                f'Load it with pipe.{args.lora_component}.load_lora_adapter("{args.output_dir}", '
+                f'weight_name="{LORA_FILE}").'
+            )
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError, ModuleNotFoundError, RecordingError) as error:
+    except USER_ERRORS as error:
         # One line for what the user can put right.
-        sys.exit(f"train_flowbp.py: error: {' '.join(str(error).split())}")
+        sys.exit(f"train_flowbp.py: error: {one_line(error)}")

@@ -14,13 +14,13 @@ terms, step the optimizer. The LoRA in `--output_dir` loads with `pipe.load_lora
 
 import argparse
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 from diffusers.training_utils import _collate_lora_metadata
-from peft import get_peft_model_state_dict
 
 from flowbp import FlowBPCallback
 from flowbp.arguments import (
@@ -34,20 +34,23 @@ from flowbp.arguments import (
     choose_rewards,
     parse_training_args,
 )
+from flowbp.checkpoints import find_checkpoint
+from flowbp.distributed import prepare_transformer
 from flowbp.prompt_embeds import Embeds, prepare_prompt_embeds
 from flowbp.prompts import load_prompts
-from flowbp.recording import RecordingError
+from flowbp.push import one_line
 from flowbp.rewards import part_means
+from flowbp.training_run import USER_ERRORS, TrainingRun
 from flowbp.training_utils import (
     WEIGHT_DTYPES,
-    TrainingRun,
     add_lora,
-    derive_seed,
-    find_checkpoint,
     freeze,
+    load_pipeline_config,
     load_quantization_config,
     make_accelerator,
     make_generator,
+    sample_generators,
+    seed_rewards,
 )
 
 # The attention and feed-forward layers that diffusers' LoRA script for FLUX.1 trains.
@@ -108,17 +111,18 @@ def main(argv: list[str] | None = None) -> None:
     objective = choose_objective(args, method, args.true_cfg_scale if guided else 1.0)
     prompts = load_prompts(args.prompts, column=args.prompt_column, split=args.prompt_split)
     source = {"revision": args.revision}
+    model = args.pretrained_model_name_or_path
+    load_pipeline_config(FluxPipeline, model, source)
     check_resolution(args, source)
-    if args.resume_from_checkpoint:
-        find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+    if args.resume_from_checkpoint is not None:
+        find_checkpoint(args.output_dir, args.resume_from_checkpoint, tell=lambda message: None)
     weight_dtype = WEIGHT_DTYPES[args.mixed_precision]
     quantization_config = load_quantization_config(args.quantization_config_path, weight_dtype)
-    reward, plain_reward = choose_rewards(args)
+    rewards = choose_rewards(args, prompts)
     accelerator = make_accelerator(args)
-    rank, device = accelerator.process_index, accelerator.device
+    device = accelerator.device
 
     # Text: the embeddings that the stock pipeline makes, on the fly or once and kept.
-    model = args.pretrained_model_name_or_path
     loading = {"variant": args.variant, "dtype": weight_dtype, "use_safetensors": True, **source}
 
     def load_text_pipeline() -> FluxPipeline:
@@ -131,7 +135,12 @@ def main(argv: list[str] | None = None) -> None:
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
     prompt_embeds = prepare_prompt_embeds(
-        args, accelerator, load_text_pipeline, encode, prompts, args.negative_prompt if guided else None
+        args,
+        accelerator,
+        load_text_pipeline,
+        encode,
+        [*prompts, *rewards.evaluation_prompts],
+        args.negative_prompt if guided else None,
     )
 
     # The model: everything is frozen, only the LoRA is trained, in float32.
@@ -141,16 +150,16 @@ def main(argv: list[str] | None = None) -> None:
     without = dict.fromkeys(TEXT_COMPONENTS)
     pipe = FluxPipeline.from_pretrained(model, transformer=transformer, trust_remote_code=False, **without, **loading)
     freeze(pipe.vae).to(device)
-    freeze(transformer).to(device)
+    freeze(transformer)
     pipe.set_progress_bar_config(disable=True)
-    for module in (reward, plain_reward):
+    for module in rewards:
         freeze(module).to(device)
-    parameters = add_lora(transformer, args)
+    add_lora(transformer, args)
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
         pipe.vae.enable_gradient_checkpointing()
     # Several processes: the sweep calls the wrapped transformer, the rollout the pipeline's own.
-    wrapped = accelerator.prepare_model(transformer) if accelerator.num_processes > 1 else None
+    wrapped = prepare_transformer(accelerator, transformer)
 
     # What every call of the pipeline gets, in training and validation: the rollout is the user's inference.
     # Its stock sigmas are the paper's: linspace(1, 1 / N, N) before the scheduler's shift.
@@ -164,66 +173,66 @@ def main(argv: list[str] | None = None) -> None:
         "output_type": "pt",
     }
 
-    def save_lora(folder: Path) -> None:
+    def save_lora(folder: Path, lora: Mapping[str, torch.Tensor]) -> None:
         FluxPipeline.save_lora_weights(
             folder,
-            transformer_lora_layers=get_peft_model_state_dict(transformer),
+            transformer_lora_layers=dict(lora),
             **_collate_lora_metadata({"transformer": transformer}),
         )
 
     run = TrainingRun(
         args,
         accelerator,
+        method,
+        pipe,
         transformer,
-        parameters,
         prompts,
         sample=lambda prompt, generator: pipe(**prompt_embeds([prompt]), generator=generator, **call).images,
-        reward=plain_reward,
+        rewards=rewards,
         save_lora=save_lora,
     )
     for update in run.updates():
-        rewards, losses = [], []
-        for part in range(args.gradient_accumulation_steps):
-            batch = next(run.sampler)
-            # Surrogates are shared by the processes, so that all do equal work; noise is not.
+        for _ in range(args.gradient_accumulation_steps):
+            batch, places = run.next_batch()
+            # Passes and processes share a surrogate, so that they do equal work; every sample has noise of its own.
             callback = FlowBPCallback(
                 method,
-                generator=make_generator("surrogate", args.seed, update, part),
+                generator=make_generator("surrogate", args.seed, update),
                 unconditional_gradient=args.unconditional_gradient,
                 samples_per_decode=args.samples_per_decode,
                 steps_per_forward=args.steps_per_forward,
-                noise_generator=make_generator("copies", args.seed, update, part, rank),
+                noise_generator=sample_generators("copies", args.seed, update, places),
                 strict=args.strict or update == run.first_update,
                 on_stage=run.meter.mark,
+                velocity_anchor=args.velocity_anchor,
+                measure_gradients=True,
             )
-            # Rewards that augment at random draw from torch's global generator.
-            torch.manual_seed(derive_seed("reward", args.seed, update, part, rank))
+            seed_rewards(args.seed, update, places)
             run.meter.mark("encode")
             embeds = prompt_embeds(batch)
             run.meter.mark("rollout")
             with callback.record(pipe):
                 pictures = []
                 for _ in range(1 + callback.copies):
-                    noise = make_generator("noise", args.seed, update, part, rank)
+                    noise = sample_generators("noise", args.seed, update, places)
                     pictures.append(pipe(**embeds, generator=noise, callback_on_step_end=callback, **call).images)
             out = callback.backward(
-                lambda images, texts: reward(images.float(), texts),
+                lambda images, texts: rewards.training(images.float(), texts),
                 torch.cat(pictures),
                 batch,
                 objective=objective,
                 gradient_scale=run.gradient_scale,
                 transformer=wrapped,
             )
-            rewards.append(out.rewards)
-            losses.append(out.loss)
-        gradient_norm = run.optimizer_step(update)
-        run.report(update, rewards, losses, gradient_norm, part_means(reward))
+            run.collect(out, callback.surrogate, part_means(rewards.training))
+        run.optimizer_step()
+        run.report(update)
     run.finish()
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError, ModuleNotFoundError, RecordingError) as error:
+    except USER_ERRORS as error:
         # One line for what the user can put right.
-        sys.exit(f"train_flowbp_flux.py: error: {' '.join(str(error).split())}")
+        sys.exit(f"train_flowbp_flux.py: error: {one_line(error)}")

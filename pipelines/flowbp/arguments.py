@@ -9,7 +9,10 @@ A script adds the groups that it wants; what differs between backbones (the roll
 
 import argparse
 import json
+import math
 import os
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +22,8 @@ from .config import parse_args_with_config
 from .drawing import STEP_SAMPLING
 from .methods import ACTIVE_SUPPORTS, ENDPOINTS, METHODS, OPTIONS, Method, get_method
 from .objectives import Objective
-from .prompts import load_texts
-from .rewards import load_reward
+from .prompts import load_prompts, load_texts
+from .rewards import check_prompts, load_reward, part_names
 from .rewards.loading import parse_model_paths
 from .training_utils import make_generator
 from .weights import LEG_WEIGHTS
@@ -184,15 +187,48 @@ def add_training_arguments(parser: argparse.ArgumentParser, output_dir: str) -> 
     add("--adam_weight_decay", type=float, default=1e-4, help="AdamW.")
     add("--adam_epsilon", type=float, default=1e-8, help="AdamW.")
     add("--max_grad_norm", type=float, default=1.0, help="Gradients are clipped to this norm.")
+    add("--use_ema", action="store_true", help="Validate, evaluate and save an average of the LoRA over the updates.")
+    add("--ema_decay", type=float, default=0.995, help="Its decay (the paper: 0.995).")
+    add(
+        "--velocity_anchor",
+        type=float,
+        default=0.0,
+        help="Weight of the mean squared distance between the outputs of trained and base model at active steps.",
+    )
+    add(
+        "--max_skipped_updates",
+        type=int,
+        default=10,
+        help="Stop with an error after this many updates in a row whose reward, loss or gradient is not finite.",
+    )
     add("--checkpointing_steps", type=int, default=500, help="Updates between checkpoints.")
     add("--checkpoints_total_limit", type=int, help="How many checkpoints to keep.")
-    add("--resume_from_checkpoint", help="latest, or a checkpoint's name or path.")
+    add("--resume_from_checkpoint", help="latest (the newest whole one), or a checkpoint's name or path.")
     add(
         "--dry_run",
         action="store_true",
         help="One update, then print peak memory and seconds by stage and exit; nothing but the embeddings of "
         "--precompute_prompt_embeds is written.",
     )
+
+    group = parser.add_argument_group("guard: evaluation on held-out prompts and rewards while training")
+    add = group.add_argument
+    add("--eval_reward", help="Held-out reward, as --reward: judges and never trains.")
+    add("--eval_prompts", help="Held-out prompts, as --prompts. Default with --eval_reward: the validation prompts.")
+    add("--eval_steps", type=int, default=50, help="Updates between evaluations.")
+    add(
+        "--num_eval_images",
+        type=int,
+        default=2,
+        help="Pictures of each evaluation prompt, always from the same noise.",
+    )
+    add(
+        "--select",
+        choices=("best", "last"),
+        help="Which LoRA is the result: the one with the best held-out reward, or the last. Default: best with "
+        "--eval_reward.",
+    )
+    add("--stop_on_alarm", action="store_true", help="Stop at the guard's first alarm and finish as at the end.")
 
     group = parser.add_argument_group("reports")
     add = group.add_argument
@@ -201,7 +237,7 @@ def add_training_arguments(parser: argparse.ArgumentParser, output_dir: str) -> 
     add("--validation_steps", type=int, default=50, help="Updates between validations.")
     add("--report_to", default="tensorboard", help="An accelerate tracker, all, or none.")
     add("--logging_dir", default="logs", help="Folder of the tracker in --output_dir.")
-    add("--push_to_hub", action="store_true", help="Push LoRA and pictures to the Hub at the end.")
+    add("--push_to_hub", action="store_true", help="Push LoRA, card and pictures to the Hub at the end.")
     add("--hub_model_id", help="Repository on the Hub. Default: the output folder's name.")
 
 
@@ -209,10 +245,12 @@ def add_training_arguments(parser: argparse.ArgumentParser, output_dir: str) -> 
 COUNTS = (
     "rank lora_alpha resolution height width num_frames num_inference_steps max_sequence_length train_batch_size "
     "max_train_steps gradient_accumulation_steps checkpointing_steps checkpoints_total_limit validation_steps "
-    "num_validation_images steps_per_forward samples_per_decode"
+    "num_validation_images steps_per_forward samples_per_decode eval_steps num_eval_images max_skipped_updates "
+    "lr_num_cycles"
 ).split()
 # Options that must be above 0.
-POSITIVE = ("learning_rate", "max_grad_norm", "loss_scale", "flow_shift")
+NOT_NEGATIVE = ("lr_warmup_steps", "lr_power", "adam_weight_decay", "adam_epsilon", "velocity_anchor")
+POSITIVE = ("learning_rate", "loss_scale", "flow_shift")
 
 
 def parse_training_args(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
@@ -229,12 +267,30 @@ def parse_training_args(parser: argparse.ArgumentParser, argv: list[str] | None)
     for name, value in vars(args).items():
         if name in COUNTS and value is not None and value < 1:
             parser.error(f"--{name} must be at least 1, got {value}")
-        if name in POSITIVE and value is not None and not value > 0:
-            parser.error(f"--{name} must be above 0, got {value}")
-        if name in ("adam_beta1", "adam_beta2") and not 0 <= value < 1:
+        if name in POSITIVE and value is not None and not 0 < value < math.inf:
+            parser.error(f"--{name} must be above 0 and finite, got {value}")
+        if name in ("adam_beta1", "adam_beta2", "ema_decay") and not 0 <= value < 1:
             parser.error(f"--{name} must be at least 0 and below 1, got {value}")
-        if name in ("lr_warmup_steps", "adam_weight_decay", "adam_epsilon") and value < 0:
-            parser.error(f"--{name} must not be negative, got {value}")
+        if name == "max_grad_norm" and not value > 0:
+            parser.error(f"--{name} must be above 0 (inf does not clip), got {value}")
+        if name in NOT_NEGATIVE and not 0 <= value < math.inf:
+            parser.error(f"--{name} must be at least 0 and finite, got {value}")
+        if name in ("guidance_scale", "true_cfg_scale") and value is not None and not math.isfinite(value):
+            parser.error(f"--{name} must be finite, got {value}")
+    if args.lr_warmup_steps and args.lr_scheduler == "constant":
+        parser.error("--lr_warmup_steps has no effect with --lr_scheduler constant; choose constant_with_warmup")
+    if args.lr_warmup_steps > args.max_train_steps:
+        parser.error(
+            f"--lr_warmup_steps must be at most --max_train_steps {args.max_train_steps}, got {args.lr_warmup_steps}"
+        )
+    if args.validation_prompt is not None and not all(prompt.strip() for prompt in args.validation_prompt):
+        parser.error("--validation_prompt must not be blank")
+    if args.select == "best" and args.eval_reward is None:
+        parser.error("--select best needs --eval_reward, the held-out reward to choose by")
+    if args.select is None:
+        args.select = "last" if args.eval_reward is None else "best"
+    if args.eval_reward is not None and args.eval_reward == args.reward:
+        parser.error(f"--eval_reward {args.eval_reward} is what --reward trains; choose one that is held out")
     if args.dry_run:
         # One update on one batch, as its help says.
         args.gradient_accumulation_steps = 1
@@ -265,25 +321,73 @@ def choose_method(args: argparse.Namespace, backbone: str) -> Method:
     return method
 
 
-def choose_rewards(args: argparse.Namespace) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """The reward of a run's updates and that of its validation, which never augments; often one and the same.
+@dataclass(frozen=True)
+class Rewards:
+    """The rewards of a run.
+
+    Attributes:
+        training: of the updates.
+        plain: the same without augmentation, for validation; often the same module.
+        held_out: of `--eval_reward`, None without it.
+        evaluation_prompts: of `--eval_prompts`; with `--eval_reward` alone the validation prompts; empty without both.
+    """
+
+    training: torch.nn.Module
+    plain: torch.nn.Module
+    held_out: torch.nn.Module | None
+    evaluation_prompts: tuple[str, ...]
+
+    def __iter__(self) -> Iterator[torch.nn.Module]:
+        """The modules."""
+        return iter(module for module in (self.training, self.plain, self.held_out) if module is not None)
+
+
+def choose_rewards(args: argparse.Namespace, prompts: list[str]) -> Rewards:
+    """The rewards of a run and the prompts of its evaluation.
 
     Args:
         args: of `parse_training_args`.
+        prompts: of the training.
 
     Raises:
         ValueError, FileNotFoundError, ModuleNotFoundError: see `load_reward`, `parse_model_paths`, `load_texts`.
     """
     model_paths = parse_model_paths(args.reward_model_path)
-    options = {}
+    of_training, of_held_out = model_paths, {}
+    if args.eval_reward is not None:
+        # A folder goes to whichever reward names it; `load_reward` refuses those that neither does.
+        of_held_out = {name: path for name, path in model_paths.items() if name in part_names(args.eval_reward)}
+        of_training = {
+            name: path
+            for name, path in model_paths.items()
+            if name not in of_held_out or name in part_names(args.reward)
+        }
+    options, of_judge = {}, {}
     if args.reward_text_column is not None:
         options["texts"] = load_texts(
             args.prompts, args.reward_text_column, prompt_column=args.prompt_column, split=args.prompt_split
         )
-    plain = load_reward(args.reward, model_paths, args.reward_offload, **options)
-    if not args.reward_augment:
-        return plain, plain
-    return load_reward(args.reward, model_paths, args.reward_offload, augment=True, **options), plain
+        if args.eval_prompts is not None:
+            options["texts"] |= load_texts(args.eval_prompts, args.reward_text_column)
+        if args.eval_reward is not None and any(name.startswith("ocr") for name in part_names(args.eval_reward)):
+            of_judge = options
+    evaluation_prompts: list[str] = []
+    if args.eval_prompts is not None:
+        evaluation_prompts = load_prompts(args.eval_prompts)
+    elif args.eval_reward is not None:
+        evaluation_prompts = args.validation_prompt or prompts[: args.num_validation_images]
+    plain = load_reward(args.reward, of_training, args.reward_offload, **options)
+    training = plain
+    if args.reward_augment:
+        training = load_reward(args.reward, of_training, args.reward_offload, augment=True, **options)
+    check_prompts(plain, [*prompts, *(args.validation_prompt or []), *evaluation_prompts])
+    held_out = None
+    if args.eval_reward is not None:
+        held_out = load_reward(args.eval_reward, of_held_out, args.reward_offload, **of_judge)
+        check_prompts(
+            held_out, [*(args.validation_prompt or prompts[: args.num_validation_images]), *evaluation_prompts]
+        )
+    return Rewards(training, plain, held_out, tuple(evaluation_prompts))
 
 
 def choose_objective(args: argparse.Namespace, method: Method, guidance_scale: float) -> Objective:

@@ -4,6 +4,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """`FlowBPCallback`: record an unmodified pipeline, then send the gradient of a reward back to its transformer."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import torch
 from .methods import Method, Surrogate
 from .objectives import Objective, connector_gaps, sample_weights
 from .recording import Recorder, RecordingError, Trajectory
-from .sweep import Sweep
+from .sweep import Sweep, SweepOutput
 
 Reward = Callable[[torch.Tensor, Sequence[str]], torch.Tensor]
 
@@ -28,12 +29,17 @@ class BackwardOutput:
         loss: scalar, without `gradient_scale`.
         weights: sample weights, like `rewards`.
         gaps: `{step: (B,)}` connector gaps at the ends of the surrogate's legs; N is the gap d_0.
+        anchor: scalar, the velocity anchor with its factor beta and without `gradient_scale`, so that the gradient is
+            that of `loss + anchor`; 0 without an anchor.
+        gradient_norms: `{active step: scalar}`, see `measure_gradients`; empty without it.
     """
 
     rewards: torch.Tensor
     loss: torch.Tensor
     weights: torch.Tensor
     gaps: dict[int, torch.Tensor]
+    anchor: torch.Tensor
+    gradient_norms: dict[int, torch.Tensor]
 
 
 class FlowBPCallback:
@@ -48,11 +54,22 @@ class FlowBPCallback:
             once. Memory against speed, the gradient stays the same.
         steps_per_forward: evaluate up to this many active steps that share an adjoint in one forward pass. Memory
             against speed, the gradient stays the same.
-        noise_generator: generator of the noise of DRaFT-LV's copies; `None` uses torch's global one.
+        noise_generator: generator of the noise of DRaFT-LV's copies, or a list with one for each sample, from which
+            all of that sample's noise comes; `None` uses torch's global one.
         strict: call every recorded transformer call of every active step again as a whole before its gradient is
             taken, and refuse what does not reproduce the recording: one more forward pass for each. Without it only
             what the sweep computes is compared.
         on_stage: called with "rollout", "decode", "reward" and "sweep" when that stage begins, to measure them.
+        velocity_anchor: beta >= 0, factor of a penalty that keeps the active steps' velocities near those of the
+            transformer with its LoRA adapters switched off, `beta * |v - v_base|^2`. For each transformer call that is
+            evaluated again it is the mean over all elements of its output (over the conditional rows where the
+            unconditional branch is not computed), and these add up over the active steps' calls, DRaFT-LV's copies
+            included. It acts on the transformer's outputs, not on the guided velocity; `v_base` is a constant, found
+            by one more forward pass of each call; couplings carry the penalty's gradient as they carry the reward's.
+        measure_gradients: report the norm of the gradient that each active step adds to the trainable parameters, the
+            anchor's part included, in this process and before processes exchange gradients; without `gradient_scale`.
+            Steps that `steps_per_forward` evaluates together get the norm of their sum. Takes memory for one more copy
+            of the gradients. Sharded parameters (FSDP2) cannot be watched: nothing is reported for them.
 
     Raises:
         ValueError: for options outside their range.
@@ -63,6 +80,9 @@ class FlowBPCallback:
         with callback.record(pipe):
             images = pipe(prompts, output_type="pt", callback_on_step_end=callback).images
         out = callback.backward(reward, images, prompts)
+
+    Velocities, pictures and rewards that are not finite raise no error: they give a loss or gradients that are not
+    finite, after the same passes as otherwise, so that a script can skip the update on all of its processes together.
     """
 
     # Pipelines read this of callbacks that are objects of their own class.
@@ -75,9 +95,11 @@ class FlowBPCallback:
         unconditional_gradient: bool | None = None,
         samples_per_decode: int | None = None,
         steps_per_forward: int = 1,
-        noise_generator: torch.Generator | None = None,
+        noise_generator: torch.Generator | list[torch.Generator] | None = None,
         strict: bool = False,
         on_stage: Callable[[str], None] | None = None,
+        velocity_anchor: float = 0.0,
+        measure_gradients: bool = False,
     ) -> None:
         if not isinstance(method, Method | Surrogate):
             raise ValueError(f"`method` must come from get_method() or be a Surrogate, got {type(method).__name__}.")
@@ -85,6 +107,8 @@ class FlowBPCallback:
             raise ValueError(f"`samples_per_decode` must be at least 1 or None, got {samples_per_decode}.")
         if steps_per_forward < 1:
             raise ValueError(f"`steps_per_forward` must be at least 1, got {steps_per_forward}.")
+        if not 0 <= velocity_anchor < math.inf:
+            raise ValueError(f"`velocity_anchor` must be a number of at least 0, got {velocity_anchor}.")
         self.method = method
         self.generator = generator
         if unconditional_gradient is None:
@@ -94,6 +118,8 @@ class FlowBPCallback:
         self.steps_per_forward = steps_per_forward
         self.noise_generator = noise_generator
         self.strict = strict
+        self.velocity_anchor = velocity_anchor
+        self.measure_gradients = measure_gradients
         self.on_stage = on_stage if on_stage is not None else lambda stage: None
         self._recorder: Recorder | None = None
         self._is_recording = False
@@ -206,10 +232,10 @@ class FlowBPCallback:
                 its `no_sync`.
 
         Returns:
-            Detached rewards, loss, weights and gaps.
+            Detached rewards, loss, weights, gaps, anchor and gradient norms.
 
         Raises:
-            ValueError: for rewards, images or prompts of the wrong length or shape.
+            ValueError: for rewards, images or prompts of the wrong length or shape, or a velocity anchor without LoRA.
             RecordingError: where the images are not connected to the rollout, or a replay differs.
         """
         objective = Objective() if objective is None else objective
@@ -230,26 +256,31 @@ class FlowBPCallback:
         with torch.enable_grad():
             loss = objective(rewards, weights)
         adjoints = self._endpoint_gradients(loss, rewards, images, image_gradients, gradient_scale)
-        result = BackwardOutput(rewards.detach(), loss.detach(), weights, gaps)
-        self.sweep(adjoints, transformer=transformer)
-        return result
+        swept = self.sweep(adjoints, gradient_scale=gradient_scale, is_scaled=True, transformer=transformer)
+        return BackwardOutput(rewards.detach(), loss.detach(), weights, gaps, swept.anchor, swept.gradient_norms)
 
     def sweep(
         self,
         adjoint: torch.Tensor | Sequence[torch.Tensor],
         *,
         gradient_scale: float = 1.0,
+        is_scaled: bool = False,
         transformer: torch.nn.Module | None = None,
-    ) -> None:
+    ) -> SweepOutput:
         """The second half of `backward`: from the loss's gradient at the endpoint to the parameters.
 
         Args:
             adjoint: `(B, ...)` like `callback.endpoint`; with DRaFT-LV one for each of `callback.trajectories`.
             gradient_scale: factor on the gradients.
+            is_scaled: whether `adjoint` has that factor already.
             transformer: see `backward`.
 
+        Returns:
+            The velocity anchor and the gradient norms.
+
         Raises:
-            ValueError: for an adjoint of another shape, or a transformer without trainable parameters.
+            ValueError: for an adjoint of another shape, a transformer without trainable parameters, or a velocity
+                anchor without LoRA.
         """
         if self._is_recording:
             raise RecordingError(
@@ -273,8 +304,17 @@ class FlowBPCallback:
         # Training scripts wrap the one that they train.
         trained = [each for each in recorder.transformers if any(p.requires_grad for p in each.parameters())]
         modules: Mapping[torch.nn.Module, torch.nn.Module] = {} if transformer is None else {trained[0]: transformer}
-        sweep = Sweep(recorder.name, self.unconditional_gradient, self.steps_per_forward, modules, self.strict)
-        sweep.run(trajectories, [_widened(each) * gradient_scale for each in adjoints])
+        sweep = Sweep(
+            recorder.name,
+            self.unconditional_gradient,
+            self.steps_per_forward,
+            modules,
+            self.strict,
+            self.velocity_anchor,
+            self.measure_gradients,
+            gradient_scale,
+        )
+        return sweep.run(trajectories, [_widened(each) * (1 if is_scaled else gradient_scale) for each in adjoints])
 
     # The endpoint stage: decode and reward.
 
@@ -304,6 +344,11 @@ class FlowBPCallback:
         rewards, gradients = [], []
         for start in range(0, len(images), size):
             part = images[start : start + size].detach().requires_grad_()
+            if not bool(part.isfinite().all()):
+                # Rewards refuse such pictures, and a judge would take them for bad ones.
+                rewards.append(_widened(part.new_full((len(part),), math.nan)))
+                gradients.append(torch.full_like(part, math.nan))
+                continue
             self.on_stage("reward")
             with torch.enable_grad():
                 scored = reward(part, prompts[start : start + size])

@@ -269,7 +269,7 @@ def reward_curve(rows: Sequence[dict[str, Any]], path: str | Path, title: str) -
 
     Args:
         rows: one for each update, with `step` (its number), `reward` (the batch's mean) and `reward_std` (the batch's
-            standard deviation, shown as a band). Updates whose reward is not finite are left out.
+            standard deviation, shown as a band). Updates whose reward is None or not finite are left out.
         path: the PNG to write.
         title: the figure's title, up to about 60 characters.
 
@@ -280,7 +280,7 @@ def reward_curve(rows: Sequence[dict[str, Any]], path: str | Path, title: str) -
         missing = [key for key in ("step", "reward", "reward_std") if key not in row]
         if missing:
             raise ValueError(f"reward_curve: rows with step, reward and reward_std expected, one lacks {missing[0]}")
-    rows = [row for row in rows if math.isfinite(row["reward"])]
+    rows = [row for row in rows if row["reward"] is not None and math.isfinite(row["reward"])]
     if not rows:
         raise ValueError("reward_curve: at least one update with a finite reward expected, got none")
     steps = [row["step"] for row in rows]

@@ -208,7 +208,7 @@ def prepare_prompt_embeds(
         accelerator: of the run.
         load_pipeline: loads the text encoders and tokenizers, in a pipeline without the rest.
         encode: `encode(pipe, prompts) -> {argument of the call: (B, ...)}`, with the pipeline's own `encode_prompt`.
-        prompts: of the training; those of the validation are added.
+        prompts: of training and evaluation; those of the validation are added.
         negative_prompt: of the unconditional branch, `None` without guidance. Its embeddings get the arguments' names
             with `negative_` in front.
 

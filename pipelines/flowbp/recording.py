@@ -9,7 +9,9 @@ without gradients and hands its outputs on as leaves; `scheduler.step` hands the
 pipeline itself computes between leaf and leaf (doubling, casts, guidance, packing) stays an autograd graph, the
 *glue*, so that gradients can later go through the pipeline's own code (DESIGN.md, section 3).
 
-What cannot be proven to fit this picture is refused with a `RecordingError`.
+What cannot be proven to fit this picture is refused with a `RecordingError`. Values that are not finite prove nothing
+and are no reason to refuse: such a rollout gives gradients that are not finite, so that a training script can skip the
+update on all of its processes together.
 """
 
 import functools
@@ -113,8 +115,18 @@ def is_velocity_model(component: str) -> bool:
     return "transformer" in component or component == "unet"
 
 
-def reaches(tensors: Sequence[torch.Tensor], leaves: Sequence[torch.Tensor]) -> bool:
-    """Whether any of `tensors` depends, through autograd, on any of `leaves`."""
+def agree(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Whether two tensors have the same shape and, wherever both are finite, the same values."""
+    if left.shape != right.shape:
+        return False
+    return torch.equal(left, right) or bool(((left == right) | ~left.isfinite() | ~right.isfinite()).all())
+
+
+def reaches(tensors: Sequence[torch.Tensor], leaves: Sequence[torch.Tensor], if_not_finite: bool = True) -> bool:
+    """Whether any of `tensors` depends, through autograd, on any of `leaves`.
+
+    A gradient that is not finite leaves it open whether its true value is 0; `if_not_finite` is then the answer.
+    """
     tensors = [tensor for tensor in tensors if tensor.requires_grad]
     leaves = [leaf for leaf in leaves if leaf.requires_grad]
     if not tensors or not leaves:
@@ -124,7 +136,10 @@ def reaches(tensors: Sequence[torch.Tensor], leaves: Sequence[torch.Tensor]) -> 
     generator = torch.Generator().manual_seed(0)
     cotangents = [torch.randn(tensor.shape, generator=generator).to(tensor) for tensor in tensors]
     found = torch.autograd.grad(tensors, leaves, cotangents, allow_unused=True, retain_graph=True)
-    return any(gradient is not None and bool(gradient.count_nonzero()) for gradient in found)
+    found = [gradient for gradient in found if gradient is not None]
+    if not if_not_finite:
+        found = [gradient[gradient.isfinite()] for gradient in found]
+    return any(bool(gradient.count_nonzero()) for gradient in found)
 
 
 class Recorder:
@@ -134,7 +149,7 @@ class Recorder:
         pipe: a diffusers pipeline with a `scheduler` and transformers.
         method: what to draw a surrogate from, or the surrogate itself.
         generator: CPU generator of the surrogate.
-        noise_generator: generator of DRaFT-LV's re-noising.
+        noise_generator: generator of DRaFT-LV's re-noising, or a list with one for each sample.
         samples_per_decode: the VAE decodes this many samples at a time; `None` for all.
         on_stage: called with "rollout" and "decode" when that stage begins.
 
@@ -147,7 +162,7 @@ class Recorder:
         pipe: Any,
         method: Method | Surrogate,
         generator: torch.Generator | None,
-        noise_generator: torch.Generator | None,
+        noise_generator: torch.Generator | list[torch.Generator] | None,
         samples_per_decode: int | None,
         on_stage: Callable[[str], None],
     ) -> None:
@@ -415,7 +430,7 @@ class Recorder:
                     "tensors and plain values: state kept between steps cannot be replayed; switch its cache off."
                 )
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        if reaches(tensors, self._previous_leaves):
+        if reaches(tensors, self._previous_leaves, if_not_finite=False):
             raise RecordingError(
                 f"{self.name}: the transformer's inputs at step {self._step} depend on outputs of earlier steps other "
                 "than through the latents; such state is not supported."
@@ -431,7 +446,7 @@ class Recorder:
             if leaf is earlier:
                 is_same = _version(leaf) == version
             else:
-                is_same = leaf.shape == earlier.shape and torch.equal(leaf, earlier)
+                is_same = agree(leaf, earlier)
             drifts = leaf.is_floating_point() and not leaf.requires_grad and not is_same
             if drifts and not _is_timestep(leaf):
                 raise RecordingError(
@@ -487,12 +502,14 @@ class Recorder:
             trajectory.velocities[step] = velocity.detach()
         if step in self._active:
             outputs = [output for call in self._calls for output in call.outputs]
-            if not reaches([velocity], outputs):
+            # Where a pipeline clamps outputs that are not finite, their gradients are 0.
+            is_open = velocity.requires_grad and not all(bool(output.isfinite().all()) for output in outputs)
+            if not is_open and not reaches([velocity], outputs):
                 raise RecordingError(
                     f"{self.name}: the velocity of step {step} is not connected to the transformer's outputs by "
                     "autograd (through numpy, detach or no_grad); such a pipeline cannot be trained through."
                 )
-            if reaches([velocity], self._previous_leaves):
+            if reaches([velocity], self._previous_leaves, if_not_finite=False):
                 raise RecordingError(
                     f"{self.name}: the velocity of step {step} depends on outputs of earlier steps (guidance with "
                     "memory); switch that guidance off."
@@ -545,21 +562,27 @@ class Recorder:
 
     def _renoised(self) -> torch.Tensor:
         """DRaFT-LV's input of the last step: `(1 - sigma) x_N + sigma noise` at the last step's sigma."""
+        from diffusers.utils.torch_utils import randn_tensor
+
         sample = self.trajectories[0].latents[self._last + 1]
         generator = self.noise_generator
-        device = generator.device if generator is not None else sample.device
-        noise = torch.randn(sample.shape, generator=generator, dtype=torch.float32, device=device)
+        if isinstance(generator, list) and len(generator) != len(sample):
+            raise ValueError(
+                f"{self.name}: expected one noise generator or a list with one for each of {len(sample)} samples, got "
+                f"{len(generator)}."
+            )
+        noise = randn_tensor(sample.shape, generator, sample.device, torch.float32)
         sigmas = self._trajectory.sigmas
         sigma = (sigmas[self._last] - sigmas[-1]).abs().to(sample.device)
         wide = _widest(sample, noise)
-        return ((1 - sigma) * sample.to(wide) + sigma * noise.to(sample.device, wide)).to(sample.dtype)
+        return ((1 - sigma) * sample.to(wide) + sigma * noise.to(wide)).to(sample.dtype)
 
     # Refusals.
 
     def _check_sample(self, sample: torch.Tensor) -> None:
         if self._latents is None:
             return
-        if sample.shape != self._latents.shape or not torch.equal(sample.detach(), self._latents.detach()):
+        if not agree(sample.detach(), self._latents.detach()):
             raise RecordingError(
                 f"{self.name}: the latents given to step {self._step} are not those that step {self._step - 1} "
                 "returned; a callback or the pipeline altered them. Record without such a callback."
@@ -577,11 +600,6 @@ class Recorder:
 
     def _check_euler(self, following: torch.Tensor, sample: torch.Tensor, velocity: torch.Tensor) -> None:
         sigmas, step = self._trajectory.sigmas, self._step
-        if not bool(torch.isfinite(velocity).all()):
-            raise RecordingError(
-                f"{self.name}: the velocity of step {step} holds NaN or infinite values; load the model in float32 or "
-                "bfloat16, or lower the learning rate."
-            )
         if step + 1 >= len(sigmas):
             raise RecordingError(
                 f"{self.name}: the scheduler made more than the {len(sigmas) - 1} steps of its sigmas; expected one "
@@ -591,9 +609,11 @@ class Recorder:
         # The scheduler computes in float32, but rounds the product to the velocity's dtype, the sum to the latents'.
         move = length * velocity.detach().double()
         expected = sample.detach().double() + move
+        is_finite = expected.isfinite() & following.isfinite()
+        expected, move = expected.where(is_finite, 0), move.where(is_finite, 0)
         rounding = torch.finfo(following.dtype).eps * expected.abs() + torch.finfo(velocity.dtype).eps * move.abs()
         rounding = rounding + 4 * torch.finfo(torch.float32).eps * max(expected.abs().amax(), move.abs().amax())
-        excess = (following.double() - expected).abs() - rounding
+        excess = (following.double().where(is_finite, 0) - expected).abs() - rounding
         if not bool((excess <= 0).all()):
             raise RecordingError(
                 f"{self.name}: step {step} of {type(self.scheduler).__name__} is not latents + (sigmas[i + 1] - "

@@ -10,27 +10,43 @@
         adjoint = adjoint + coupling * (gradient of latents[step])
 
 All cutting, scaling and coupling of gradients happens here (DESIGN.md, section 2). The cotangent of a velocity goes
-through the recorded glue to the transformer's outputs, the transformer is called again, and the gradient of its inputs
-goes through the glue to the latents.
+through the recorded glue to the transformer's outputs, the velocity anchor adds its own, the transformer is called
+again, and the gradient of its inputs goes through the glue to the latents.
 """
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .methods import Term
-from .recording import REPLAY_TOLERANCE, ActiveStep, Call, RecordingError, Trajectory, switches
+from .recording import REPLAY_TOLERANCE, ActiveStep, Call, RecordingError, Trajectory, agree, switches
 
 # Rows of a call that are computed: slices of its batch, `None` for the whole call, an empty tuple for none of it.
 Rows = tuple[slice, ...] | None
 
 
+@dataclass(frozen=True)
+class SweepOutput:
+    """What a sweep found beside the gradients, detached and without `gradient_scale`.
+
+    Attributes:
+        anchor: scalar, the velocity anchor with its factor beta; 0 without one.
+        gradient_norms: `{active step: scalar}` norm of the gradient that it added to the parameters in this process;
+            empty unless measured.
+    """
+
+    anchor: torch.Tensor
+    gradient_norms: dict[int, torch.Tensor]
+
+
 class Sweep:
-    """The reverse sweep over recorded trajectories.
+    """One reverse sweep over recorded trajectories.
 
     Args:
         name: the pipeline's class name, for messages.
@@ -40,6 +56,9 @@ class Sweep:
         modules: `{recorded transformer: module to call in its place}`, for wrapped transformers.
         strict: every recorded call of every active step is first called again as a whole, without gradients, and
             compared with the recording.
+        velocity_anchor: beta >= 0 of the velocity anchor (see `FlowBPCallback`), 0 for none.
+        measure_gradients: whether to find each active step's gradient norm.
+        gradient_scale: factor that the adjoints have already; the anchor's gradient gets it too.
     """
 
     def __init__(
@@ -49,26 +68,37 @@ class Sweep:
         steps_per_forward: int,
         modules: Mapping[torch.nn.Module, torch.nn.Module],
         strict: bool = False,
+        velocity_anchor: float = 0.0,
+        measure_gradients: bool = False,
+        gradient_scale: float = 1.0,
     ) -> None:
         self.name = name
         self.unconditional_gradient = unconditional_gradient
         self.steps_per_forward = steps_per_forward
         self.modules = modules
         self.strict = strict
+        self.velocity_anchor = velocity_anchor
+        self.measure_gradients = measure_gradients
+        self.gradient_scale = gradient_scale
         # Turned off for good where rows or steps prove not to be separable.
         self._can_cut = True
         self._watched: set[torch.nn.Module] = set()
+        self._anchor: torch.Tensor | float = 0.0
 
-    def run(self, trajectories: Sequence[Trajectory], adjoints: Sequence[torch.Tensor]) -> None:
+    def run(self, trajectories: Sequence[Trajectory], adjoints: Sequence[torch.Tensor]) -> SweepOutput:
         """Add the gradient to the transformers' parameters.
 
         Args:
             trajectories: recorded, of one surrogate.
             adjoints: for each, the loss's gradient at its endpoint, `(B, ...)`, float32 or float64.
 
+        Returns:
+            The velocity anchor and the gradient norms.
+
         Raises:
             RecordingError: where a replay differs from the recording, the unconditional branch cannot be found, or
                 another transformer than the wrapped one was called.
+            ValueError: for a velocity anchor where a trained transformer has no LoRA, or a fused one.
         """
         calls = [call for trajectory in trajectories for step in trajectory.steps.values() for call in step.calls]
         if self.modules and any(call.module not in self.modules for call in calls):
@@ -76,6 +106,12 @@ class Sweep:
                 f"{self.name}: expected one transformer, the wrapped one, got several: the pass that exchanges "
                 "gradients between processes would not be known; train in one process."
             )
+        trained = {call.module: [each for each in call.module.parameters() if each.requires_grad] for call in calls}
+        if self.velocity_anchor:
+            for module in (module for module, parameters in trained.items() if parameters):
+                self._check_adapters(module)
+        measured = [each for parameters in trained.values() for each in parameters] if self.measure_gradients else []
+        norms = _GradientNorms(measured)
         chunks = [
             (trajectory, chunk, index)
             for index, trajectory in enumerate(trajectories)
@@ -83,7 +119,12 @@ class Sweep:
         ]
         adjoints = list(adjoints)
         for number, (trajectory, chunk, index) in enumerate(chunks):
-            adjoints[index] = self._run_chunk(trajectory, chunk, adjoints[index], is_last=number == len(chunks) - 1)
+            with norms.of([term.step for term in chunk]):
+                adjoints[index] = self._run_chunk(
+                    trajectory, chunk, adjoints[index], is_last=number == len(chunks) - 1
+                )
+        anchor = torch.as_tensor(self._anchor, device=adjoints[0].device)
+        return SweepOutput(anchor, {step: norm / self.gradient_scale for step, norm in norms.found.items()})
 
     def _chunks(self, terms: Sequence[Term]) -> list[tuple[Term, ...]]:
         # A coupling changes the adjoint, so a chunk ends with the coupled term.
@@ -160,7 +201,11 @@ class Sweep:
         return parts
 
     def _unconditional_part(self, number: int, step: ActiveStep, parts: list[tuple[int, slice]]) -> int:
-        """Index of the part that guidance `u + s (c - u)`, s > 1, weighs against the sum of all parts."""
+        """Index of the part that guidance `u + s (c - u)`, s > 1, weighs against the sum of all parts.
+
+        Where the probe comes back with values that are not finite, so will the cotangents, and every part is as good;
+        one is named all the same, so that each process makes as many passes as the others.
+        """
         # Of a call with several output tensors the first holds the velocity; of a list every sample's.
         of_parts = [
             _recorded(step.calls[call], (rows,))[: None if step.calls[call].is_list else 1] for call, rows in parts
@@ -178,6 +223,8 @@ class Sweep:
                 torch.cat([_take(next(remaining), cut).flatten().double() for _, cut in of_part])
                 for of_part in of_parts
             ]
+            if not all(bool(piece.isfinite().all()) for piece in pieces):
+                return 0
             if len({piece.shape for piece in pieces}) > 1:
                 # Some outputs have rows of text beside those of the picture, which the velocity does not use.
                 pieces = [piece[piece != 0] for piece in pieces]
@@ -256,6 +303,7 @@ class Sweep:
                     f"{self.name}: step {number}: parts of the transformer were exchanged for one call ({changed}, "
                     "...), so it cannot be called again as it was; switch that guidance off."
                 )
+        is_anchored = is_trained and self.velocity_anchor > 0
         is_whole = len(calls) == 1 and rows[0] is None
         with ExitStack() as stack:
             if not synchronise and hasattr(module, "no_sync"):
@@ -263,6 +311,10 @@ class Sweep:
                 stack.enter_context(module.no_sync())
             stack.enter_context(torch.enable_grad())
             try:
+                if is_anchored:
+                    # Before the pass with gradients, so that the two are not in memory together.
+                    with torch.no_grad(), _without_adapters(recorded):
+                        _, bases = _forward(module, calls, rows)
                 with self._watch(recorded):
                     inputs, outputs = _forward(module, calls, rows)
                 problem = self._difference(calls, rows, outputs, is_whole, module is recorded)
@@ -282,12 +334,22 @@ class Sweep:
             tensors, cotangents = [], []
             for position, (call, gradient) in enumerate(zip(calls, gradients, strict=True)):
                 kept = {output for output, _ in _recorded(call, masks[position])}
-                for replayed, (output, cut) in zip(outputs[position], _recorded(call, rows[position]), strict=True):
+                mask = None if call.is_list else masks[position]
+                places = []
+                for place, (output, cut) in enumerate(_recorded(call, rows[position])):
                     cotangent = gradient.cotangents.get(output)
                     if cotangent is not None and output in kept:
-                        tensors.append(replayed)
-                        mask = None if call.is_list else masks[position]
+                        places.append(place)
+                        tensors.append(outputs[position][place])
                         cotangents.append(_masked(_take(cotangent, cut), mask))
+                if is_anchored and places:
+                    of_anchor = self._anchored(
+                        [outputs[position][place].detach() for place in places],
+                        [bases[position][place] for place in places],
+                        mask,
+                    )
+                    for index, anchor in enumerate(of_anchor, start=-len(places)):
+                        cotangents[index] = cotangents[index] + anchor.to(cotangents[index].dtype)
             torch.autograd.backward(tensors, cotangents)
             del outputs, tensors
         for call, call_rows, leaves, gradient in zip(calls, rows, inputs, gradients, strict=True):
@@ -296,6 +358,30 @@ class Sweep:
                 [call.attached[index] for index in received],
                 [_put_back(grad, call.leaves[index], call_rows) for index, grad in received.items()],
             )
+
+    # The velocity anchor.
+
+    def _check_adapters(self, module: torch.nn.Module) -> None:
+        adapters = _adapters(module)
+        if not adapters:
+            raise ValueError(
+                f"{self.name}: `velocity_anchor` compares with the transformer without its LoRA, which has none; add "
+                "a LoRA adapter, or set it to 0."
+            )
+        if any(adapter.merged for adapter in adapters):
+            raise ValueError(
+                f"{self.name}: `velocity_anchor` switches the LoRA off, which is fused into the weights; call "
+                "pipe.unfuse_lora()."
+            )
+
+    def _anchored(
+        self, outputs: Sequence[torch.Tensor], bases: Sequence[torch.Tensor], kept: Rows
+    ) -> list[torch.Tensor]:
+        """The anchor's cotangents of the outputs of one call, whose value is added up."""
+        gaps = [_masked(_widened(output) - _widened(base), kept) for output, base in zip(outputs, bases, strict=True)]
+        size = sum(_take(gap, kept).numel() for gap in gaps)
+        self._anchor = self._anchor + self.velocity_anchor * sum(gap.square().sum() for gap in gaps) / size
+        return [self.gradient_scale * self.velocity_anchor * 2 / size * gap for gap in gaps]
 
     @contextmanager
     def _watch(self, module: torch.nn.Module) -> Iterator[None]:
@@ -362,8 +448,10 @@ class Sweep:
                     tolerance = 0.0
                 else:
                     tolerance = REPLAY_TOLERANCE[old.dtype]
-                difference = (new.double() - old.double()).abs().amax()
-                size = old.double().abs().amax()
+                old, new = old.double(), new.double()
+                is_finite = old.isfinite() & new.isfinite()
+                difference = (new - old).abs().where(is_finite, 0).amax()
+                size = old.abs().where(is_finite, 0).amax()
                 if not difference <= tolerance * size:
                     return f"largest difference {difference:.2e} of values up to {size:.2e}, tolerance {tolerance:g}"
         return None
@@ -398,6 +486,62 @@ class _StepGradients:
         return any(output in self.cotangents for output in call.outputs) or any(
             later.attached for later in self.step.calls[self.step.calls.index(call) + 1 :]
         )
+
+
+class _GradientNorms:
+    """Norms of what passes send to parameters, found by hooks on them: `.grad` holds the sum over all passes.
+
+    Attributes:
+        found: `{step: norm}`, the same for steps of one block.
+    """
+
+    def __init__(self, parameters: Sequence[torch.nn.Parameter]) -> None:
+        self.parameters = parameters
+        self.found: dict[int, torch.Tensor] = {}
+        self._steps: list[int] = []
+        self._sums: dict[int, torch.Tensor] = {}
+
+    @contextmanager
+    def of(self, steps: list[int]) -> Iterator[None]:
+        """Measure the passes of this block. Blocks of the same steps in a row (DRaFT-LV's copies) add up."""
+        if steps != self._steps:
+            self._steps, self._sums = steps, {}
+        handles = [
+            parameter.register_hook(functools.partial(self._add, number))
+            for number, parameter in enumerate(self.parameters)
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+        if self._sums:
+            norms = [torch.linalg.vector_norm(_widened(each)) for each in self._sums.values()]
+            norm = torch.linalg.vector_norm(torch.stack([each.to(norms[0].device) for each in norms]))
+            self.found |= dict.fromkeys(steps, norm)
+
+    def _add(self, number: int, gradient: torch.Tensor) -> None:
+        known = self._sums.get(number)
+        self._sums[number] = gradient.detach() if known is None else known + gradient
+
+
+def _adapters(module: torch.nn.Module) -> list[BaseTunerLayer]:
+    return [part for part in module.modules() if isinstance(part, BaseTunerLayer)]
+
+
+@contextmanager
+def _without_adapters(module: torch.nn.Module) -> Iterator[None]:
+    """Switch all adapters of a model off, whichever are active, and back to what they were."""
+    adapters = _adapters(module)
+    before = [adapter._disable_adapters for adapter in adapters]
+    try:
+        for adapter in adapters:
+            # Not enable_adapters(), which sets requires_grad too, on which DDP and FSDP2 rely.
+            adapter._disable_adapters = True
+        yield
+    finally:
+        for adapter, was_disabled in zip(adapters, before, strict=True):
+            adapter._disable_adapters = was_disabled
 
 
 def _forward(
@@ -479,7 +623,7 @@ def _joinable(calls: Sequence[Call], rows: Sequence[Rows]) -> bool:
             if not isinstance(left, torch.Tensor) or not isinstance(right, torch.Tensor):
                 if isinstance(left, torch.Tensor) or isinstance(right, torch.Tensor) or left != right:
                     return False
-            elif left.shape != right.shape or (not _has_batch(left, first) and not torch.equal(left, right)):
+            elif left.shape != right.shape or (not _has_batch(left, first) and not agree(left, right)):
                 return False
     return True
 
@@ -506,3 +650,7 @@ def _put_back(gradient: torch.Tensor, recorded: torch.Tensor, rows: Rows) -> tor
 def _masked(cotangent: torch.Tensor, kept: Rows) -> torch.Tensor:
     """The cotangent with the rows outside `kept` set to 0, for calls that are replayed whole."""
     return cotangent if kept is None else _put_back(_take(cotangent, kept), cotangent, kept)
+
+
+def _widened(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

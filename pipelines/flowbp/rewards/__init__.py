@@ -116,6 +116,10 @@ class WeightedReward(nn.Module):
         self.last_scores = self.parts(images, prompts)
         return self._sum(self.last_scores)
 
+    def all_parts(self) -> list[nn.Module]:
+        """The rewards that are added up."""
+        return list(self._parts.values())
+
     def pop_means(self) -> dict[str, float]:
         """Each part's mean score over all images that were differentiated since the last call, not weighted."""
         means = {name: total.item() / self._count for name, total in self._sums.items()}
@@ -184,6 +188,18 @@ def part_means(reward: nn.Module) -> dict[str, float]:
     return reward.pop_means() if isinstance(reward, WeightedReward) else {}
 
 
+def check_prompts(reward: nn.Module, prompts: Sequence[str]) -> None:
+    """Try whether a reward can score these prompts, before anything is trained.
+
+    Raises:
+        ValueError: naming the first prompt that one of the `ocr` rewards finds no text in.
+    """
+    for part in reward.all_parts() if isinstance(reward, WeightedReward) else [reward]:
+        if hasattr(part, "text_of"):
+            for prompt in prompts:
+                part.text_of(prompt)
+
+
 class _FunctionReward(nn.Module):
     """A user's reward that is a plain function, as a module."""
 
@@ -222,8 +238,7 @@ def load_reward(
             repository and how to get it.
     """
     weights: dict[str, float] = {}
-    for part in spec.split(","):
-        name, weight = _split_weight(part.strip(), spec)
+    for name, weight in _parts(spec):
         if name in weights:
             raise ValueError(f"reward: expected each name once, got {name!r} twice in {spec!r}; add up its weights.")
         weights[name] = weight
@@ -248,7 +263,12 @@ def load_reward(
         given = {key: value for key, value in options.items() if key in known[name]}
         if name in folders:
             given["model_path"] = folders[name]
-        reward = factory(**given)
+        try:
+            reward = factory(**given)
+        except Exception as error:
+            if name in REWARDS:
+                raise
+            raise ValueError(f"reward {name!r}: its factory raised {type(error).__name__}: {error}") from error
         if not callable(reward):
             raise ValueError(f"reward {name!r}: expected the factory to return a reward, got {type(reward).__name__}.")
         module = reward if isinstance(reward, nn.Module) else _FunctionReward(reward)
@@ -256,6 +276,19 @@ def load_reward(
     if list(weights.values()) == [1.0] and not offload:
         return rewards[next(iter(rewards))]
     return WeightedReward(rewards, weights, offload)
+
+
+def part_names(spec: str) -> list[str]:
+    """The names in a reward's `spec`, see `load_reward`, without their weights.
+
+    Raises:
+        ValueError: a weight that is no finite number.
+    """
+    return [name for name, _ in _parts(spec)]
+
+
+def _parts(spec: str) -> list[tuple[str, float]]:
+    return [_split_weight(part.strip(), spec) for part in spec.split(",")]
 
 
 def _split_weight(part: str, spec: str) -> tuple[str, float]:
@@ -284,8 +317,10 @@ def _factory(name: str) -> Callable[..., Any]:
         )
     try:
         factory = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"reward {name!r}: expected an importable package.module:factory, got: {error}.") from None
+    except Exception as error:  # a user's module may raise anything
+        raise ValueError(
+            f"reward {name!r}: expected an importable package.module:factory, got {type(error).__name__}: {error}"
+        ) from error
     if not callable(factory):
         raise ValueError(f"reward {name!r}: expected a factory to call, got {type(factory).__name__}.")
     return factory

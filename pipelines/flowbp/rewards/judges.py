@@ -27,6 +27,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
@@ -302,7 +303,13 @@ def hpsv3(model_path: Path | None = None, question: str | None = None, dtype: to
     has_base = model_path is not None and (folder / "config.json").is_file()
     base_folder = find_files(base, folder if has_base else None)
     config = load_pretrained(base, AutoConfig.from_pretrained, base_folder)
-    weights = load_file(folder / "HPSv3.safetensors")
+    try:
+        weights = load_file(folder / "HPSv3.safetensors")
+    except SafetensorError as error:
+        raise ValueError(
+            f"reward 'hpsv3': {folder / 'HPSv3.safetensors'} is not a safetensors file ({error}); download it again "
+            f"from {source.page}."
+        ) from error
     embeddings = [tensor for name, tensor in weights.items() if name.endswith("embed_tokens.weight")]
     if len(embeddings) != 1:
         raise ValueError(

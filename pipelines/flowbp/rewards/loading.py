@@ -24,6 +24,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
     RevisionResolutionError,
 )
+from safetensors import SafetensorError
 
 T = TypeVar("T")
 
@@ -164,7 +165,7 @@ def load_pretrained(source: Source, loader: Callable[..., T], folder: Path, **op
     """
     try:
         return loader(folder, local_files_only=True, trust_remote_code=False, **options)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, SafetensorError) as error:
         raise ValueError(
             f"reward {source.reward!r}: {folder} does not hold what {source.repo_id} has ({_line(error)}); "
             f"download it again from {source.page}."

@@ -1,0 +1,430 @@
+# Copyright 2026 The FlowBP for diffusers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""Checkpoint folders that are whole or not there: safetensors and JSON under a manifest of hashes.
+
+A folder is filled under another name, flushed to the disk and renamed. Names, for `checkpoint-N` and `best`:
+
+- `NAME`: written completely;
+- `NAME.partial`: being written; no reader looks at it;
+- `NAME.replaced`: the folder before, while a new `NAME` is renamed into its place. It counts where `NAME` is missing;
+- `NAME.removed`: being deleted; no reader looks at it.
+
+One process writes into a folder; others may read there at any time. The hashes find damage, not forgery.
+"""
+
+import errno
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
+
+MANIFEST = "manifest.json"
+_CHECKPOINT = re.compile(r"checkpoint-[0-9]+")
+_LEFTOVER = re.compile(r"(?:checkpoint-[0-9]+|best)\.(partial|removed|replaced)")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used. The message is one line: the file, what was expected, found, and a remedy."""
+
+
+def _damaged(path: Path, expected: str, found: str, remedy: str = "restore it") -> CheckpointError:
+    return CheckpointError(f"{path}: expected {expected}, found {found}; {remedy} or choose another checkpoint.")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write plain values as JSON. Keys of objects are to be strings.
+
+    Raises:
+        ValueError: for NaN and infinite numbers, which JSON does not have.
+    """
+    path.write_bytes(_encode(content))
+
+
+def read_json(path: Path) -> Any:
+    """Read the plain values of `write_json`.
+
+    Raises:
+        CheckpointError: for a file that is missing or no JSON; NaN and infinite numbers are none.
+    """
+    return _parse(path, _read(path))[0]
+
+
+def _encode(content: Any) -> bytes:
+    return (json.dumps(content, indent=2, allow_nan=False) + "\n").encode()
+
+
+def _parse(path: Path, data: bytes) -> tuple[Any, bytes]:
+    """The content of a JSON text, and the text that `write_json` makes of it."""
+    try:
+        content = json.loads(data.decode(), parse_float=_finite, parse_constant=_finite)
+        return content, _encode(content)
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, "JSON", f"{len(data)} bytes that are none ({error})") from error
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is no finite number")
+    return value
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise _damaged(path, "a file", error.strerror or str(error)) from error
+
+
+def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write tensors of any device, shape and dtype to a safetensors file, so that no non-finite value is ever saved.
+
+    Args:
+        path: replaced if it exists.
+        tensors: by name; they may share memory, and are copied to the CPU.
+        metadata: words for the file's header.
+
+    Raises:
+        CheckpointError: naming the tensor with NaN or infinite values. Nothing is written then.
+        SafetensorError: where the disk does not take the file.
+    """
+    for name, tensor in tensors.items():
+        if (tensor.is_floating_point() or tensor.is_complex()) and not torch.isfinite(tensor).all():
+            raise CheckpointError(
+                f"{path}: expected finite values, found NaN or infinity in {name}; lower the learning rate and resume "
+                "from the last checkpoint."
+            )
+    copies = {
+        name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
+    }
+    save_file(copies, path, metadata)
+
+
+def load_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file by name, on the CPU. Other formats are refused; nothing of them is executed.
+
+    The file may be deleted afterwards: its content is read, not mapped.
+
+    Raises:
+        CheckpointError: for a file that is missing or no safetensors file.
+    """
+    data = _read(path)
+    try:
+        return load(data)
+    except (SafetensorError, KeyError) as error:  # KeyError: a dtype that torch does not have
+        raise _damaged(path, "a safetensors file", f"{len(data)} bytes that are none ({error})") from error
+
+
+def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Write a checkpoint folder; a reader finds the old content or the new one, and a whole one at every moment.
+
+    Args:
+        folder: `checkpoint-N` or `best` in the output folder; replaced if it exists.
+        fill: `fill(path)` writes the files into the empty folder `path`; files only, none called `manifest.json`.
+
+    Raises:
+        OSError: where the disk does not take it. What `fill` raises goes on too. The older folders are untouched then.
+        CheckpointError: where `fill` left something else than files.
+    """
+    partial, replaced = _beside(folder, "partial"), _beside(folder, "replaced")
+    _delete(partial)
+    partial.mkdir(parents=True)
+    try:
+        fill(partial)
+        _seal(partial, _next_time(folder.parent))
+        if os.path.lexists(folder) and os.path.lexists(replaced):  # a run was killed before it removed the old one
+            _remove(replaced if _is_whole(folder) else folder)
+        if os.path.lexists(folder):
+            os.rename(folder, replaced)
+            _flush_folder(folder.parent)
+        os.rename(partial, folder)
+        _flush_folder(folder.parent)
+    except BaseException as error:
+        _delete(partial)
+        if isinstance(error, SafetensorError):  # how safetensors says that the disk is full
+            raise OSError(f"{folder}: not written: {error}") from error
+        raise
+    if os.path.lexists(replaced):
+        _remove(replaced)
+
+
+def current(folder: Path) -> Path:
+    """The folder, or the one that a killed run was about to replace with it."""
+    replaced = _beside(folder, "replaced")
+    return replaced if not os.path.lexists(folder) and os.path.lexists(replaced) else folder
+
+
+def check_folder(folder: Path) -> dict[str, Any]:
+    """Compare a checkpoint folder with its manifest: names, sizes and SHA-256 of all files.
+
+    Returns:
+        The manifest: `format`, `written` (ISO, UTC), `files` (`sha256` and `size` in bytes by name), its own `sha256`.
+
+    Raises:
+        CheckpointError: naming the file that is missing, additional, altered, cut, or no file (a link, say).
+    """
+    if not folder.is_dir():
+        raise _damaged(folder, "a checkpoint folder", _kind(folder))
+    try:
+        kinds = {path.name: _kind(path) for path in folder.iterdir()}
+    except OSError as error:
+        raise _damaged(folder, "a checkpoint folder", error.strerror or str(error)) from error
+    manifest = _read_manifest(folder)
+    for name in sorted({MANIFEST, *manifest["files"], *kinds}):
+        if name != MANIFEST and name not in manifest["files"]:
+            raise _damaged(folder / name, f"nothing (it is not in {MANIFEST})", kinds[name], "delete it")
+        if kinds.get(name) != "a file":
+            raise _damaged(folder / name, "a file", kinds.get(name, "nothing"))
+    for name, expected in manifest["files"].items():
+        try:
+            size = (folder / name).stat().st_size
+            if size != expected["size"]:
+                raise _damaged(folder / name, f"{expected['size']} bytes", f"{size}")
+            digest = _sha256(folder / name)
+        except OSError as error:
+            raise _damaged(folder / name, "a file", error.strerror or str(error)) from error
+        if digest != expected["sha256"]:
+            raise _damaged(folder / name, f"SHA-256 {expected['sha256']}", digest)
+    return manifest
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """The folders that look like checkpoints, damaged ones too, in the order in which they were written.
+
+    Not in the order of updates: the folder may hold later updates of an earlier run. Links are left out.
+    """
+    if not output_dir.is_dir():
+        return []
+    present = {path.name for path in output_dir.iterdir() if path.is_dir() and not path.is_symlink()}
+    names = [name for name in present if _CHECKPOINT.fullmatch(name)]
+    names += [
+        name
+        for name in present
+        if _CHECKPOINT.fullmatch(name.removesuffix(".replaced")) and name.removesuffix(".replaced") not in present
+    ]
+    return sorted((output_dir / name for name in names), key=lambda path: (_time_written(path), path.name))
+
+
+def find_checkpoint(output_dir: Path, choice: str, tell: Callable[[str], None]) -> Path:
+    """The whole checkpoint that `--resume_from_checkpoint` means.
+
+    Args:
+        output_dir: the run's folder.
+        choice: `latest` (the newest whole one), a checkpoint's name in `output_dir`, or a path.
+        tell: is given a line for each damaged checkpoint that `latest` skips.
+
+    Raises:
+        CheckpointError: where there is none, naming those that exist; where the chosen one is damaged, naming the
+            file.
+    """
+    if choice == "latest":
+        return _find_latest(output_dir, tell)
+    for path in (current(output_dir / choice), current(Path(choice))):
+        if os.path.isdir(path):
+            check_folder(path)
+            return path
+    names = ", ".join(path.name for path in checkpoints(output_dir)) or "no checkpoints"
+    raise CheckpointError(f"--resume_from_checkpoint {choice}: not found; {output_dir} has {names}.")
+
+
+def _find_latest(output_dir: Path, tell: Callable[[str], None]) -> Path:
+    while True:
+        existing = _identities(output_dir)
+        whole, damages = None, []
+        for path in reversed(existing):
+            try:
+                check_folder(path)
+            except CheckpointError as error:
+                damages.append(str(error))
+            else:
+                whole = path
+                break
+        # A training run may replace and remove folders while this one reads them: that is no damage, so look again.
+        if (whole and not damages) or _identities(output_dir) == existing:
+            break
+    if not existing:
+        raise CheckpointError(f"--resume_from_checkpoint latest: not found; {output_dir} has no checkpoints.")
+    if whole is None:
+        raise CheckpointError(
+            f"--resume_from_checkpoint latest: {output_dir} has no whole checkpoint: {' '.join(damages)}"
+        )
+    for damage in damages:
+        tell(f"Skipped a damaged checkpoint: {damage} Using {whole.name} instead.")
+    return whole
+
+
+def rotate(output_dir: Path, limit: int) -> None:
+    """Keep the newest `limit` whole checkpoints and remove what is older; call it once the new one is complete.
+
+    Damaged ones do not count; they stay until they are older than those kept.
+
+    Raises:
+        ValueError: for a limit below 1.
+    """
+    if limit < 1:
+        raise ValueError(f"expected a limit of at least 1 checkpoint, got {limit}.")
+    kept = 0
+    for folder in reversed(checkpoints(output_dir)):
+        if kept == limit:
+            _remove(folder)
+        elif _is_whole(folder):
+            kept += 1
+
+
+def clean(output_dir: Path) -> None:
+    """Remove what killed runs left behind of `checkpoint-N` and `best`; nothing else, and no links.
+
+    `NAME.partial` and `NAME.removed` go, and `NAME.replaced` where `NAME` is whole.
+    """
+    if not output_dir.is_dir():
+        return
+    for path in list(output_dir.iterdir()):
+        leftover = _LEFTOVER.fullmatch(path.name)
+        if leftover is None or path.is_symlink() or not path.is_dir():
+            continue
+        if leftover[1] != "replaced":
+            _delete(path)
+        elif _is_whole(path.with_suffix("")):
+            _remove(path)
+
+
+def _beside(folder: Path, suffix: str) -> Path:
+    return folder.parent / f"{folder.name}.{suffix}"
+
+
+def _seal(folder: Path, written: datetime) -> None:
+    """Flush a folder's files to the disk and describe them in its manifest."""
+    files = {}
+    for path in sorted(folder.iterdir()):
+        if path.name == MANIFEST or _kind(path) != "a file":
+            raise CheckpointError(
+                f"{path}: expected only files in a checkpoint, and {MANIFEST} not among them, found {_kind(path)}; "
+                "write it elsewhere."
+            )
+        _flush(path)
+        files[path.name] = {"sha256": _sha256(path), "size": path.stat().st_size}
+    content = {"format": 1, "written": written.isoformat(timespec="microseconds"), "files": files}
+    write_json(folder / MANIFEST, {**content, "sha256": _sha256_of(content)})
+    _flush(folder / MANIFEST)
+    _flush_folder(folder)
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest, with not one bit changed: it is its content's only spelling, and holds the rest's hash."""
+    path = folder / MANIFEST
+    if (kind := _kind(path)) != "a file":
+        raise _damaged(path, "a file", kind)
+    data = _read(path)
+    content, text = _parse(path, data)
+    if not isinstance(content, dict) or data != text:
+        raise _damaged(path, "the text as it was written", f"{len(data)} other bytes")
+    rest = {key: value for key, value in content.items() if key != "sha256"}
+    if content.get("sha256") != _sha256_of(rest):
+        raise _damaged(path, f"its own SHA-256 {content.get('sha256')}", _sha256_of(rest))
+    if content.get("format") != 1:
+        raise _damaged(path, "format 1", f"format {content.get('format')}, of another version of flowbp")
+    return content
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        check_folder(folder)
+    except CheckpointError:
+        return False
+    return True
+
+
+def _time_written(folder: Path) -> datetime:
+    try:
+        return datetime.fromisoformat(_read_manifest(folder)["written"])
+    except (CheckpointError, OSError):
+        pass
+    try:
+        return datetime.fromtimestamp(folder.stat().st_mtime, UTC)
+    except OSError:  # removed by the training run a moment ago
+        return datetime.fromtimestamp(0, UTC)
+
+
+def _next_time(output_dir: Path) -> datetime:
+    """Now, but later than all checkpoints: a run may go on where the clock is behind that of the machine before."""
+    existing = checkpoints(output_dir)
+    now = datetime.now(UTC)
+    return max(now, _time_written(existing[-1]) + timedelta(microseconds=1)) if existing else now
+
+
+def _identities(output_dir: Path) -> dict[Path, int]:
+    """Checkpoints as `checkpoints` orders them, with what tells a folder from another one of the same name."""
+    found = {}
+    for path in checkpoints(output_dir):
+        try:
+            found[path] = path.stat().st_ino
+        except FileNotFoundError:
+            found[path] = -1
+    return found
+
+
+def _kind(path: Path) -> str:
+    if path.is_symlink():
+        return "a link"
+    if path.is_file():
+        return "a file"
+    if path.is_dir():
+        return "a folder"
+    return "something else" if path.exists() else "nothing"
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sha256_of(content: Any) -> str:
+    return hashlib.sha256(_encode(content)).hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file, or the list of names of a folder, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _flush_folder(path: Path) -> None:
+    try:
+        _flush(path)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot flush folders
+            raise
+
+
+def _remove(folder: Path) -> None:
+    """Delete a folder so that no reader ever takes what is left of it for a damaged checkpoint."""
+    removed = _beside(folder.with_suffix("") if folder.suffix == ".replaced" else folder, "removed")
+    _delete(removed)
+    os.rename(folder, removed)
+    _flush_folder(folder.parent)
+    _delete(removed)
+
+
+def _delete(path: Path) -> None:
+    """Delete a folder with all that is in it, as well as possible; of a link the link itself."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    else:
+        # What stays (a file that NFS keeps while it is open) has a name that no reader looks at.
+        shutil.rmtree(path, ignore_errors=True)

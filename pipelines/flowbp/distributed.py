@@ -1,0 +1,241 @@
+# Copyright 2026 The FlowBP for diffusers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""Several processes: which kinds are supported, the transformer that the sweep calls, and tensors in shards.
+
+Two kinds, both through accelerate: DDP, every process has the whole transformer; FSDP2, every process has a shard of
+each parameter, as a DTensor, and gathers a block while it computes it. With FSDP2 every call of the transformer, and
+every function here that says *collective*, must be made by all processes, in the same order.
+"""
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, FullyShardedDataParallelPlugin
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+# One process, and accelerate's kinds that wrap a model in DDP.
+DDP_TYPES = tuple(kind for kind in DistributedType if kind == DistributedType.NO or kind.value.startswith("MULTI_"))
+
+
+def check_environment() -> None:
+    """Refuse by name, from the environment that a launcher set, what the sweep cannot run under.
+
+    For the start of a script: accelerate itself asks for DeepSpeed or Megatron-LM to be installed first.
+
+    Raises:
+        ValueError: for DeepSpeed, Megatron-LM, parallelism within a model, and settings of FSDP that do not work.
+    """
+    if _is_set("ACCELERATE_USE_DEEPSPEED"):
+        raise ValueError(
+            "DeepSpeed is not supported: its engine wants its own backward, the sweep makes several; launch with "
+            "training/accelerate_configs/several_gpus.yaml (DDP) or fsdp2_12b.yaml (FSDP2)."
+        )
+    if _is_set("ACCELERATE_USE_MEGATRON_LM"):
+        raise ValueError(
+            "Megatron-LM is not supported, it replaces the model; launch with "
+            "training/accelerate_configs/several_gpus.yaml (DDP) or fsdp2_12b.yaml (FSDP2)."
+        )
+    if _is_set("ACCELERATE_USE_PARALLELISM_CONFIG"):
+        raise ValueError(
+            "parallelism_config (tensor, context or sequence parallelism, replicated shards) is not supported, "
+            "expected DDP or FSDP2 over all processes; remove it from accelerate's config."
+        )
+    compiler = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
+    if compiler.lower() != "no":
+        raise ValueError(
+            f"dynamo_backend {compiler} is not supported: accelerate would compile the wrapped transformer only, and "
+            "the rollout calls the pipeline's own; set dynamo_backend: 'NO' in accelerate's config."
+        )
+    if not _is_set("ACCELERATE_USE_FSDP"):
+        return
+    version = os.environ.get("FSDP_VERSION", "1")
+    if version != "2":
+        raise ValueError(
+            f"FSDP version {version} is not supported: it flattens the LoRA and the frozen base into one parameter; "
+            "set fsdp_version: 2 in accelerate's config, as in training/accelerate_configs/fsdp2_12b.yaml."
+        )
+    for variable, setting, is_refused, reason in (
+        ("FSDP_CPU_RAM_EFFICIENT_LOADING", "fsdp_cpu_ram_efficient_loading", True, "text encoders would stay empty"),
+        ("FSDP_OFFLOAD_PARAMS", "fsdp_offload_params", True, "it is not tested with the sweep"),
+        ("FSDP_ACTIVATION_CHECKPOINTING", "fsdp_activation_checkpointing", True, "use --gradient_checkpointing"),
+        ("FSDP_RESHARD_AFTER_FORWARD", "fsdp_reshard_after_forward", False, "it keeps the whole base, use DDP"),
+    ):
+        if variable in os.environ and _is_set(variable) == is_refused:
+            right = str(not is_refused).lower()
+            raise ValueError(
+                f"{setting}: {str(is_refused).lower()} is not supported ({reason}); set {setting}: {right} in "
+                "accelerate's config."
+            )
+    if os.environ.get("FSDP_AUTO_WRAP_POLICY", "").upper() == "SIZE_BASED_WRAP":
+        raise ValueError(
+            "fsdp_auto_wrap_policy: SIZE_BASED_WRAP is not supported; set TRANSFORMER_BASED_WRAP in accelerate's "
+            "config."
+        )
+
+
+def check_distributed(accelerator: Accelerator) -> None:
+    """Refuse by name the kinds of processes that the sweep cannot run under; see `check_environment`.
+
+    Raises:
+        ValueError: for anything but one process, DDP and FSDP2, and where accelerate runs another number of processes
+            than were started.
+    """
+    check_environment()
+    kind = accelerator.distributed_type
+    if kind not in DDP_TYPES and not accelerator.is_fsdp2:
+        name = "FSDP version 1" if kind == DistributedType.FSDP else kind.value
+        raise ValueError(
+            f"Processes of kind {name} are not supported, expected one process, DDP or FSDP2; launch with a config "
+            "of training/accelerate_configs."
+        )
+    expected = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != expected:
+        raise ValueError(
+            f"expected {expected} processes (WORLD_SIZE), accelerate runs {accelerator.num_processes}; on CPUs set "
+            "ACCELERATE_USE_CPU=true."
+        )
+
+
+def uses_fsdp2(accelerator: Accelerator) -> bool:
+    """Whether `prepare_transformer` shards. accelerate itself ignores FSDP's settings on the CPU; this does not."""
+    on_cpu = accelerator.distributed_type == DistributedType.MULTI_CPU and _is_set("ACCELERATE_USE_FSDP")
+    return accelerator.is_fsdp2 or on_cpu
+
+
+def prepare_transformer(accelerator: Accelerator, transformer: torch.nn.Module) -> torch.nn.Module:
+    """Place a transformer on its device, wrapped or sharded as the run's processes need it.
+
+    The pipeline keeps calling `transformer` itself, and `backward(transformer=...)` gets what this returns. FSDP2
+    replaces the parameters: collect those of the optimizer afterwards.
+
+    Args:
+        accelerator: that `check_distributed` has passed.
+        transformer: with its LoRA and gradient checkpointing; for FSDP2 better not on the GPU yet, since its blocks
+            go there one by one.
+
+    Returns:
+        The transformer itself (one process, FSDP2) or DDP's wrapper around it.
+
+    Raises:
+        ValueError: where FSDP2 cannot cut the transformer: it is quantised, or its blocks are not known.
+    """
+    if uses_fsdp2(accelerator):
+        _shard(accelerator, transformer)
+        return transformer
+    transformer.to(accelerator.device)
+    if accelerator.num_processes == 1:
+        return transformer
+    # static_graph would count on the same backward every time, which terms and couplings change; unused parameters
+    # are not looked for, since every active step uses the whole transformer; buffers (tables of positions) never
+    # change, and broadcasting them at every call would be the only exchange of the rollout.
+    accelerator.ddp_handler = DistributedDataParallelKwargs(
+        static_graph=False, find_unused_parameters=False, broadcast_buffers=False
+    )
+    return accelerator.prepare_model(transformer)
+
+
+def _shard(accelerator: Accelerator, transformer: torch.nn.Module) -> None:
+    """FSDP2 by torch's own call: accelerate's needs an optimizer, does nothing on the CPU and keeps the root whole."""
+    quantizer = getattr(transformer, "hf_quantizer", None)
+    if quantizer is not None or not all(parameter.is_floating_point() for parameter in transformer.parameters()):
+        raise ValueError(
+            "FSDP2 cannot shard a quantised transformer; leave --quantization_config_path away, or launch with "
+            "training/accelerate_configs/several_gpus.yaml (DDP)."
+        )
+    plugin = accelerator.state.fsdp_plugin if accelerator.is_fsdp2 else FullyShardedDataParallelPlugin()
+    # The names that diffusers gives: blocks that must stay on one device are also what is worth gathering at once.
+    own = getattr(transformer, "_no_split_modules", None) or getattr(transformer, "_repeated_blocks", None) or []
+    names = set(plugin.transformer_cls_names_to_wrap or own)
+    found = {type(part).__name__ for part in transformer.modules()}
+    if not names or not names <= found:
+        raise ValueError(
+            f"FSDP2 needs the class names of the transformer's blocks, got {', '.join(sorted(names)) or 'none'} for "
+            f"{type(transformer).__name__}; set fsdp_transformer_layer_cls_to_wrap in accelerate's config"
+            + (f", or leave it away for its own: {', '.join(sorted(own))}." if own else ".")
+        )
+    settings = {
+        "mesh": init_device_mesh(accelerator.device.type, (accelerator.num_processes,)),
+        # The root too, against torch's default: outside of a call all parameters are shards, so those of a rollout,
+        # of a replay, of the optimizer and of a checkpoint are the same.
+        "reshard_after_forward": True,
+    }
+    for part in reversed([part for part in transformer.modules() if type(part).__name__ in names]):
+        fully_shard(part, **settings)
+    fully_shard(transformer, **settings)
+
+
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole of a sharded tensor, detached; a plain tensor unchanged but detached. Collective."""
+    tensor = tensor.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def like(full: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """A whole tensor in the layout, device and dtype of `reference`, which may be sharded.
+
+    Args:
+        full: the same on every process, any device and dtype.
+        reference: plain or sharded, of the same shape.
+    """
+    full = full.to(reference.device, reference.dtype)
+    if not isinstance(reference, DTensor):
+        return full
+    # Every process has the values already: each cuts its own shard, nothing is sent.
+    return distribute_tensor(full, reference.device_mesh, reference.placements, src_data_rank=None)
+
+
+def full_lora(transformer: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The LoRA's whole tensors by peft's names, on every process. Collective."""
+    return {name: full_tensor(tensor) for name, tensor in get_peft_model_state_dict(transformer).items()}
+
+
+def load_lora(transformer: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """The way back from `full_lora`: write whole tensors into a LoRA, sharded or not.
+
+    Args:
+        transformer: with a LoRA of these names and shapes.
+        tensors: whole, the same on every process.
+
+    Raises:
+        ValueError: for other names or shapes, naming one.
+    """
+    own = get_peft_model_state_dict(transformer)
+    wrong = sorted(own.keys() ^ tensors.keys()) or [name for name in own if own[name].shape != tensors[name].shape]
+    if wrong:
+        raise ValueError(f"expected the LoRA's own layers and rank, {wrong[0]} differs; use the LoRA of that run.")
+    set_peft_model_state_dict(transformer, {name: like(tensors[name], own[name]) for name in own})
+
+
+def clip_gradients(parameters: Iterable[torch.nn.Parameter], max_norm: float) -> float:
+    """Scale gradients down to a 2-norm, over all parameters and shards, of at most `max_norm`. Collective.
+
+    Returns:
+        The norm before, the same on every process; not finite if any gradient is not, and then the gradients are
+        of no use.
+    """
+    return full_tensor(torch.nn.utils.clip_grad_norm_(parameters, max_norm)).item()
+
+
+def all_ranks_max(accelerator: Accelerator, values: Sequence[float]) -> list[float]:
+    """The largest of each value over the processes, NaN if one is NaN; in float32. Collective.
+
+    For flags: a signal was received, something is not finite.
+
+    Args:
+        values: as many on every process.
+    """
+    if accelerator.num_processes == 1:
+        return [float(value) for value in values]
+    gathered = accelerator.gather(torch.tensor([list(values)], dtype=torch.float32, device=accelerator.device))
+    return gathered.amax(0).tolist()
+
+
+def _is_set(variable: str) -> bool:
+    return os.environ.get(variable, "").lower() in ("true", "1", "yes", "y", "on", "t")

@@ -1,0 +1,372 @@
+# Copyright 2026 The FlowBP for diffusers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""Bad command lines of the training scripts: one line, an exit code that is not 0, quickly, and no weights loaded.
+
+What only one script has is tested with that script.
+"""
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_pipelines import tiny_flux_pipeline, tiny_klein_pipeline
+from tiny_sd3 import tiny_sd3_pipeline
+from training_scripts import (
+    SHARED_ARGUMENTS,
+    check_refusal,
+    command_line,
+    environment,
+    error_of,
+    script_path,
+    write_prompts,
+)
+
+MODELS = {
+    "train_flowbp_sd3": lambda: tiny_sd3_pipeline(torch.float32),
+    "train_flowbp_flux": tiny_flux_pipeline,
+    "train_flowbp_flux2": tiny_klein_pipeline,
+    "train_flowbp": tiny_flux_pipeline,
+}
+# A model that another script is for.
+OTHERS = {
+    "train_flowbp_sd3": "train_flowbp_flux",
+    "train_flowbp_flux": "train_flowbp_sd3",
+    "train_flowbp_flux2": "train_flowbp_flux",
+}
+TIME_LIMIT = 20  # seconds
+
+
+@pytest.fixture(scope="module")
+def configs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The tiny model of a script, whose files of weights hold none: whatever reads one fails in another way."""
+    root = tmp_path_factory.mktemp("models")
+
+    def folder_of(name: str) -> Path:
+        if not (root / name).exists():
+            MODELS[name]().save_pretrained(root / name)
+            weights = list((root / name).rglob("*.safetensors"))
+            assert len(weights) >= 3
+            for file in weights:
+                file.write_bytes(b"no weights")
+        return root / name
+
+    return folder_of
+
+
+@pytest.fixture
+def arguments_of(configs: Callable[[str], Path], tmp_path: Path) -> Callable[[str], dict[str, Any]]:
+    """A script's arguments, which are good."""
+
+    def make(name: str) -> dict[str, Any]:
+        size: dict[str, Any] = {"resolution": 8, "max_sequence_length": 16}
+        if name == "train_flowbp":
+            size = {"height": 8, "width": 8, "pipeline_arguments": {"max_sequence_length": 16}}
+        return {
+            **SHARED_ARGUMENTS,
+            "pretrained_model_name_or_path": configs(name),
+            "prompts": write_prompts(tmp_path),
+            "output_dir": tmp_path / "run",
+            **size,
+        }
+
+    return make
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The files that bad command lines name; the working directory."""
+    contents: dict[str, bytes] = {
+        "empty.txt": b"",
+        "blank.txt": b"\n  \n\n",
+        "latin.txt": 'the text "42"\na caf\u00e9\n'.encode("latin-1"),
+        "latin.jsonl": '{"prompt": "a caf\u00e9"}\n'.encode("latin-1"),
+        "two.jsonl": b'{"a": "x", "b": "y"}\n',
+        "number.jsonl": b'{"prompt": 3}\n',
+        "unquoted.txt": b"a seven\n",
+        "prompts.pkl": b"x",
+        "file": b"x",
+        "broken.yaml": b"rank: [",
+        "list.yaml": b"- rank\n",
+        "key.yaml": b"last_j: 3\n",
+        "value.yaml": b"rank: four\n",
+        "latin.yaml": "method: caf\u00e9\n".encode("latin-1"),
+        "broken.json": b"{",
+        "broken/model_index.json": b"{",
+        "list/model_index.json": b"[1]",
+        "list/vae/config.json": b"[1]",
+        "list/transformer/config.json": b"[1]",
+        "nothing/readme.txt": b"x",
+        "bad_rewards.py": b"def raising():\n    raise RuntimeError('one\\ntwo')\n\n\n"
+        b"def wanting(path):\n    pass\n\n\ndef none():\n    pass\n",
+        "reward_of_bad_syntax.py": b"def make(:\n",
+        "reward_that_raises.py": b"raise RuntimeError('one\\ntwo')\n",
+    }
+    for name, content in contents.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    return tmp_path
+
+
+# What is wrong -> the arguments that say it, and what the one line must say. Files are those of `folder`.
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    # Prompts.
+    "empty prompts": ({"prompts": "empty.txt"}, "'empty.txt' holds no prompts: at least one is needed"),
+    "blank prompts": ({"prompts": "blank.txt"}, "'blank.txt' holds no prompts: at least one is needed"),
+    "prompts in Latin-1": ({"prompts": "latin.txt"}, "line 2 of 'latin.txt' is not UTF-8: save the file as UTF-8"),
+    "JSON in Latin-1": ({"prompts": "latin.jsonl"}, "line 1 of 'latin.jsonl' is not UTF-8"),
+    "absent prompts": ({"prompts": "absent.txt"}, "no file 'absent.txt': check the path"),
+    "absent column": ({"prompts": "two.jsonl", "prompt_column": "c"}, "has no column 'c': choose one of a, b"),
+    "no obvious column": ({"prompts": "two.jsonl"}, "name one of its columns: a, b"),
+    "numbers for prompts": ({"prompts": "number.jsonl"}, "column 'prompt' of 'number.jsonl' holds Value('int64')"),
+    "prompts of another kind": ({"prompts": "prompts.pkl"}, "neither a folder nor one of .txt, .jsonl"),
+    "a folder without prompts": ({"prompts": "nothing"}, "cannot read a dataset from the folder 'nothing'"),
+    "absent split": ({"prompt_split": "test"}, "which has no splits: leave it out"),
+    "column of a text file": ({"prompt_column": "a"}, "a .txt file has no columns"),
+    "absent evaluation prompts": ({"eval_prompts": "absent.txt"}, "no file 'absent.txt': check the path"),
+    "blank validation prompt": ({"validation_prompt": " "}, "--validation_prompt must not be blank"),
+    # Counts and ranges.
+    "no updates": ({"max_train_steps": 0}, "--max_train_steps must be at least 1, got 0"),
+    "no steps": ({"num_inference_steps": 0}, "--num_inference_steps must be at least 1, got 0"),
+    "no prompts in a batch": ({"train_batch_size": 0}, "--train_batch_size must be at least 1, got 0"),
+    "no passes": ({"gradient_accumulation_steps": 0}, "--gradient_accumulation_steps must be at least 1, got 0"),
+    "no validation": ({"validation_steps": 0}, "--validation_steps must be at least 1, got 0"),
+    "no checkpoints": ({"checkpointing_steps": 0}, "--checkpointing_steps must be at least 1, got 0"),
+    "keep no checkpoint": ({"checkpoints_total_limit": 0}, "--checkpoints_total_limit must be at least 1, got 0"),
+    "no validation images": ({"num_validation_images": 0}, "--num_validation_images must be at least 1, got 0"),
+    "no evaluation": ({"eval_steps": 0}, "--eval_steps must be at least 1, got 0"),
+    "no evaluation images": ({"num_eval_images": 0}, "--num_eval_images must be at least 1, got 0"),
+    "rank 0": ({"rank": 0}, "--rank must be at least 1, got 0"),
+    "rank in words": ({"rank": "four"}, "argument --rank: invalid int value: 'four'"),
+    "seed in words": ({"seed": "x"}, "argument --seed: invalid int value: 'x'"),
+    "negative learning rate": ({"learning_rate": -1}, "--learning_rate must be above 0"),
+    "learning rate of NaN": ({"learning_rate": "nan"}, "--learning_rate must be above 0"),
+    "infinite learning rate": ({"learning_rate": "inf"}, "--learning_rate must be above 0 and finite, got inf"),
+    "beta of 1": ({"adam_beta1": 1}, "--adam_beta1 must be at least 0 and below 1, got 1.0"),
+    "beta of NaN": ({"adam_beta2": "nan"}, "--adam_beta2 must be at least 0 and below 1, got nan"),
+    "weight decay of NaN": (
+        {"adam_weight_decay": "nan"},
+        "--adam_weight_decay must be at least 0 and finite, got nan",
+    ),
+    "negative epsilon": ({"adam_epsilon": -1}, "--adam_epsilon must be at least 0 and finite, got -1.0"),
+    "clipping to NaN": ({"max_grad_norm": "nan"}, "--max_grad_norm must be above 0"),
+    "negative warm-up": ({"lr_warmup_steps": -1}, "--lr_warmup_steps must be at least 0"),
+    "warm-up that never ends": (
+        {"lr_warmup_steps": 3, "lr_scheduler": "linear"},
+        "--lr_warmup_steps must be at most --max_train_steps 2, got 3",
+    ),
+    "warm-up without effect": ({"lr_warmup_steps": 1}, "has no effect with --lr_scheduler constant"),
+    "no restarts": ({"lr_num_cycles": 0}, "--lr_num_cycles must be at least 1, got 0"),
+    "power of NaN": ({"lr_power": "nan"}, "--lr_power must be at least 0 and finite, got nan"),
+    "unknown schedule": ({"lr_scheduler": "cosin"}, "invalid choice: 'cosin'"),
+    "average that forgets all": ({"ema_decay": 1}, "--ema_decay must be at least 0 and below 1, got 1.0"),
+    "negative anchor": ({"velocity_anchor": -1}, "--velocity_anchor must be at least 0 and finite, got -1.0"),
+    "loss times infinity": ({"loss_scale": "inf"}, "--loss_scale must be above 0 and finite, got inf"),
+    # Methods.
+    "unknown method": ({"method": "flowbp-dense"}, "invalid choice: 'flowbp-dense' (choose from"),
+    "another method's option": ({"method": "draft-k", "last_n": 3}, "draft-k has no option 'last_n' (nearest:"),
+    "K above N": ({"method": "flowbp-sparse", "num_active": 7}, "use at most 6"),
+    "K of 0": ({"method": "flowbp-sparse", "num_active": 0}, "`num_active` must be a whole number of at least 1"),
+    "last K above N": ({"method": "draft-k", "last_k": 7}, "6"),
+    "too few steps": ({"method": "leapalign", "num_inference_steps": 2}, "needs at least 3; raise"),
+    "coupling of NaN": ({"method": "leapalign", "alpha": "nan"}, "`alpha` must be a number of at least 0, got nan"),
+    "two of three numbers": ({"dirichlet": [1, 1]}, "argument --dirichlet: expected 3 arguments"),
+    "unknown weights": ({"weights": "simpson"}, "invalid choice: 'simpson'"),
+    # Rewards.
+    "unknown reward": ({"reward": "orc"}, "got 'orc'; the nearest is 'o"),
+    "empty reward": ({"reward": ""}, "got ''"),
+    "weight of NaN": ({"reward": "toy_reward:make_reward:nan"}, "a finite weight"),
+    "absent reward module": ({"reward": "no_such_module:make"}, "No module named 'no_such_module'"),
+    "absent factory": ({"reward": "toy_reward:make"}, "has no attribute 'make'"),
+    "factory that raises": (
+        {"reward": "bad_rewards:raising"},
+        "'bad_rewards:raising': its factory raised RuntimeError",
+    ),
+    "factory that wants more": ({"reward": "bad_rewards:wanting"}, "its factory raised TypeError"),
+    "factory of nothing": ({"reward": "bad_rewards:none"}, "expected the factory to return a reward, got NoneType"),
+    "module of bad syntax": ({"reward": "reward_of_bad_syntax:make"}, "SyntaxError"),
+    "module that raises": ({"reward": "reward_that_raises:make"}, "RuntimeError: one two"),
+    "unknown held-out reward": ({"eval_reward": "orc"}, "got 'orc'; the nearest is 'o"),
+    "held-out reward that is trained": ({"eval_reward": "toy_reward:make_reward"}, "choose one that is held out"),
+    "weights of an unknown reward": ({"reward_model_path": "orc=nothing"}, "got one of 'orc'"),
+    "weights without a name": ({"reward_model_path": "nothing"}, "--reward_model_path: expected NAME=FOLDER"),
+    "absent folder of weights": ({"reward": "clip", "reward_model_path": "clip=absent"}, "absent is not a folder"),
+    "weights that cannot be had": ({"reward": "clip"}, "the files are not in the cache and the Hub cannot be reached"),
+    "prompts without a text to read": ({"reward": "ocr", "prompts": "unquoted.txt"}, "between double quotes"),
+    "hinge at NaN": ({"reward_clip": "nan"}, "`clip` must be a finite number or None"),
+    "augmentation that nothing reads": ({"reward_augment": True}, "expected options among none; got augment"),
+    "best without a judge": ({"select": "best"}, "--select best needs --eval_reward"),
+    # Folders and files.
+    "absent checkpoint": ({"resume_from_checkpoint": "latest"}, "--resume_from_checkpoint latest: "),
+    "absent checkpoint path": ({"resume_from_checkpoint": "checkpoint-9"}, "checkpoint-9"),
+    "a folder that is no checkpoint": ({"resume_from_checkpoint": "nothing"}, "nothing"),
+    "checkpoint of an empty name": ({"resume_from_checkpoint": ""}, "--resume_from_checkpoint"),
+    "absent model": ({"pretrained_model_name_or_path": "./no-model"}, "no-model"),
+    "absent model of the Hub": ({"pretrained_model_name_or_path": "user/no-model"}, "user/no-model"),
+    "folder without a model": ({"pretrained_model_name_or_path": "nothing"}, "nothing"),
+    "broken model index": ({"pretrained_model_name_or_path": "broken"}, "broken"),
+    "list for a model index": ({"pretrained_model_name_or_path": "list"}, "list"),
+    "file for a model": ({"pretrained_model_name_or_path": "file"}, "file"),
+    "absent recipe": ({"config": "absent.yaml"}, "--config absent.yaml: cannot be read: No such file"),
+    "broken recipe": ({"config": "broken.yaml"}, "--config broken.yaml: not valid YAML"),
+    "recipe in Latin-1": ({"config": "latin.yaml"}, "--config latin.yaml: not valid YAML in UTF-8"),
+    "list for a recipe": ({"config": "list.yaml"}, "expected option names with values"),
+    "unknown key in a recipe": ({"config": "key.yaml"}, "unknown key last_j: did you mean last_"),
+    "bad value in a recipe": ({"config": "value.yaml", "rank": None}, "--config value.yaml: rank: int expected"),
+    "absent quantisation": (
+        {"quantization_config_path": "no.json"},
+        "--quantization_config_path no.json: FileNotFound",
+    ),
+    "broken quantisation": (
+        {"quantization_config_path": "broken.json"},
+        "--quantization_config_path broken.json: JSON",
+    ),
+    # The rest.
+    "unknown option": ({"learning_rat": 1}, "--learning_rat: did you mean --learning_rate?"),
+    "no reward": ({"reward": None}, "the following arguments are required: --reward"),
+    "no prompts": ({"prompts": None}, "the following arguments are required: --prompts"),
+    "unknown dtype": ({"mixed_precision": "fp8"}, "invalid choice: 'fp8'"),
+    "unknown tracker": ({"report_to": "tensorbord"}, "tensorbord"),
+    "infinite guidance": ({"guidance_scale": "inf"}, "--guidance_scale must be finite, got inf"),
+    "no layers": ({"lora_layers": ""}, "--lora_layers"),
+}
+SIZE = {name: {"resolution": 10} for name in MODELS} | {"train_flowbp": {"height": 10}}
+
+
+@pytest.mark.parametrize("script", MODELS)
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_command_line_is_one_line_before_any_model(
+    arguments_of: Callable[[str], dict[str, Any]],
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    case: str,
+    script: str,
+):
+    changes, message = BAD[case]
+    check_refusal(script, {**arguments_of(script), **changes}, message, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("script", MODELS)
+def test_a_size_that_the_model_cannot_have(
+    arguments_of: Callable[[str], dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    script: str,
+):
+    (option,) = SIZE[script]
+    message = f"--{option} must be a multiple of 4 for this model, got 10; use 8"
+    check_refusal(script, {**arguments_of(script), **SIZE[script]}, message, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("script", OTHERS)
+def test_a_model_of_another_pipeline(
+    arguments_of: Callable[[str], dict[str, Any]],
+    configs: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    script: str,
+):
+    changes = {"pretrained_model_name_or_path": configs(OTHERS[script])}
+    check_refusal(script, {**arguments_of(script), **changes}, "Pipeline", monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("script", MODELS)
+@pytest.mark.parametrize("where", ["a file", "below a file", "not for us"])
+def test_an_output_folder_that_cannot_be(
+    arguments_of: Callable[[str], dict[str, Any]],
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    script: str,
+    where: str,
+):
+    # /proc has no room for folders, root's neither.
+    output = {"a file": folder / "file", "below a file": folder / "file" / "run", "not for us": Path("/proc/run")}[
+        where
+    ]
+    printed = refusal_of(script, {**arguments_of(script), "output_dir": output}, monkeypatch, capsys)
+    assert str(output) in printed and (folder / "file").read_bytes() == b"x"
+
+
+def refusal_of(
+    script: str,
+    arguments: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> str:
+    """The one line of a refusal, where the output folder is what is wrong."""
+    printed = error_of(script, command_line(arguments), monkeypatch, capsys)
+    assert len(printed.splitlines()) == 1 and printed.startswith(f"{script}.py: error: ")
+    return printed
+
+
+# As users start it.
+
+STARTED = {
+    "empty prompts": "train_flowbp_sd3",
+    "prompts in Latin-1": "train_flowbp_flux",
+    "no updates": "train_flowbp_flux2",
+    "unknown method": "train_flowbp",
+    "another method's option": "train_flowbp_sd3",
+    "K above N": "train_flowbp_flux",
+    "absent checkpoint path": "train_flowbp_flux2",
+    "unknown reward": "train_flowbp",
+}
+
+
+def start(script: str, words: list[str], launch: bool) -> tuple[int, list[str], float]:
+    """Exit code, lines of errors and seconds of a script as a program; `launch`: by `accelerate launch`."""
+    command = [sys.executable]
+    if launch:
+        command += ["-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
+        command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--cpu"]
+    began = time.perf_counter()
+    done = subprocess.run(
+        [*command, str(script_path(script)), *words], capture_output=True, text=True, env=environment(), timeout=300
+    )
+    seconds = time.perf_counter() - began
+    assert not done.stdout, done.stdout
+    return (
+        done.returncode,
+        [line for line in done.stderr.splitlines() if not line.startswith("[transformers]")],
+        seconds,
+    )
+
+
+@pytest.mark.parametrize("case", STARTED)
+def test_a_bad_command_line_of_a_program(arguments_of: Callable[[str], dict[str, Any]], folder: Path, case: str):
+    """Its weights hold none, so it would say something else if it read them."""
+    (changes, message), script = BAD[case], STARTED[case]
+    arguments = arguments_of(script)
+    code, errors, seconds = start(script, command_line({**arguments, **changes}), launch=False)
+    assert len(errors) == 1 and errors[0].startswith(f"{script}.py: error: ") and message in errors[0], errors
+    assert code in (1, 2) and seconds < TIME_LIMIT
+    assert not arguments["output_dir"].exists()
+
+
+@pytest.mark.parametrize("script", MODELS)
+def test_a_size_that_the_model_cannot_have_by_accelerate_launch(
+    arguments_of: Callable[[str], dict[str, Any]], script: str
+):
+    """accelerate adds what its process ended with."""
+    code, errors, seconds = start(script, command_line({**arguments_of(script), **SIZE[script]}), launch=True)
+    lines = [line for line in errors if line.startswith(f"{script}.py: error: ")]
+    assert len(lines) == 1 and "must be a multiple of 4 for this model, got 10; use 8" in lines[0], errors
+    assert code != 0 and seconds < TIME_LIMIT
+
+
+@pytest.mark.parametrize("script", MODELS)
+def test_a_good_command_line_gets_as_far_as_the_weights(arguments_of: Callable[[str], dict[str, Any]], script: str):
+    """Else the tests above could pass by refusing everything."""
+    code, errors, _ = start(script, command_line(arguments_of(script)), launch=False)
+    assert code == 1 and errors[-1].startswith(f"{script}.py: error: "), errors
+    assert "safetensors" in errors[-1] or "deserializing" in errors[-1], errors
