@@ -46,6 +46,7 @@ from tqdm.auto import tqdm
 
 from flowbp import METHODS, FlowBPCallback, Method, Objective, Surrogate, get_method
 from flowbp.objectives import connector_gaps, sample_weights
+from flowbp.sweep import SweepOutput
 
 STAGES = ("rollout", "decode", "reward", "sweep", "optimizer")
 VARIANTS = ("sweep", "usual", "floor")
@@ -441,9 +442,9 @@ class _MarkedCallback(FlowBPCallback):
 
     stages: Stages
 
-    def sweep(self, adjoint: torch.Tensor | Sequence[torch.Tensor], **options: Any) -> None:
+    def sweep(self, adjoint: torch.Tensor | Sequence[torch.Tensor], **options: Any) -> SweepOutput:
         self.stages.mark("sweep")
-        super().sweep(adjoint, **options)
+        return super().sweep(adjoint, **options)
 
 
 def sweep_update(bench: Bench, case: Case, stages: Stages) -> None:

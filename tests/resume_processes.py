@@ -6,10 +6,10 @@
 
     torchrun --nproc_per_node 2 tests/resume_processes.py JOBS FOUND
 
-JOBS is a JSON list of `{"name", "words", "environment"}`. FOUND gets a list with, for each of them: `processes`, how many
-trained together; `endings`, of each process: "done" or the error's line; `printed`, of each process: what it wrote to
-stderr; `apart`, the largest difference between the LoRAs that the two processes have in memory; `finite`, whether these
-are.
+JOBS is a JSON list of `{"name", "words", "environment"}`. FOUND gets a list with, for each of them: `processes`, how
+many trained together; `endings`, of each process: "done" or the error's line; `printed`, of each process: what it
+wrote to stderr; `apart`, the largest difference between the LoRAs that the two processes have in memory; `finite`,
+whether these are.
 """
 
 import contextlib
@@ -19,30 +19,17 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
-from training_scripts import load_script
+from training_scripts import load_script, watch_runs
 
 from flowbp.push import one_line
 from flowbp.training_run import USER_ERRORS, TrainingRun
-
-
-def watch() -> list[TrainingRun]:
-    """A list that later runs fill with what they keep between updates; see `training_scripts.watch_runs`."""
-    runs: list[TrainingRun] = []
-    updates = TrainingRun.updates
-
-    def keep(run: TrainingRun) -> Iterator[int]:
-        runs.append(run)
-        return updates(run)
-
-    TrainingRun.updates = keep
-    return runs
 
 
 def train(job: dict[str, Any], runs: list[TrainingRun]) -> dict[str, Any]:
@@ -77,8 +64,9 @@ def main() -> None:
     jobs, found = (Path(word) for word in sys.argv[1:])
     torch.set_num_threads(1)
     # A script leaves the group of processes at its end; the next one needs it.
-    PartialState.destroy_process_group = lambda state, group=None: None
-    runs = watch()
+    patch = pytest.MonkeyPatch()
+    patch.setattr(PartialState, "destroy_process_group", lambda state, group=None: None)
+    runs = watch_runs(patch)
     results = [train(job, runs) for job in json.loads(jobs.read_text())]
     if dist.get_rank() == 0:
         found.write_text(json.dumps(results))

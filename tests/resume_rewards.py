@@ -2,7 +2,7 @@
 #
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""Rewards for the tests of resuming and of skipped updates: the toy reward with something that goes wrong or at random.
+"""Rewards for the tests of resuming and of skipped updates: the toy reward, at random, waiting, or not finite.
 
 What goes wrong is said by environment variables, which reach processes that tests start. Calls are counted from 1, and
 only those that train: pictures of evaluations and validations require no gradients.
@@ -28,9 +28,15 @@ def make_random_reward() -> Reward:
 
     def score(images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         drawn = torch.rand(len(prompts)) + np.random.random() + random.random()
-        return reward(images, prompts) * drawn.to(images)
+        return reward(images, prompts) * (1 + 0.1 * drawn).to(images)
 
     return score
+
+
+def make_opposite_reward() -> Reward:
+    """What falls as the toy reward rises: training raises the guard's alarm about it."""
+    reward = toy_reward.make_reward()
+    return lambda images, prompts: -reward(images, prompts)
 
 
 def make_waiting_reward() -> Reward:
@@ -57,8 +63,8 @@ def make_waiting_reward() -> Reward:
 def make_faulty_reward() -> Reward:
     """The toy reward, not finite as FLOWBP_TEST_FAULT says, for the first sample only.
 
-    It is a JSON object: `kind` is "nan" or "inf" (the reward), or "gradient" (NaN, of a reward that is finite); `calls`
-    are the training calls that it happens at; `rank` is the process.
+    It is a JSON object: `kind` is "nan" or "inf" (the reward), or "gradient" (NaN, of a reward that is finite);
+    `calls` are the training calls that it happens at; `rank` is the process.
     """
     reward, calls = toy_reward.make_reward(), []
     fault = json.loads(os.environ.get("FLOWBP_TEST_FAULT", '{"calls": []}'))

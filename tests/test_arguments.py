@@ -5,16 +5,21 @@
 """The options that the scripts share: their names, their ranges, and what becomes of them."""
 
 import argparse
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType
+from toy_reward import make_held_out_reward, make_reward
 from training_scripts import ROOT, load_script
 
 from flowbp.arguments import (
     COUNTS,
     POSITIVE,
+    Rewards,
     add_method_arguments,
     add_model_arguments,
     add_prompt_embeds_arguments,
@@ -22,11 +27,14 @@ from flowbp.arguments import (
     add_training_arguments,
     choose_method,
     choose_objective,
+    choose_rewards,
     parse_training_args,
 )
 from flowbp.methods import METHODS, OPTIONS, get_method
 
 REQUIRED = ["--pretrained_model_name_or_path", "m", "--prompts", "p.txt", "--reward", "ocr"]
+# A tracker of accelerate's whose package is not here.
+NOT_INSTALLED = next(str(name) for name in LoggerType if name not in (LoggerType.ALL, *get_available_trackers()))
 BACKBONES = ("sd3", "flux", "flux2")
 
 
@@ -82,10 +90,25 @@ def test_every_option_whose_range_is_checked_is_one(scripts: dict[str, ModuleTyp
     [
         (("--rank", "0"), "--rank must be at least 1, got 0"),
         (("--samples_per_decode", "0"), "--samples_per_decode must be at least 1, got 0"),
-        (("--learning_rate", "0"), "--learning_rate must be above 0, got 0.0"),
-        (("--loss_scale", "nan"), "--loss_scale must be above 0, got nan"),
+        (("--learning_rate", "0"), "--learning_rate must be above 0 and finite, got 0.0"),
+        (("--loss_scale", "nan"), "--loss_scale must be above 0 and finite, got nan"),
         (("--mixed_precision", "fp8"), "invalid choice: 'fp8'"),
         (("--offload", "--group_offload"), "--offload and --group_offload exclude each other; choose one"),
+        (("--adam_beta1", "1"), "--adam_beta1 must be at least 0 and below 1, got 1.0"),
+        (("--ema_decay", "1"), "--ema_decay must be at least 0 and below 1, got 1.0"),
+        (("--ema_decay", "-0.1"), "--ema_decay must be at least 0 and below 1, got -0.1"),
+        (("--velocity_anchor", "-1"), "--velocity_anchor must be at least 0 and finite, got -1.0"),
+        (("--velocity_anchor", "nan"), "--velocity_anchor must be at least 0 and finite, got nan"),
+        (("--velocity_anchor", "inf"), "--velocity_anchor must be at least 0 and finite, got inf"),
+        (("--max_skipped_updates", "0"), "--max_skipped_updates must be at least 1, got 0"),
+        (("--eval_steps", "0"), "--eval_steps must be at least 1, got 0"),
+        (("--num_eval_images", "0"), "--num_eval_images must be at least 1, got 0"),
+        (("--select", "first"), "invalid choice: 'first'"),
+        (("--select", "best"), "--select best needs --eval_reward, the held-out reward to choose by"),
+        (("--eval_reward", "ocr"), "--eval_reward ocr is what --reward trains; choose one that is held out"),
+        (("--report_to", "tensorbord"), "--report_to tensorbord: expected all, none or an installed tracker ("),
+        # accelerate knows it, and would only leave it out without a word.
+        (("--report_to", NOT_INSTALLED), f"--report_to {NOT_INSTALLED}: expected all, none or an installed "),
     ],
 )
 def test_values_out_of_range_are_refused_in_one_line(
@@ -114,6 +137,63 @@ def test_the_dtype_is_what_accelerate_launch_was_told(
     assert parse("--mixed_precision", "fp16").mixed_precision == "fp16"
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
     assert "--mixed_precision must be no, fp16 or bf16, accelerate says fp8" in error_of(capsys)
+
+
+@pytest.mark.parametrize("tracker", ["all", "none", "tensorboard"])
+def test_trackers_that_are_installed(tracker: str):
+    assert parse("--report_to", tracker).report_to == tracker
+
+
+# The guard.
+
+
+def test_the_result_is_the_best_lora_where_there_is_a_held_out_reward():
+    assert parse().select == "last"
+    assert parse("--eval_prompts", "e.txt").select == "last"
+    assert parse("--eval_reward", "clip").select == "best"
+    assert parse("--eval_reward", "clip", "--select", "last").select == "last"
+
+
+def test_what_holds_a_run_back_is_off_by_default_and_the_average_is_the_paper_s():
+    args = parse()
+    assert not args.use_ema and args.velocity_anchor == 0 and args.reward_clip is None and not args.stop_on_alarm
+    assert (args.ema_decay, args.max_skipped_updates, args.eval_steps, args.num_eval_images) == (0.995, 10, 50, 2)
+
+
+def rewards_of(*words: str) -> Rewards:
+    return choose_rewards(parse("--reward", "toy_reward:make_reward", *words), ["a", "b", "c"])
+
+
+def test_rewards_without_an_evaluation():
+    rewards = rewards_of()
+    assert rewards.training is rewards.plain and rewards.held_out is None and rewards.evaluation_prompts == ()
+    assert list(rewards) == [rewards.training, rewards.plain]
+
+
+def test_the_held_out_reward_is_one_of_the_modules():
+    rewards = rewards_of("--eval_reward", "toy_reward:make_held_out_reward")
+    images = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(rewards.plain(images, ["a", "b"]), make_reward()(images, ["a", "b"]))
+    assert torch.equal(rewards.held_out(images, ["a", "b"]), make_held_out_reward()(images, ["a", "b"]))
+    assert list(rewards) == [rewards.training, rewards.plain, rewards.held_out]
+
+
+def test_prompts_of_the_evaluation(tmp_path: Path):
+    path = tmp_path / "evaluation.txt"
+    path.write_text("x\ny\n")
+    held_out = ("--eval_reward", "toy_reward:make_held_out_reward")
+    assert rewards_of("--eval_prompts", str(path)).evaluation_prompts == ("x", "y")
+    assert rewards_of("--eval_prompts", str(path)).held_out is None
+    assert rewards_of("--eval_prompts", str(path), *held_out).evaluation_prompts == ("x", "y")
+    # Those of the validation, given or the first ones.
+    assert rewards_of(*held_out, "--validation_prompt", "u", "v").evaluation_prompts == ("u", "v")
+    assert rewards_of(*held_out, "--num_validation_images", "2").evaluation_prompts == ("a", "b")
+
+
+def test_a_folder_of_weights_that_no_reward_names_is_refused(tmp_path: Path):
+    for words in ((), ("--eval_reward", "toy_reward:make_held_out_reward")):
+        with pytest.raises(ValueError, match="pickscore"):
+            rewards_of("--reward_model_path", f"pickscore={tmp_path}", *words)
 
 
 # What becomes of the method's options.

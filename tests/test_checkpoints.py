@@ -121,8 +121,12 @@ def test_missing(output_dir: Path, name: str) -> None:
 @pytest.mark.parametrize("part", [0, 0.5], ids=["empty", "half"])
 def test_cut(output_dir: Path, name: str, part: float) -> None:
     path = output_dir / "checkpoint-20" / name
-    os.truncate(path, int(path.stat().st_size * part))
+    size = path.stat().st_size
+    os.truncate(path, int(size * part))
     assert_refused(output_dir, name)
+    if name != "manifest.json":
+        with pytest.raises(CheckpointError, match=f"expected {size} bytes, found {int(size * part)};"):
+            checkpoints.check_folder(path.parent)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -158,6 +162,16 @@ def test_no_bit_of_the_manifest_may_differ(tmp_path: Path) -> None:
 )
 def test_something_else_as_manifest(output_dir: Path, content: bytes) -> None:
     (output_dir / "checkpoint-20" / "manifest.json").write_bytes(content)
+    assert_refused(output_dir, "manifest.json")
+
+
+@pytest.mark.parametrize(("old", "new"), [(b"}\n", b"}\n "), (b",\n", b",\t"), (b"{", b'{"format": 1,')])
+def test_another_spelling_of_the_manifest(output_dir: Path, old: bytes, new: bytes) -> None:
+    path = output_dir / "checkpoint-20" / "manifest.json"
+    original = path.read_bytes()
+    changed = original.replace(old, new, 1)
+    assert changed != original and json.loads(changed) == json.loads(original)
+    path.write_bytes(changed)
     assert_refused(output_dir, "manifest.json")
 
 
@@ -432,6 +446,13 @@ def test_a_write_that_fails_leaves_the_old_folder(tmp_path: Path, error: BaseExc
     checkpoints.check_folder(folder)
 
 
+def test_what_a_killed_run_wrote_is_no_part_of_the_next_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-1.partial").mkdir()
+    (tmp_path / "checkpoint-1.partial" / "old").write_text("half")
+    (folder,) = write(tmp_path, 1)
+    assert names(folder) == {"lora.safetensors", "manifest.json"}
+
+
 @pytest.mark.parametrize("kind", ["folder", "link", "manifest.json"])
 def test_only_files_may_be_written(tmp_path: Path, kind: str) -> None:
     def wrong(partial: Path) -> None:
@@ -571,9 +592,13 @@ def test_disk_full(tmp_path: Path) -> None:
         subprocess.run(["umount", str(disk)], check=True)
 
 
-def run_script(*words: str) -> dict[str, int]:
+def run_script(tmp_path: Path, *words: str) -> dict[str, int]:
+    # In memory where there is a file system for it: a killed process loses nothing of what it wrote, flushed or not,
+    # and more checkpoints are written in the same time.
+    memory = Path("/dev/shm")
+    folder = memory if os.access(memory, os.W_OK) else tmp_path
     done = subprocess.run(
-        [sys.executable, str(HERE / "kill_checkpoints.py"), *words],
+        [sys.executable, str(HERE / "kill_checkpoints.py"), *words, "--folder", str(folder)],
         env=SCRIPT_ENVIRONMENT,
         capture_output=True,
         text=True,
@@ -585,16 +610,13 @@ def run_script(*words: str) -> dict[str, int]:
 
 
 def test_killed_before_every_call(tmp_path: Path) -> None:
-    # In memory where there is a file system for it: a killed process loses nothing of what it wrote, flushed or not.
-    memory = Path("/dev/shm")
-    folder = memory if os.access(memory, os.W_OK) else tmp_path
-    counts = run_script("calls", "--stride", "7", "--folder", str(folder))
+    counts = run_script(tmp_path, "calls", "--stride", "7")
     assert counts["calls"] >= 15
     assert counts["kills"] > 50
 
 
 def test_killed_at_random_moments(tmp_path: Path) -> None:
-    counts = run_script("random", "--kills", "5", "--size", "1000000", "--folder", str(tmp_path))
+    counts = run_script(tmp_path, "random", "--kills", "5", "--size", "1000000")
     assert counts["kills"] == 5
 
 

@@ -269,9 +269,8 @@ def test_held_out_falls_while_the_training_reward_rises():
         (lambda place: place, lambda place: place),
         (lambda place: -place, lambda place: -place),
         (lambda place: 0.0, lambda place: 0.0),
-        # One bad evaluation, and a fall that is over.
+        # One bad evaluation.
         (lambda place: place, lambda place: -5.0 if place == 3 else place),
-        (lambda place: place, lambda place: -float(place == 4)),
     ],
 )
 def test_healthy_rewards_raise_nothing(reward: Callable[[int], float], held_out: Callable[[int], float]):
@@ -279,8 +278,17 @@ def test_healthy_rewards_raise_nothing(reward: Callable[[int], float], held_out:
 
 
 def test_noise_seldom_raises_an_alarm():
-    raised = sum(bool(evaluated(history(lambda place: 0, lambda place: 0, 20, seed))) for seed in range(300))
-    assert raised / 300 < 0.13
+    assert sum(bool(evaluated(history(lambda place: 0, lambda place: 0, 20, seed))) for seed in range(100)) <= 5
+
+
+def test_one_bad_evaluation_in_noise_seldom_raises_an_alarm():
+    def runs(held_out: Callable[[int], float]) -> int:
+        return sum(bool(evaluated(history(lambda place: place, held_out, 8, seed))) for seed in range(50))
+
+    # It does where noise happens to fall before it: half of the time, if any fall before would do.
+    assert runs(lambda place: -float(place == 4)) < 17
+    # A fall that goes on is found.
+    assert runs(lambda place: -0.05 * max(place - 3, 0)) == 50
 
 
 def test_one_picture_that_falls_far_is_no_fall():
@@ -545,8 +553,8 @@ def measured(update: int, pictures: list[torch.Tensor]) -> Measurement:
         (None, lambda images: images + 0.02 * torch.randn(images.shape)),
         (None, lambda images: 0.3 + 0.6 * images),
         ("saturated", lambda images: images.mean(1, keepdim=True).lerp(images, 3.0)),
-        ("high-frequency", lambda images: images + 0.08 * (2 * checkerboard(2, 48, 48) - 1)),
-        ("high-frequency", lambda images: images + 0.08 * (2 * checkerboard(16, 48, 48) - 1)),
+        ("high-frequency", lambda images: 0.1 + 0.8 * images + 0.08 * (2 * checkerboard(2, 48, 48) - 1)),
+        ("high-frequency", lambda images: 0.1 + 0.8 * images + 0.08 * (2 * checkerboard(16, 48, 48) - 1)),
         ("diversity", lambda images: images[:1].lerp(images, 0.3)),
     ],
 )

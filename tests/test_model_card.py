@@ -8,12 +8,15 @@ import ast
 import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from huggingface_hub import ModelCard
+from loopback_hub import Repository, loopback_hub
 from PIL import Image
 
 from flowbp.model_card import code_block, hide_paths, markdown, write_card
@@ -218,6 +221,12 @@ def test_what_is_not_known_is_said(tmp_path: Path) -> None:
     warning = "do not tell an improvement from reward hacking"
     assert warning in card_of(tmp_path / "a", rewards=trained).text
     assert warning not in card_of(tmp_path / "b").text
+    settings = {**make_run()["settings"], "eval_prompts": None}
+    card = card_of(tmp_path / "e", settings=settings)
+    assert "pictures of validation prompts (the first of the training's own); base" in card.text
+    card = card_of(tmp_path / "f", settings={**settings, "validation_prompt": ["a cat"]})
+    assert "pictures of validation prompts; base" in card.text
+    assert "pictures of eval.txt; base" in card_of(tmp_path / "g").text
     broken = {"mean": None, "low": None, "high": None}
     card = card_of(tmp_path / "c", rewards=[{**trained[0], "lora": broken, "difference": broken}], git=None)
     assert rows_under(card, "Rewards")[2][4:] == ["– [–, –]", "– [–, –]"] and "model-index" not in card.data.to_dict()
@@ -329,6 +338,21 @@ def test_the_licence_of_the_base(tmp_path: Path) -> None:
     (base / "README.md").write_text("---\nlicense: [broken\n---\n")
     card = card_of(tmp_path / "b", base_model=str(base))
     assert card.data.to_dict()["license"] == "other" and "could not be looked up" in card.text
+
+
+def test_the_licence_of_a_base_on_the_hub(tmp_path: Path) -> None:
+    """Its card is asked for, and a relative link is one into its repository."""
+    write_run_json(tmp_path / "run.json", make_run(base_model="org/base", images=[]))
+    card = "---\nlicense: other\nlicense_name: open\nlicense_link: LICENSE.md\n---\n"
+    with loopback_hub() as hub:
+        hub.repositories["org/base"] = Repository({"README.md": card.encode()}, ["0" * 40])
+        code = "import pathlib, sys\nfrom flowbp.model_card import write_card\nwrite_card(pathlib.Path(sys.argv[1]))"
+        environment = hub.environment(tmp_path / "home", token=None)
+        subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=environment, check=True, timeout=300)
+    data = ModelCard.load(tmp_path / "README.md").data.to_dict()
+    assert (data["license"], data["license_name"]) == ("other", "open")
+    assert data["license_link"] == "https://huggingface.co/org/base/blob/main/LICENSE.md"
+    assert data["base_model"] == "org/base"
 
 
 def test_a_secret_does_not_reach_the_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,16 @@ import torch
 from brute_force import relative_difference, toy_reward
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from test_gradients import NOISE_SEED, ROWS
-from test_refusals import BROKEN, BeginsLater, PlainLoop, WordsDrift, assert_refused, found_gradients, loop
+from test_refusals import (
+    BROKEN,
+    BeginsLater,
+    MovingAverage,
+    PlainLoop,
+    WordsDrift,
+    assert_refused,
+    found_gradients,
+    loop,
+)
 from tiny_sd3 import MAX_SEQUENCE_LENGTH, tiny_sd3_pipeline
 
 from flowbp import FlowBPCallback, Objective, Surrogate, Term, get_method
@@ -39,11 +48,23 @@ class Rescales(PlainLoop):
 
 
 class RescalesInPlace(Rescales):
-    """It also writes the next latents into the old ones, whose place in the graph stays, with gradients of 0."""
+    """It writes inputs and velocities over the last ones, whose place in the graph stays, with gradients of 0."""
 
-    def step(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        latents[:] = super().step(latents, timestep)
-        return latents
+    def velocity(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        if not self.seen:
+            self.seen = [torch.zeros_like(latents), torch.zeros_like(latents)]
+        inputs, outputs = self.seen
+        inputs[:] = latents / latents.std()
+        outputs[:] = super().velocity(inputs.clone(), timestep)
+        return outputs.clone()
+
+
+class RescalesAndRemembers(Rescales):
+    """Guidance with memory, which is refused."""
+
+    def velocity(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        self.seen.append(super().velocity(latents, timestep) + (0.3 * self.seen[-1] if self.seen else 0))
+        return self.seen[-1]
 
 
 class Clamps(PlainLoop):
@@ -94,8 +115,8 @@ def train(
 
 @contextmanager
 def broken_parameter(pipe: DiffusionPipeline, value: float = math.nan) -> Iterator[None]:
-    """One entry of the transformer's last trainable matrix is not finite."""
-    parameter = [each for each in pipe.transformer.parameters() if each.requires_grad][-1]
+    """One entry of the transformer's first trainable matrix is not finite, so that every output is NaN."""
+    parameter = next(each for each in pipe.transformer.parameters() if each.requires_grad)
     before = parameter.detach().clone()
     parameter.data.view(-1)[0] = value
     try:
@@ -238,6 +259,13 @@ def test_a_broken_loop_is_refused_beside_a_sample_of_nan(pipeline_class: type[Pl
         pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
     with broken_sample(pipe):
         assert_refused(pipe, FlowBPCallback(get_method("full")), BROKEN[pipeline_class], prompts=PROMPTS)
+
+
+def test_memory_is_refused_beside_a_sample_of_nan():
+    """Through a glue whose gradients are NaN for that sample."""
+    pipe = loop(RescalesAndRemembers)
+    with broken_sample(pipe):
+        assert_refused(pipe, FlowBPCallback(get_method("full")), BROKEN[MovingAverage], prompts=PROMPTS)
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.5])

@@ -21,7 +21,7 @@ from loopback_hub import GOOD_TOKEN, PUSH_ENDPOINTS, USER, LoopbackHub, loopback
 from PIL import Image
 from safetensors.numpy import save_file
 
-from flowbp.push import LORA_FILE, allowed_files
+from flowbp.push import LORA_FILE, PushError, allowed_files, main, push_folder
 
 CANARY = "hf_canaryOfTheTests0123456789"
 REPO = f"{USER}/repo"
@@ -227,17 +227,17 @@ def test_bad_and_missing_tokens(hub: LoopbackHub, output: Path) -> None:
     assert hub.counts["create"] == 1 and hub.repositories == {}
 
 
-def test_bad_command_lines(hub: LoopbackHub, output: Path) -> None:
-    """One line, exit code 2, no request."""
-    (output.parent / "broken").mkdir()
-    (output.parent / "broken" / "run.json").write_text("{")
-    for words in ([str(output.parent / "none")], [str(output), "--tries", "0"], [str(output.parent / "broken")], []):
-        code, printed, errors = python(hub, output.parent, ["-m", "flowbp.push", *words])
-        assert code == 2 and printed == "" and len(errors.splitlines()) == 1, errors
-    check_failure(
-        push(hub, output, "--hub_model_id", "not a/good/name"), output, content_of(output), "Expected user/name"
-    )
-    assert sum(hub.counts.values()) == 0
+def test_bad_command_lines(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One line, exit code 2."""
+    broken = output.parent / "broken"
+    broken.mkdir()
+    (broken / "run.json").write_text("{")
+    for words in ([str(output.parent / "none")], [str(output), "--tries", "0"], [str(broken)], [], ["a", "--token"]):
+        with pytest.raises(SystemExit) as caught:
+            main(words)
+        printed = capsys.readouterr()
+        assert caught.value.code == 2 and printed.out == "" and len(printed.err.splitlines()) == 1
+        assert printed.err.startswith("python -m flowbp.push: error: ")
 
 
 def test_decoys(hub: LoopbackHub, output: Path) -> None:
@@ -281,35 +281,46 @@ def test_the_output_folder_may_be_a_link(output: Path) -> None:
     assert names == [path.relative_to(output).as_posix() for path in allowed_files(output)] and len(names) == 7
 
 
-def test_files_that_are_not_what_they_are_called(hub: LoopbackHub, output: Path) -> None:
+def check_refusal(output: Path, text: str, repo_id: str = REPO) -> None:
+    """Refused in one line before any request (the client of this process is offline), and all files kept."""
+    before = content_of(output)
+    with pytest.raises(PushError) as caught:
+        push_folder(output, repo_id)
+    message = str(caught.value)
+    assert text in message and "python -m flowbp.push" in message and len(message.splitlines()) == 1
+    assert CANARY not in message and content_of(output) == before
+
+
+def test_files_that_are_not_what_they_are_called(output: Path) -> None:
     """A pickle named like weights, a text named like a picture, weights that are a link: refused by name."""
     weights = (output / LORA_FILE).read_bytes()
-    for data in (b"\x80\x04K\x01.", b"", weights[:40]):
+    for data in (b"\x80\x04K\x01.", b"", weights[:40], weights[:-1]):
         (output / LORA_FILE).write_bytes(data)
-        check_failure(push(hub, output), output, content_of(output), f"{LORA_FILE} is not a safetensors file")
+        check_refusal(output, f"{LORA_FILE} is not a safetensors file")
     (output / LORA_FILE).unlink()
     (output.parent / "weights").write_bytes(weights)
     (output / LORA_FILE).symlink_to(output.parent / "weights")
-    check_failure(push(hub, output), output, content_of(output), f"no file {LORA_FILE}")
+    check_refusal(output, f"no file {LORA_FILE}")
     (output / LORA_FILE).unlink()
     (output / LORA_FILE).write_bytes(weights)
     (output / "images" / "0_lora.png").write_bytes(b"PASSWORD=1")
-    check_failure(push(hub, output), output, content_of(output), "images/0_lora.png is not a PNG file")
-    assert sum(hub.counts.values()) == 0
+    check_refusal(output, "images/0_lora.png is not a PNG file")
 
 
 @pytest.mark.parametrize("name", ["README.md", "run.json", LORA_FILE])
-def test_a_secret_in_a_file(hub: LoopbackHub, output: Path, name: str) -> None:
+def test_a_secret_in_a_file(output: Path, name: str) -> None:
     """The file is named and nothing is sent."""
     if name == LORA_FILE:
         save_file({"a": np.zeros(1)}, output / name, metadata={"note": CANARY})
     else:
         with (output / name).open("a") as file:
             file.write(f'\n"{CANARY}"\n')
-    words = ["--hub_model_id", REPO]
-    result = push(hub, output, *words)
-    check_failure(result, output, content_of(output), f"{name} holds a secret")
-    assert CANARY not in "".join(map(str, result)) and sum(hub.counts.values()) == 0
+    check_refusal(output, f"{name} holds a secret")
+
+
+def test_a_bad_name(output: Path) -> None:
+    """Of a repository."""
+    check_refusal(output, "Expected user/name", "not a/good/name")
 
 
 def test_token_canary(hub: LoopbackHub, output: Path) -> None:
@@ -366,7 +377,7 @@ def test_check_access_refuses(hub: LoopbackHub, tmp_path: Path) -> None:
     ]
     # A token that may only read can still "create" a repository that exists.
     hub.read_only = True
-    refused.append((check_access(hub, home, "repo"), "must not write"))
+    refused.append((check_access(hub, home, "repo"), "(403: the token may only read)"))
     hub.read_only = False
     hub.fail("create", times=float("inf"))
     refused.append((check_access(hub, home, "repo"), "503"))

@@ -27,10 +27,10 @@ def _no_login(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.delenv(name)
 
 
-def make_repository(folder: Path) -> str:
+def make_repository(folder: Path, content: str = "") -> str:
     """A repository with one commit of a package of two files; returns the commit."""
     folder.mkdir()
-    (folder / "__init__.py").write_text("")
+    (folder / "__init__.py").write_text(content)
     (folder / "run_info.py").write_text("")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     environment |= {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_SYSTEM": os.devnull}
@@ -66,7 +66,7 @@ def test_git_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "package"
     commit = make_repository(package)
     other = tmp_path / "other"
-    make_repository(other)
+    assert make_repository(other, "other") != commit
     monkeypatch.setenv("GIT_DIR", str(other / ".git"))
     assert git_commit(package) == {"commit": commit, "dirty": False}
     (package / "notes.txt").write_text("untracked")

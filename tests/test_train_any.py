@@ -153,26 +153,6 @@ def test_videos(
     assert (output / "validation" / "000001.png").is_file() and (output / "before_after.png").is_file()
 
 
-def test_frames_are_scored_one_by_one(script: ModuleType):
-    videos = torch.rand(2, 5, 3, 4, 4)
-    seen: list[tuple[torch.Size, list[str]]] = []
-
-    def reward(images: torch.Tensor, texts: list[str]) -> torch.Tensor:
-        seen.append((images.shape, texts))
-        return images[:, 0].mean((1, 2))
-
-    found = script.of_frames(reward, videos, ["a", "b"])
-    assert torch.allclose(found, videos[:, :, 0].mean((1, 2, 3)))
-    assert seen == [((10, 3, 4, 4), ["a"] * 5 + ["b"] * 5)]
-
-
-def test_pictures_out_of_range_are_refused(script: ModuleType):
-    with pytest.raises(ValueError, match=r"in \[0, 1\], .* from -1.00 to 1.00"):
-        script.of_frames(
-            lambda images, texts: images.mean((1, 2, 3)), torch.tensor([-1.0, 1.0]).reshape(1, 1, 1, 2), [""]
-        )
-
-
 @pytest.mark.parametrize(
     ("name", "component"), [("Ovis-Image", "transformer"), ("Wan 2.2", "transformer"), ("Wan 2.2", "transformer_2")]
 )

@@ -57,11 +57,11 @@ from flowbp.evaluation import (
 from flowbp.figures import comparison
 from flowbp.inference import BaseForLast, call_arguments, lora_models
 from flowbp.prompts import load_prompts, load_texts
-from flowbp.push import one_line
 from flowbp.recording import is_velocity_model
 from flowbp.rewards import REWARDS, WeightedReward, load_reward
 from flowbp.rewards.loading import parse_model_paths
 from flowbp.rewards.ocr import quoted_text
+from flowbp.run_info import one_line
 from flowbp.training_utils import PATIENCE, WEIGHT_DTYPES, derive_seed, freeze, missing_components
 from flowbp.validation import to_pil
 

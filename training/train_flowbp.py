@@ -44,9 +44,9 @@ from flowbp.distributed import prepare_transformer
 from flowbp.inference import call_arguments
 from flowbp.prompt_embeds import group_offload_encoder, text_encoders
 from flowbp.prompts import load_prompts
-from flowbp.push import one_line
 from flowbp.recording import is_velocity_model
 from flowbp.rewards import part_means
+from flowbp.run_info import one_line
 from flowbp.training_run import USER_ERRORS, TrainingRun
 from flowbp.training_utils import (
     LORA_FILE,

@@ -38,8 +38,8 @@ from flowbp.checkpoints import find_checkpoint
 from flowbp.distributed import prepare_transformer
 from flowbp.prompt_embeds import Embeds, prepare_prompt_embeds
 from flowbp.prompts import load_prompts
-from flowbp.push import one_line
 from flowbp.rewards import part_means
+from flowbp.run_info import one_line
 from flowbp.training_run import USER_ERRORS, TrainingRun
 from flowbp.training_utils import (
     WEIGHT_DTYPES,

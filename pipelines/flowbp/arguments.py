@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.tracking import get_available_trackers
 
 from .config import parse_args_with_config
 from .drawing import STEP_SAMPLING
@@ -285,6 +286,15 @@ def parse_training_args(parser: argparse.ArgumentParser, argv: list[str] | None)
         )
     if args.validation_prompt is not None and not all(prompt.strip() for prompt in args.validation_prompt):
         parser.error("--validation_prompt must not be blank")
+    trackers = [str(tracker) for tracker in get_available_trackers()]
+    if args.report_to not in (*trackers, "all", "none"):
+        # accelerate leaves out what is not installed without a word.
+        parser.error(
+            f"--report_to {args.report_to}: expected all, none or an installed tracker ({', '.join(trackers)}); "
+            "install its package or choose another"
+        )
+    if not all(name.strip() for name in args.lora_layers.split(",")):
+        parser.error("--lora_layers has an empty name; write names with commas between them")
     if args.select == "best" and args.eval_reward is None:
         parser.error("--select best needs --eval_reward, the held-out reward to choose by")
     if args.select is None:

@@ -69,7 +69,7 @@ class FlowBPCallback:
         measure_gradients: report the norm of the gradient that each active step adds to the trainable parameters, the
             anchor's part included, in this process and before processes exchange gradients; without `gradient_scale`.
             Steps that `steps_per_forward` evaluates together get the norm of their sum. Takes memory for one more copy
-            of the gradients. Sharded parameters (FSDP2) cannot be watched: nothing is reported for them.
+            of the gradients, of whole ones also where parameters are sharded (FSDP2).
 
     Raises:
         ValueError: for options outside their range.
@@ -228,8 +228,8 @@ class FlowBPCallback:
             prompts: one for each image, or one for each `B / len(prompts)` images in a row.
             objective: `f(rewards, weights) -> scalar`; default `Objective()`, the mean of `-weights * rewards`.
             gradient_scale: factor on the gradients only (1 / accumulation steps, a loss scaler's scale).
-            transformer: wrapped transformer (DDP) to call in place of the recorded one. All passes but the last run in
-                its `no_sync`.
+            transformer: transformer that processes share: DDP's wrapper, to call in place of the recorded one, or the
+                recorded one itself under FSDP2. They exchange gradients with the last pass only.
 
         Returns:
             Detached rewards, loss, weights, gaps, anchor and gradient norms.
@@ -303,7 +303,10 @@ class FlowBPCallback:
             )
         # Training scripts wrap the one that they train.
         trained = [each for each in recorder.transformers if any(p.requires_grad for p in each.parameters())]
-        modules: Mapping[torch.nn.Module, torch.nn.Module] = {} if transformer is None else {trained[0]: transformer}
+        is_wrapped = transformer is not trained[0] or hasattr(transformer, "set_requires_gradient_sync")
+        modules: Mapping[torch.nn.Module, torch.nn.Module] = (
+            {trained[0]: transformer} if transformer is not None and is_wrapped else {}
+        )
         sweep = Sweep(
             recorder.name,
             self.unconditional_gradient,

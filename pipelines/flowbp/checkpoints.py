@@ -17,7 +17,6 @@ One process writes into a folder; others may read there at any time. The hashes 
 import errno
 import hashlib
 import json
-import math
 import os
 import re
 import shutil
@@ -68,17 +67,10 @@ def _encode(content: Any) -> bytes:
 def _parse(path: Path, data: bytes) -> tuple[Any, bytes]:
     """The content of a JSON text, and the text that `write_json` makes of it."""
     try:
-        content = json.loads(data.decode(), parse_float=_finite, parse_constant=_finite)
-        return content, _encode(content)
+        content = json.loads(data.decode())
+        return content, _encode(content)  # refuses NaN and infinity, which json reads
     except (ValueError, RecursionError) as error:
         raise _damaged(path, "JSON", f"{len(data)} bytes that are none ({error})") from error
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"{text} is no finite number")
-    return value
 
 
 def _read(path: Path) -> bytes:

@@ -10,6 +10,8 @@ from typing import Any
 
 import yaml
 
+from .run_info import one_line
+
 
 def parse_args_with_config(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
     """Parses the command line, with `--config FILE` giving the values of options that the command line leaves out.
@@ -37,7 +39,7 @@ def parse_args_with_config(parser: argparse.ArgumentParser, argv: list[str] | No
         raise ValueError("parse_args_with_config: expected a parser with a --config option")
 
     def error(message: str) -> None:
-        parser.exit(2, f"{parser.prog}: error: {' '.join(message.split())}\n")
+        parser.exit(2, f"{parser.prog}: error: {one_line(message)}\n")
 
     # argparse's own error() prints the usage of every option first, which hides the line that matters.
     parser.error = error

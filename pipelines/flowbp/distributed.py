@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -132,13 +132,12 @@ def prepare_transformer(accelerator: Accelerator, transformer: torch.nn.Module) 
     transformer.to(accelerator.device)
     if accelerator.num_processes == 1:
         return transformer
-    # static_graph would count on the same backward every time, which terms and couplings change; unused parameters
-    # are not looked for, since every active step uses the whole transformer; buffers (tables of positions) never
-    # change, and broadcasting them at every call would be the only exchange of the rollout.
-    accelerator.ddp_handler = DistributedDataParallelKwargs(
-        static_graph=False, find_unused_parameters=False, broadcast_buffers=False
-    )
-    return accelerator.prepare_model(transformer)
+    # With DDP's defaults: static_graph would expect the same backward pass every time, which terms and couplings
+    # change, and unused parameters need no search, since every active step uses the whole transformer.
+    wrapped = accelerator.prepare_model(transformer)
+    # Buffers (tables of positions, hundreds of MB for SD3.5) never change, so they are not sent again at every pass.
+    wrapped.forward_sync_buffers = False
+    return wrapped
 
 
 def _shard(accelerator: Accelerator, transformer: torch.nn.Module) -> None:
@@ -150,15 +149,16 @@ def _shard(accelerator: Accelerator, transformer: torch.nn.Module) -> None:
             "training/accelerate_configs/several_gpus.yaml (DDP)."
         )
     plugin = accelerator.state.fsdp_plugin if accelerator.is_fsdp2 else FullyShardedDataParallelPlugin()
+    found = {type(part).__name__ for part in transformer.modules()}
     # The names that diffusers gives: blocks that must stay on one device are also what is worth gathering at once.
     own = getattr(transformer, "_no_split_modules", None) or getattr(transformer, "_repeated_blocks", None) or []
+    own = found.intersection(own)
     names = set(plugin.transformer_cls_names_to_wrap or own)
-    found = {type(part).__name__ for part in transformer.modules()}
     if not names or not names <= found:
         raise ValueError(
-            f"FSDP2 needs the class names of the transformer's blocks, got {', '.join(sorted(names)) or 'none'} for "
-            f"{type(transformer).__name__}; set fsdp_transformer_layer_cls_to_wrap in accelerate's config"
-            + (f", or leave it away for its own: {', '.join(sorted(own))}." if own else ".")
+            f"FSDP2 needs class names of blocks of {type(transformer).__name__}, got "
+            f"{', '.join(sorted(names)) or 'none'}; set fsdp_transformer_layer_cls_to_wrap in accelerate's config"
+            + (f", or leave it away for the model's own: {', '.join(sorted(own))}." if own else ".")
         )
     settings = {
         "mesh": init_device_mesh(accelerator.device.type, (accelerator.num_processes,)),
@@ -192,8 +192,8 @@ def like(full: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
 
 
 def full_lora(transformer: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The LoRA's whole tensors by peft's names, on every process. Collective."""
-    return {name: full_tensor(tensor) for name, tensor in get_peft_model_state_dict(transformer).items()}
+    """Copies of the LoRA's whole tensors by peft's names, on every process. Collective."""
+    return {name: full_tensor(tensor).clone() for name, tensor in get_peft_model_state_dict(transformer).items()}
 
 
 def load_lora(transformer: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -27,10 +27,10 @@ HIGH_FREQUENCY = 1 / 4  # cycles per pixel: details of 4 pixels and less, of whi
 GRID_PERIOD = 16  # pixels that a token of the usual transformer covers (patch 2 x VAE 8): its grids repeat with them
 COARSE = 16  # cells across, of which diversity takes the means: they keep composition and colour, not noise
 
-# Held-out reward: how many evaluations are compared, and standard errors that it must fall by over them. As the two
-# rewards must also part from each evaluation to the next, pure noise raises the alarm in 5 to 9 % of runs of 20
-# evaluations (8 to 64 pictures, simulated); 2 errors alone would in 20 to 35 %. Fewer pictures than MIN_PICTURES have
-# no standard error worth the name; 16 or more are better.
+# Held-out reward: how many evaluations are compared, and standard errors that it must fall by over them. The two
+# rewards must also part from each evaluation to the next, the held-out one by an equal part of these errors (1). So
+# pure noise raises the alarm in 1 to 2 % of runs of 20 evaluations of 8 to 64 pictures (simulated); 2 errors alone
+# would in 20 to 35 %. Fewer pictures than MIN_PICTURES have no standard error worth the name; 16 or more are better.
 WINDOW, FALL_ERRORS, MIN_PICTURES = 3, 2.0, 4
 # Saturated share: its rise over the base's, and the factor on its odds share / (1 - share), with which graphics that
 # have a share near 1 can vary. Demo: +0.01 at most.
@@ -346,11 +346,12 @@ def _held_out_falls(window: Sequence[Sequence[Any]]) -> str | None:
         rises = [_changes(old[:1], new[:1]) for old, new in pairs]
     if min(map(len, falls)) < MIN_PICTURES or not all(rises):
         return None
-    rise, fall = statistics.fmean(rises[-1]), -statistics.fmean(falls[-1])
-    error = statistics.stdev(falls[-1]) / math.sqrt(len(falls[-1]))
-    parts = min(map(statistics.fmean, rises)) > 0 and max(map(statistics.fmean, falls)) < 0
-    if not parts or fall <= FALL_ERRORS * error:
+    errors = [statistics.stdev(part) / math.sqrt(len(part)) for part in falls]
+    needed = [FALL_ERRORS / (WINDOW - 1)] * (WINDOW - 1) + [FALL_ERRORS]
+    falling = all(-statistics.fmean(part) > k * error for part, k, error in zip(falls, needed, errors, strict=True))
+    if not falling or min(map(statistics.fmean, rises)) <= 0:
         return None
+    rise, fall, error = statistics.fmean(rises[-1]), -statistics.fmean(falls[-1]), errors[-1]
     return (
         f"over the last {WINDOW} evaluations the training reward rose by {rise:.3g} and the held-out reward of the "
         f"same pictures fell by {fall:.3g} (standard error {error:.2g}): the reward is being hacked; take best/ "

@@ -249,7 +249,8 @@ def write_card(output_dir: Path) -> Path:
     task = "text-to-video" if (options.get("num_frames") or 1) > 1 else "text-to-image"
     names = [reward["name"] for reward in run["rewards"]] or [options.get("reward") or ""]
     tags = [re.sub(r"[^\w.]+", "-", name, flags=re.ASCII).strip("-").lower() for name in names]
-    evaluation_prompts = str(options.get("eval_prompts") or options.get("prompts") or "prompts")
+    # Those of the validation may be the training's own.
+    evaluation_prompts = options.get("eval_prompts") or "validation prompts"
     results = [
         EvalResult(
             task_type=task,
@@ -290,6 +291,7 @@ def write_card(output_dir: Path) -> Path:
         rewards=_reward_rows(run["rewards"]),
         held_out=any(reward["role"] == "held out" for reward in run["rewards"]),
         evaluation_prompts=markdown(evaluation_prompts),
+        prompts_are_known=not options.get("eval_prompts") and not options.get("validation_prompt"),
         selected_update=selected["update"],
         selected_why="the best by the held-out reward" if selected["kind"] == "best" else "the last one",
         updates=run["updates"],

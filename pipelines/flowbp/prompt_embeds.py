@@ -25,7 +25,7 @@ from diffusers import DiffusionPipeline
 from diffusers.hooks import apply_group_offloading
 from diffusers.training_utils import offload_models
 from huggingface_hub import try_to_load_from_cache
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 Embeds = dict[str, torch.Tensor]
@@ -109,15 +109,19 @@ class PromptEmbeds:
         """Embeddings `{argument: (B, ...)}` of B prompts.
 
         Raises:
-            ValueError: for a prompt that was not encoded.
+            ValueError: for a prompt that was not encoded, and for a damaged file.
         """
         rows: list[Embeds] = []
         for prompt in prompts:
             if prompt not in self.places:
                 raise ValueError(f"No embeddings of {prompt!r} in {self.folder}; it was not among the run's prompts.")
             file, row = self.places[prompt]
-            with safe_open(self.folder / f"{file:05d}.safetensors", framework="pt") as tensors:
-                rows.append({name: tensors.get_slice(name)[row : row + 1] for name in tensors.keys()})
+            path = self.folder / f"{file:05d}.safetensors"
+            try:
+                with safe_open(path, framework="pt") as tensors:
+                    rows.append({name: tensors.get_slice(name)[row : row + 1] for name in tensors.keys()})
+            except SafetensorError as error:
+                raise ValueError(f"{path} is damaged ({error}); remove {self.folder} and start again.") from error
         return {name: torch.cat([row[name] for row in rows]).to(self.device) for name in rows[0]}
 
 

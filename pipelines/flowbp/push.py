@@ -29,7 +29,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
-from .run_info import redact_text
+from .run_info import one_line, redact_text
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 TEXT_FILES = ("README.md", "run.json")
@@ -52,11 +52,6 @@ class PushError(RuntimeError):
     """Nothing or not everything was published; the message is one line and says how to do it later."""
 
 
-def one_line(error: object) -> str:
-    """A message without line breaks and secrets."""
-    return redact_text(" ".join(str(error).split()))
-
-
 def _chain(error: BaseException | None) -> list[BaseException]:
     """An error and those that caused it: the client wraps failures of uploads in a RuntimeError."""
     found: list[BaseException] = []
@@ -66,9 +61,15 @@ def _chain(error: BaseException | None) -> list[BaseException]:
     return found
 
 
+def _answer(error: BaseException) -> HfHubHTTPError | None:
+    """The Hub's answer that an error comes from, None where there was no answer."""
+    return next((item for item in _chain(error) if isinstance(item, HfHubHTTPError)), None)
+
+
 def _status(error: BaseException) -> int | None:
     """The status of the Hub's answer, None where there was no answer."""
-    return next((item.response.status_code for item in _chain(error) if isinstance(item, HfHubHTTPError)), None)
+    answer = _answer(error)
+    return None if answer is None else answer.response.status_code
 
 
 def _is_temporary(error: BaseException) -> bool:
@@ -81,16 +82,14 @@ def _is_temporary(error: BaseException) -> bool:
 
 def _retry_after(error: BaseException) -> float:
     """Seconds that the Hub's answer asks to wait, 0 where it does not."""
-    for item in _chain(error):
-        if isinstance(item, HfHubHTTPError):
-            text = item.response.headers.get("Retry-After", "").strip()
-            if text.isdecimal():
-                return float(text)
-            try:
-                return max(0.0, (parsedate_to_datetime(text) - datetime.now(UTC)).total_seconds())
-            except (TypeError, ValueError):
-                return 0.0
-    return 0.0
+    answer = _answer(error)
+    text = "" if answer is None else answer.response.headers.get("Retry-After", "").strip()
+    if text.isdecimal():
+        return float(text)
+    try:
+        return max(0.0, (parsedate_to_datetime(text) - datetime.now(UTC)).total_seconds())
+    except (TypeError, ValueError):
+        return 0.0
 
 
 def with_retries(call: Callable[[], Answer], tries: int = TRIES, first_wait: float = FIRST_WAIT) -> Answer:
@@ -125,7 +124,8 @@ def _explain(error: BaseException, repo_id: str) -> str:
     if status == 401:
         return f"the Hub does not accept the token (401); {LOG_IN}."
     if status == 403:
-        return f"the token must not write to {repo_id} (403); {LOG_IN}, or choose another --hub_model_id."
+        reason = one_line(_answer(error).server_message or "no reason given")
+        return f"the Hub refuses to write to {repo_id} (403: {reason}); {LOG_IN}, or choose another --hub_model_id."
     return one_line(error) or type(error).__name__
 
 

@@ -228,7 +228,12 @@ class Recorder:
             self._patch(scheduler_class, "step", self._scheduler_step)
             self._patch(scheduler_class, "set_timesteps", self._scheduler_set_timesteps)
             for transformer in self.transformers:
-                self._patch(transformer, "forward", functools.partial(self._transformer_call, transformer))
+                if hasattr(transformer, "set_requires_gradient_sync"):
+                    # FSDP2 acts in hooks around forward. The cut is outside of them, or the hooks of its backward pass
+                    # would be in the glue and exchange gradients whenever that is differentiated.
+                    self._patch(type(transformer), "__call__", functools.partial(self._sharded_call, transformer))
+                else:
+                    self._patch(transformer, "forward", functools.partial(self._transformer_call, transformer))
             vae = self.pipe.components.get("vae")
             if self.samples_per_decode is not None and vae is not None:
                 self._patch(vae, "decode", self._decode)
@@ -355,6 +360,18 @@ class Recorder:
         return self._is_copy and self._step < self._last
 
     # The transformer's calls.
+
+    def _sharded_call(
+        self,
+        sharded: torch.nn.Module,
+        original: Callable[..., Any],
+        module: torch.nn.Module,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        if module is not sharded:
+            return original(module, *args, **kwargs)
+        return self._transformer_call(module, functools.partial(original, module), *args, **kwargs)
 
     def _transformer_call(
         self, module: torch.nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any

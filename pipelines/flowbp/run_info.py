@@ -165,6 +165,11 @@ def redact_text(text: str, known: Sequence[str] | None = None) -> str:
     return URL_USER.sub(REDACTED, TOKEN.sub(REDACTED, text))
 
 
+def one_line(message: object) -> str:
+    """A message or an error's, without line breaks and secrets."""
+    return redact_text(" ".join(str(message).split()))
+
+
 def redact(value: Any) -> Any:
     """`value` with `[redacted]` in place of every secret in its strings, keys included.
 

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.hooks import RemovableHandle
 
 from .methods import Term
 from .recording import REPLAY_TOLERANCE, ActiveStep, Call, RecordingError, Trajectory, agree, switches
@@ -110,8 +111,7 @@ class Sweep:
         if self.velocity_anchor:
             for module in (module for module, parameters in trained.items() if parameters):
                 self._check_adapters(module)
-        measured = [each for parameters in trained.values() for each in parameters] if self.measure_gradients else []
-        norms = _GradientNorms(measured)
+        norms = _GradientNorms(list(trained) if self.measure_gradients else [])
         chunks = [
             (trajectory, chunk, index)
             for index, trajectory in enumerate(trajectories)
@@ -182,7 +182,15 @@ class Sweep:
         parts = self._parts(step)
         if len(parts) == 1:
             return [None] * len(step.calls)
-        unconditional = self._unconditional_part(number, step, parts)
+        try:
+            unconditional = self._unconditional_part(number, step, parts)
+        except RecordingError:
+            values = [step.velocity, *(output for call in step.calls for output in call.outputs)]
+            if all(bool(value.isfinite().all()) for value in values):
+                raise
+            # The gradient will not be finite whichever branch is left out. One is, so that this process makes as many
+            # passes as the others, which FSDP2 waits for.
+            unconditional = 0
         rows: list[Rows] = []
         for call in range(len(step.calls)):
             of_call = [(part, part_rows) for part, (owner, part_rows) in enumerate(parts) if owner == call]
@@ -201,11 +209,7 @@ class Sweep:
         return parts
 
     def _unconditional_part(self, number: int, step: ActiveStep, parts: list[tuple[int, slice]]) -> int:
-        """Index of the part that guidance `u + s (c - u)`, s > 1, weighs against the sum of all parts.
-
-        Where the probe comes back with values that are not finite, so will the cotangents, and every part is as good;
-        one is named all the same, so that each process makes as many passes as the others.
-        """
+        """Index of the part that guidance `u + s (c - u)`, s > 1, weighs against the sum of all parts."""
         # Of a call with several output tensors the first holds the velocity; of a list every sample's.
         of_parts = [
             _recorded(step.calls[call], (rows,))[: None if step.calls[call].is_list else 1] for call, rows in parts
@@ -223,8 +227,6 @@ class Sweep:
                 torch.cat([_take(next(remaining), cut).flatten().double() for _, cut in of_part])
                 for of_part in of_parts
             ]
-            if not all(bool(piece.isfinite().all()) for piece in pieces):
-                return 0
             if len({piece.shape for piece in pieces}) > 1:
                 # Some outputs have rows of text beside those of the picture, which the velocity does not use.
                 pieces = [piece[piece != 0] for piece in pieces]
@@ -306,14 +308,14 @@ class Sweep:
         is_anchored = is_trained and self.velocity_anchor > 0
         is_whole = len(calls) == 1 and rows[0] is None
         with ExitStack() as stack:
-            if not synchronise and hasattr(module, "no_sync"):
+            if not synchronise:
                 # Processes exchange gradients once, with the last pass.
-                stack.enter_context(module.no_sync())
+                stack.enter_context(_no_exchange(module))
             stack.enter_context(torch.enable_grad())
             try:
                 if is_anchored:
                     # Before the pass with gradients, so that the two are not in memory together.
-                    with torch.no_grad(), _without_adapters(recorded):
+                    with torch.no_grad(), adapters_off(recorded):
                         _, bases = _forward(module, calls, rows)
                 with self._watch(recorded):
                     inputs, outputs = _forward(module, calls, rows)
@@ -321,7 +323,8 @@ class Sweep:
             except torch.OutOfMemoryError:
                 raise
             except (RuntimeError, ValueError, IndexError) as error:
-                if is_whole or isinstance(error, RecordingError):
+                if is_whole or isinstance(error, RecordingError) or hasattr(module, "set_requires_gradient_sync"):
+                    # FSDP2 cannot go on after a call that broke off.
                     raise
                 problem = str(error)
             if problem and not is_whole:
@@ -491,12 +494,20 @@ class _StepGradients:
 class _GradientNorms:
     """Norms of what passes send to parameters, found by hooks on them: `.grad` holds the sum over all passes.
 
+    The hooks are placed when the parts of the transformers are called, because FSDP2's whole parameters are there then
+    only.
+
     Attributes:
         found: `{step: norm}`, the same for steps of one block.
     """
 
-    def __init__(self, parameters: Sequence[torch.nn.Parameter]) -> None:
-        self.parameters = parameters
+    def __init__(self, modules: Sequence[torch.nn.Module]) -> None:
+        self.parts = [
+            part
+            for module in modules
+            for part in module.modules()
+            if any(parameter.requires_grad for parameter in part.parameters(recurse=False))
+        ]
         self.found: dict[int, torch.Tensor] = {}
         self._steps: list[int] = []
         self._sums: dict[int, torch.Tensor] = {}
@@ -506,14 +517,18 @@ class _GradientNorms:
         """Measure the passes of this block. Blocks of the same steps in a row (DRaFT-LV's copies) add up."""
         if steps != self._steps:
             self._steps, self._sums = steps, {}
-        handles = [
-            parameter.register_hook(functools.partial(self._add, number))
-            for number, parameter in enumerate(self.parameters)
-        ]
+        hooks: dict[int, RemovableHandle] = {}
+
+        def place(part: torch.nn.Module, inputs: object) -> None:
+            for parameter in part.parameters(recurse=False):
+                if torch.is_grad_enabled() and parameter.requires_grad and id(parameter) not in hooks:
+                    hooks[id(parameter)] = parameter.register_hook(functools.partial(self._add, id(parameter)))
+
+        handles = [part.register_forward_pre_hook(place) for part in self.parts]
         try:
             yield
         finally:
-            for handle in handles:
+            for handle in (*handles, *hooks.values()):
                 handle.remove()
         if self._sums:
             norms = [torch.linalg.vector_norm(_widened(each)) for each in self._sums.values()]
@@ -530,7 +545,7 @@ def _adapters(module: torch.nn.Module) -> list[BaseTunerLayer]:
 
 
 @contextmanager
-def _without_adapters(module: torch.nn.Module) -> Iterator[None]:
+def adapters_off(module: torch.nn.Module) -> Iterator[None]:
     """Switch all adapters of a model off, whichever are active, and back to what they were."""
     adapters = _adapters(module)
     before = [adapter._disable_adapters for adapter in adapters]
@@ -542,6 +557,22 @@ def _without_adapters(module: torch.nn.Module) -> Iterator[None]:
     finally:
         for adapter, was_disabled in zip(adapters, before, strict=True):
             adapter._disable_adapters = was_disabled
+
+
+@contextmanager
+def _no_exchange(module: torch.nn.Module) -> Iterator[None]:
+    """Backward passes of this block leave their gradients in the process: in DDP's `no_sync`, or FSDP2's switch."""
+    if hasattr(module, "set_requires_gradient_sync"):
+        module.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            module.set_requires_gradient_sync(True)
+    elif hasattr(module, "no_sync"):
+        with module.no_sync():
+            yield
+    else:
+        yield
 
 
 def _forward(

@@ -52,8 +52,10 @@ from .model_card import write_card
 from .prompts import PromptSampler
 from .push import PushError, push_folder
 from .recording import RecordingError
+from .rewards import WeightedReward
 from .run_info import git_commit, hardware, redact, settings, versions, write_run_json
-from .training_utils import LORA_FILE, StageMeter, StopSignals, TrainingError, adapters_off, make_generator
+from .sweep import adapters_off
+from .training_utils import LORA_FILE, StageMeter, StopSignals, TrainingError, make_generator
 from .validation import Drawn, draw_pictures
 
 # What a user can put right: the scripts print these in one line.
@@ -190,6 +192,7 @@ class TrainingRun:
         self.judges = {args.reward: rewards.plain}
         if rewards.held_out is not None:
             self.judges[args.eval_reward] = rewards.held_out
+        self.part_names = list(rewards.training.weights) if isinstance(rewards.training, WeightedReward) else []
         self.evaluation_prompts = rewards.evaluation_prompts
         self.guard = Guard()
         self.alarms: list[dict[str, Any]] = []
@@ -363,8 +366,10 @@ class TrainingRun:
         means: dict[str, float] = {"loss": _mean([out.loss for out in outs])}
         if self.args.velocity_anchor:
             means["anchor"] = _mean([out.anchor for out in outs])
-        for name in self._passes[0][1]:
-            means[f"reward/{name}"] = sum(parts[name] for _, parts in self._passes) / len(self._passes)
+        for name in self.part_names:
+            # Absent where the pictures were not finite and so not scored.
+            of_passes = [parts.get(name, math.nan) for _, parts in self._passes]
+            means[f"reward/{name}"] = sum(of_passes) / len(of_passes)
         for step in outs[0].gaps:
             means[f"gap/{step}"] = _mean([out.gaps[step] for out in outs])
         for step in outs[0].gradient_norms:
@@ -531,7 +536,7 @@ class TrainingRun:
             best = self.evaluations.get("best")
             if score is not None and (best is None or score > best["score"]):
                 self.evaluations["best"] = {**found, "score": score}
-                self.best_lora = {name: tensor.cpu().clone() for name, tensor in full_lora(self.transformer).items()}
+                self.best_lora = {name: tensor.cpu() for name, tensor in full_lora(self.transformer).items()}
                 self._write_best()
         self._log_pictures("evaluation", update, drawn)
         self._raise_alarms(self.guard.evaluate(measurement))

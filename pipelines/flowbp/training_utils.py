@@ -13,8 +13,7 @@ import json
 import resource
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,6 @@ from diffusers.quantizers.auto import DiffusersAutoQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.nn import Linear
 
 from .checkpoints import clean
@@ -124,19 +122,15 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
     """
     check_environment()
     silent = args.report_to == "none" or args.dry_run
-    trackers = None if silent else args.report_to
     accelerator = Accelerator(
         mixed_precision="no",
         kwargs_handlers=[PATIENCE],
-        log_with=trackers,
+        log_with=None if silent else args.report_to,
         project_config=ProjectConfiguration(
             project_dir=str(args.output_dir), logging_dir=str(args.output_dir / args.logging_dir)
         ),
     )
     check_distributed(accelerator)
-    if trackers is not None and not accelerator.log_with:
-        # accelerate leaves out what is not installed without a word.
-        raise ValueError(f"--report_to {trackers}: not installed; install it, or choose tensorboard or none.")
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     if args.hub_model_id is None:
         args.hub_model_id = args.output_dir.resolve().name
@@ -257,24 +251,6 @@ class StageMeter:
             lines.append(f"{'update':<10} {sum(self.seconds.values()):9.2f}")
             lines.append(f"peak of the whole process, loading included: {resident:.2f} GiB")
         return "\n".join(lines)
-
-
-@contextmanager
-def adapters_off(transformer: torch.nn.Module) -> Iterator[None]:
-    """The base model, for a while: the LoRA's layers add nothing.
-
-    Not `disable_adapters`, which also switches `requires_grad` of the LoRA: a sharded transformer that is first called
-    meanwhile would never train it.
-    """
-    layers = [layer for layer in transformer.modules() if isinstance(layer, BaseTunerLayer)]
-    before = [layer._disable_adapters for layer in layers]
-    try:
-        for layer in layers:
-            layer._disable_adapters = True
-        yield
-    finally:
-        for layer, was in zip(layers, before, strict=True):
-            layer._disable_adapters = was
 
 
 class StopSignals:

@@ -103,7 +103,7 @@ def draw_pictures(
         place = turn * accelerator.num_processes + accelerator.process_index
         number = min(place, len(prompts) - 1)
         with VelocityMeter(transformer) as velocities:
-            pictures = [sample(prompts[number], noise(number * count + index)).float() for index in range(count)]
+            pictures = [sample(prompts[number], noise(number * count + index)) for index in range(count)]
         if place == number:
             measured = _measure(torch.cat(pictures), prompts[number], rewards)
             mine.append((place, {**measured, "velocity_norm": velocities.mean()}))
@@ -123,6 +123,7 @@ def draw_pictures(
 
 
 def _measure(images: torch.Tensor, prompt: str, rewards: Mapping[str, torch.nn.Module]) -> dict[str, Any]:
+    files, images = to_pil(images), images.float()
     scores: dict[str, list[float]] = {}
     for name, reward in rewards.items():
         of_reward: dict[str, list[float]] = {name: []}
@@ -134,9 +135,9 @@ def _measure(images: torch.Tensor, prompt: str, rewards: Mapping[str, torch.nn.M
         # A part that is also the held-out reward keeps one entry; both are the same number.
         scores |= of_reward
     return {
-        "images": to_pil(images),
+        "images": files,
         "scores": scores,
-        "saturated": saturated_share(images).mean().item(),
-        "high_frequency": high_frequency_energy(images).mean().item(),
+        "saturated": saturated_share(images).nanmean().item(),
+        "high_frequency": high_frequency_energy(images).nanmean().item(),
         "diversity": diversity(images),
     }
