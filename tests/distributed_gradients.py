@@ -10,8 +10,6 @@ exchange gradients once.
 """
 
 import json
-import os
-import time
 from collections import Counter
 from typing import Any
 
@@ -23,7 +21,7 @@ from tiny_sd3 import MAX_SEQUENCE_LENGTH, tiny_sd3_pipeline
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowbp import FlowBPCallback, get_method
-from flowbp.distributed import check_distributed, full_tensor, prepare_transformer
+from flowbp.distributed import check_distributed, full_tensor, leave, prepare_transformer
 
 CALL = {
     "num_inference_steps": 6,
@@ -119,9 +117,7 @@ def main() -> None:
     if rank == 0:
         print(json.dumps(found), flush=True)
     dist.barrier()
-    time.sleep(1)  # the other process may still be leaving the barrier
-    # Not destroy_process_group: on a loaded machine a process was seen to hang there, all its work done.
-    os._exit(0)
+    leave(0)
 
 
 if __name__ == "__main__":

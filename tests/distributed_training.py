@@ -9,8 +9,6 @@ and loading as the training scripts do them.
 """
 
 import json
-import os
-import time
 
 import torch
 import torch.distributed as dist
@@ -27,6 +25,7 @@ from flowbp.distributed import (
     clip_gradients,
     full_lora,
     full_tensor,
+    leave,
     like,
     load_lora,
     prepare_transformer,
@@ -137,8 +136,7 @@ def main() -> None:
     if rank == 0:
         print(json.dumps(found), flush=True)
     dist.barrier()
-    time.sleep(1)
-    os._exit(0)
+    leave(0)
 
 
 if __name__ == "__main__":

@@ -108,6 +108,44 @@ def test_a_sharded_transformer_trains_like_a_whole_one() -> None:
     assert found["largest"] == [1.0, 0.0, float("inf")]
 
 
+# A thread of the process group is still busy, in Python, when all work is done.
+LEAVE_BUSY = """
+import atexit, json, time
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from flowbp.distributed import leave, prepare_transformer
+
+def slow(future):
+    time.sleep(2)
+    return future.value()
+
+accelerator = Accelerator()
+model = prepare_transformer(accelerator, torch.nn.Linear(4, 4))
+model(torch.ones(1, 4)).sum().backward()
+dist.all_reduce(torch.ones(3), async_op=True).get_future().then(slow)
+accelerator.end_training()
+if accelerator.is_main_process:
+    atexit.register(lambda: print(json.dumps({"exit": "functions"})))
+leave(0)
+"""
+
+
+def test_processes_leave_although_a_thread_is_busy(tmp_path: Path) -> None:
+    script = tmp_path / "busy.py"
+    script.write_text(LEAVE_BUSY, encoding="utf-8")
+    assert printed(run([*TORCHRUN, str(script)], {})) == {"exit": "functions"}
+
+
+def test_the_exit_code_of_leaving(tmp_path: Path) -> None:
+    script = tmp_path / "leave.py"
+    script.write_text("from flowbp.distributed import leave; print('said'); leave(143)", encoding="utf-8")
+    for processes in ("1", "2"):
+        done = run([str(script)], {"WORLD_SIZE": processes})
+        assert done.returncode == 143
+        assert done.stdout == "said\n"
+
+
 # One process.
 
 

@@ -9,8 +9,12 @@ each parameter, as a DTensor, and gathers a block while it computes it. With FSD
 every function here that says *collective*, must be made by all processes, in the same order.
 """
 
+import atexit
 import os
+import sys
+import time
 from collections.abc import Iterable, Mapping, Sequence
+from typing import NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -235,6 +239,23 @@ def all_ranks_max(accelerator: Accelerator, values: Sequence[float]) -> list[flo
         return [float(value) for value in values]
     gathered = accelerator.gather(torch.tensor([list(values)], dtype=torch.float32, device=accelerator.device))
     return gathered.amax(0).tolist()
+
+
+def leave(code: int) -> NoReturn:
+    """End this process with an exit code, several processes without Python's own shutdown.
+
+    DDP keeps its process group and the threads of it alive beyond `destroy_process_group`. A thread that still lets go
+    of a tensor then needs the interpreter that is being taken down: the process crashes or hangs with all work done
+    (https://github.com/pytorch/pytorch/issues/190489). What was written is flushed, and exit functions are run.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        sys.exit(code)
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # The other processes may still be leaving a last exchange with this one.
+    time.sleep(1)
+    os._exit(code)
 
 
 def _is_set(variable: str) -> bool:

@@ -94,7 +94,7 @@ def finite(values: Sequence[float]) -> list[float | None]:
 
 
 def estimate(scores: Sequence[float | None], count: int) -> dict[str, float | None]:
-    """`mean` and 95 % bootstrap interval (`low`, `high`) over the prompts; None without a finite score.
+    """`mean` and 95 % bootstrap interval (`low`, `high`) over the prompts; None where there are too few of them.
 
     Args:
         scores: prompt by prompt, `count` of each; None for pictures without a score, which are left out.
@@ -104,7 +104,8 @@ def estimate(scores: Sequence[float | None], count: int) -> dict[str, float | No
     of_prompts = of_prompts[of_prompts.isfinite()]
     if len(of_prompts) == 0:
         return {"mean": None, "low": None, "high": None}
-    low, high = interval(of_prompts)
+    # One prompt has no interval.
+    low, high = interval(of_prompts) if len(of_prompts) > 1 else (None, None)
     return {"mean": of_prompts.mean().item(), "low": low, "high": high}
 
 
@@ -276,6 +277,7 @@ class TrainingRun:
             TrainingError: after `--max_skipped_updates` in a row, or where the step made the LoRA itself not finite.
         """
         self.meter.mark("optimizer")
+        self._rate = self.lr_scheduler.get_last_lr()[0]
         self.scaler.unscale_(self.optimizer)
         self.gradient_norm = clip_gradients(self.parameters, self.args.max_grad_norm)
         computed = torch.cat([torch.cat([out.rewards.float(), out.loss.float().view(1)]) for out, _ in self._passes])
@@ -382,7 +384,7 @@ class TrainingRun:
             "reward_std": rewards.std(correction=0).item(),
             **dict(zip(means, gathered, strict=True)),
             "gradient_norm": self.gradient_norm,
-            "learning_rate": self.lr_scheduler.get_last_lr()[0],
+            "learning_rate": self._rate,
             "seconds": sum(self.meter.seconds.values()),
             **{f"seconds/{stage}": seconds for stage, seconds in self.meter.seconds.items()},
             "memory_gib": peak / 2**30,
@@ -416,6 +418,7 @@ class TrainingRun:
             "skipped": self.skipped,
             "skipped_in_a_row": self._skipped_in_a_row,
             "rewards_since": self._rewards_since,
+            "evaluated": self._evaluated(),
             "guard": self.guard.state_dict(),
             "alarms": self.alarms,
             "evaluations": self.evaluations,
@@ -470,15 +473,23 @@ class TrainingRun:
                 like(average[str(index)], parameter) for index, parameter in enumerate(self.parameters)
             ]
             self.ema.optimization_step = state["ema_step"]
-        if (folder / "best.safetensors").is_file():
-            self.best_lora = load_tensors(folder / "best.safetensors")
         self.sampler.load_state_dict(state["prompts"])
         self.scaler.load_state_dict(state["scaler"])
-        self.guard.load_state_dict(state["guard"])
         self.first_update = state["update"]
         self.skipped, self._skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
         self._rewards_since = state["rewards_since"]
-        self.alarms, self.evaluations = state["alarms"], state["evaluations"]
+        self.alarms = state["alarms"]
+        # Scores of other pictures or rewards are of no use: then the evaluation begins afresh, with the base model.
+        if state["evaluated"] == self._evaluated():
+            self.guard.load_state_dict(state["guard"])
+            self.evaluations = state["evaluations"]
+            if (folder / "best.safetensors").is_file():
+                self.best_lora = load_tensors(folder / "best.safetensors")
+
+    def _evaluated(self) -> dict[str, Any]:
+        """What the scores of an evaluation are of."""
+        prompts = list(self.evaluation_prompts)
+        return {"rewards": list(self.judges), "prompts": prompts, "count": self.args.num_eval_images}
 
     # Evaluation.
 
@@ -637,7 +648,7 @@ class TrainingRun:
             reward_curve(self.log, args.output_dir / "reward_curve.png", title=f"{title}, reward {args.reward}")
         self._write_run_json({"kind": selected, "update": update}, base, aligned)
         write_card(args.output_dir)
-        print(f"LoRA, model card, run.json, before_after.png and reward_curve.png are in {args.output_dir}")
+        print(redact(f"LoRA, model card, run.json, before_after.png and reward_curve.png are in {args.output_dir}"))
 
     def _write_run_json(self, selected: Mapping[str, Any], base: Drawn, aligned: Drawn) -> None:
         args = self.args

@@ -265,6 +265,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.number = 0
+        self._is_interrupted = False
 
     def __enter__(self) -> "StopSignals":
         self._before = {number: signal.signal(number, self._remember) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -275,6 +276,7 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _remember(self, number: int, frame: object) -> None:
-        if number == signal.SIGINT and self.number == signal.SIGINT:
+        if number == signal.SIGINT and self._is_interrupted:
             raise KeyboardInterrupt
+        self._is_interrupted = number == signal.SIGINT
         self.number = self.number or number
