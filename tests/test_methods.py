@@ -59,6 +59,20 @@ OPTION_NAMES = {
 }
 
 
+@pytest.mark.parametrize(
+    "surrogate",
+    [
+        Surrogate("sample", (Term(2, -0.1), Term(5, -0.1)), num_noised=1),
+        Surrogate("sample", (Term(2, -0.1),), num_noised=1),
+        Surrogate(("posterior_mean", 5), (Term(5, -0.1),), num_noised=1),
+    ],
+)
+def test_copies_need_a_surrogate_of_the_last_step(surrogate: Surrogate):
+    with pytest.raises(ValueError, match="one term, at step 5"):
+        surrogate.check(6)
+    Surrogate("sample", (Term(5, -0.1),), num_noised=1).check(6)
+
+
 def test_the_table_has_the_nine_rows():
     assert list(METHODS) == list(OPTION_NAMES)
 

@@ -30,6 +30,7 @@ from training_scripts import (
     PROMPTS,
     ROOT,
     SHARED_ARGUMENTS,
+    check_refusal,
     command_line,
     error_of,
     load_script,
@@ -234,6 +235,13 @@ def test_a_skipped_update_is_seen_everywhere(flaky: tuple[Path, str]):
     assert all(tensor.isfinite().all() for tensor in lora_of(folder).values())
 
 
+def test_a_tracker_that_is_not_there_is_refused(
+    shared: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    arguments = {**shared, "output_dir": tmp_path / "run", "report_to": "tensorbord"}
+    check_refusal(NAME, arguments, "--report_to tensorbord: expected all, none or an installed", monkeypatch, capsys)
+
+
 # At the end.
 
 
@@ -314,7 +322,7 @@ def test_no_secret_is_written_or_printed(
     hidden = tmp_path / "inputs" / PATH_TOKEN
     hidden.mkdir(parents=True)
     (hidden / "model").symlink_to(model)
-    folder = tmp_path / "run"
+    folder = hidden / "run"
     words = command_line(
         shared,
         output_dir=folder,
@@ -336,7 +344,7 @@ def test_no_secret_is_written_or_printed(
     # They would have been there.
     run = json.loads((folder / "run.json").read_text())
     assert "[redacted]" in run["base_model"] and "[redacted]" in run["settings"]["hub_model_id"]
-    assert sum("[redacted]" in word for word in run["command"]) == 3
+    assert sum("[redacted]" in word for word in run["command"]) == 4
     kinds = {path.suffix for path in folder.rglob("*") if path.is_file()}
     assert {".json", ".jsonl", ".md", ".png", ".safetensors", ".yml"} <= kinds
 

@@ -377,7 +377,7 @@ def test_check_access_refuses(hub: LoopbackHub, tmp_path: Path) -> None:
     ]
     # A token that may only read can still "create" a repository that exists.
     hub.read_only = True
-    refused.append((check_access(hub, home, "repo"), "(403: the token may only read)"))
+    refused.append((check_access(hub, home, REPO), "(403: the token may only read)"))
     hub.read_only = False
     hub.fail("create", times=float("inf"))
     refused.append((check_access(hub, home, "repo"), "503"))

@@ -156,24 +156,19 @@ def opposed(script: ModuleType, shared: dict[str, Any], tmp_path_factory: pytest
     return folder, printed
 
 
+@torch.no_grad()
+def sample(pipe: DiffusionPipeline, prompt: str, noise: torch.Generator) -> torch.Tensor:
+    """What a user of the pipeline draws, `(1, 3, 8, 8)`."""
+    call = {"height": 8, "width": 8, "guidance_scale": 3.5, "max_sequence_length": MAX_SEQUENCE_LENGTH}
+    return pipe(prompt, generator=noise, num_inference_steps=3, output_type="pt", **call).images
+
+
 def draw(pipe: DiffusionPipeline) -> torch.Tensor:
-    """The evaluation pictures as a user can draw them, `(4, 3, 8, 8)`."""
-    pictures = []
-    for number, prompt in enumerate(prompt for prompt in EVALUATION_PROMPTS for _ in range(IMAGES)):
-        with torch.no_grad():
-            pictures.append(
-                pipe(
-                    prompt,
-                    generator=make_generator("evaluation", 0, number),
-                    height=8,
-                    width=8,
-                    guidance_scale=3.5,
-                    max_sequence_length=MAX_SEQUENCE_LENGTH,
-                    num_inference_steps=3,
-                    output_type="pt",
-                ).images
-            )
-    return torch.cat(pictures)
+    """The evaluation pictures, `(4, 3, 8, 8)`."""
+    prompts = [prompt for prompt in EVALUATION_PROMPTS for _ in range(IMAGES)]
+    return torch.cat(
+        [sample(pipe, prompt, make_generator("evaluation", 0, number)) for number, prompt in enumerate(prompts)]
+    )
 
 
 def draw_with(model: Path, lora: Path) -> torch.Tensor:
@@ -309,7 +304,7 @@ def test_with_an_average_that_is_what_is_evaluated_and_saved(
     changes = {
         "max_train_steps": 3,
         "eval_steps": 3,
-        "checkpointing_steps": 3,
+        "checkpointing_steps": 1,
         "use_ema": True,
         "validation_steps": 2,
         "select": "last",
@@ -327,6 +322,48 @@ def test_with_an_average_that_is_what_is_evaluated_and_saved(
     assert distance({name.removeprefix("transformer."): tensor for name, tensor in saved.items()}, last) > 1e-3
     scores = read_json(folder / "best" / "evaluation.json")["scores"]
     check_evaluation(draw_with(model, folder), scores, make_peaked_reward(), PEAKED)
+    # The validation after update 2, and that of the end.
+    pipe = load_pipeline(model)
+    pipe.load_lora_weights(folder / "checkpoint-2")
+    middle = to_pil(sample(pipe, PROMPTS[0], make_generator("validation", 0, 0)))
+    with Image.open(folder / "validation" / "000002.png") as image:
+        assert np.array_equal(np.asarray(image), np.asarray(image_grid(middle, columns=1)))
+    pipe.unload_lora_weights()
+    pipe.load_lora_weights(folder)
+    end = to_pil(sample(pipe, PROMPTS[0], make_generator("validation", 0, 0)))
+    with Image.open(folder / "images" / "0_lora.png") as image:
+        assert np.array_equal(np.asarray(image), np.asarray(end[0]))
+        assert not np.array_equal(np.asarray(image), np.asarray(middle[0]))
+
+
+def test_a_resumed_run_keeps_the_best_lora(script: ModuleType, shared: dict[str, Any], peaked: Path, tmp_path: Path):
+    folder = tmp_path / "run"
+    changes = {"max_train_steps": 8, "eval_steps": 8, "eval_reward": PEAKED}
+    train(script, shared, folder, resume_from_checkpoint=peaked / "checkpoint-7", **changes)
+    assert run_of(folder)["selected"] == run_of(peaked)["selected"] == {"kind": "best", "update": 4}
+    assert same(lora_of(folder), lora_of(peaked)) and same(lora_of(peaked), load_file(folder / "best" / LORA_FILE))
+    assert run_of(folder)["rewards"] == run_of(peaked)["rewards"]
+    # The base model is not evaluated again.
+    assert [path.name for path in (folder / "evaluation").iterdir()] == ["000008.png"]
+
+
+def test_a_resumed_run_with_another_evaluation_begins_it_afresh(
+    script: ModuleType, shared: dict[str, Any], peaked: Path, model: Path, tmp_path: Path
+):
+    """Scores of other rewards, prompts or numbers of pictures cannot be compared."""
+    folder = tmp_path / "run"
+    changes = {"max_train_steps": 8, "eval_steps": 8, "eval_reward": OPPOSED, "num_eval_images": 1}
+    train(script, shared, folder, resume_from_checkpoint=peaked / "checkpoint-7", **changes)
+    run = run_of(folder)
+    assert run["selected"] == {"kind": "best", "update": 8}
+    assert [(row["name"], row["pictures"]) for row in run["rewards"]] == [(REDNESS, 2), (OPPOSED, 2)]
+    assert [path.name for path in sorted((folder / "evaluation").iterdir())] == ["000000.png", "000008.png"]
+    # The base model's pictures, not those of the LoRA that was resumed.
+    noise = [make_generator("evaluation", 0, number) for number in (0, 1)]
+    pipe = load_pipeline(model)
+    pictures = torch.cat([sample(pipe, *each) for each in zip(EVALUATION_PROMPTS, noise, strict=True)])
+    expected = make_reward()(pictures, EVALUATION_PROMPTS).mean().item()
+    assert run["rewards"][0]["base"]["mean"] == pytest.approx(expected, abs=1e-6)
 
 
 # Alarms.

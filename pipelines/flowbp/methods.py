@@ -135,6 +135,12 @@ class Surrogate:
                 f"The surrogate needs steps up to {max(needed)}, the rollout has steps 0 to {num_steps - 1}; draw it "
                 "for the same number of steps."
             )
+        steps = [term.step for term in self.terms]
+        if self.num_noised and (self.endpoint != "sample" or steps != [num_steps - 1]):
+            raise ValueError(
+                "Re-noised copies repeat the last step alone, so a surrogate with them has the sample as endpoint and "
+                f"one term, at step {num_steps - 1}; got {self.endpoint!r} and steps {steps}."
+            )
 
 
 @dataclass(frozen=True)
