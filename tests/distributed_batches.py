@@ -58,12 +58,12 @@ def gradient(
     return torch.cat([parameter.grad.flatten() for parameter in parameters])
 
 
-def tiny_pipeline(dtype: torch.dtype, scale: float) -> StableDiffusion3Pipeline:
-    """With the weights of the transformer's frozen base times `scale`."""
-    pipe = tiny_sd3_pipeline(dtype, lora_rank=2)
+def tiny_pipeline(dtype: torch.dtype, scale: float, lora: bool = True) -> StableDiffusion3Pipeline:
+    """With the matrices of the transformer's base times `scale`."""
+    pipe = tiny_sd3_pipeline(dtype, lora_rank=2 if lora else None)
     with torch.no_grad():
-        for parameter in pipe.transformer.parameters():
-            if not parameter.requires_grad and parameter.ndim > 1:
+        for name, parameter in pipe.transformer.named_parameters():
+            if "lora_" not in name and parameter.ndim > 1:
                 parameter *= scale
     return pipe
 

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel, cast_training_params
-from distributed_gradients import CALL
+from distributed_gradients import CALL, Exchanges
 from tiny_sd3 import tiny_sd3_pipeline
 from torch.distributed.tensor import DTensor
 
@@ -111,7 +111,9 @@ def main() -> None:
         for number, values in sharded.optimizer.state_dict()["state"].items()
     }
     resumed = Trained(accelerator)
-    load_lora(resumed.transformer, of_sharded)
+    with Exchanges() as exchanges:
+        load_lora(resumed.transformer, of_sharded)
+    found["sent"] = dict(exchanges.counts)
     state = {
         number: {
             name: value if name == "step" else like(value, resumed.parameters[number])
@@ -132,6 +134,8 @@ def main() -> None:
         run.pipe(["b"], generator=torch.Generator().manual_seed(0), **CALL).images.float() for run in (whole, sharded)
     ]
     found["pictures"] = (pictures[0] - pictures[1]).abs().max().item()
+    # Between calls too every parameter is a shard: an optimizer, a checkpoint or another rollout may come next.
+    found["shards"] = all(isinstance(each, DTensor) for each in sharded.transformer.parameters())
     found["largest"] = all_ranks_max(accelerator, [rank, -rank, float("inf") if rank else 0.0])
     if rank == 0:
         print(json.dumps(found), flush=True)

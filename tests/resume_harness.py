@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from resume_warm import ask
 from safetensors.torch import load_file
 from tiny_sd3 import MAX_SEQUENCE_LENGTH
 from training_scripts import LORA_FILE, SHARED_ARGUMENTS, environment, log_of, script_path
@@ -140,8 +142,11 @@ class Process:
         return code
 
     def poll(self, seconds: float = 0) -> int | None:
-        """Its return code, None if it still runs. Once there was one, it is not to be asked again."""
-        return self.warm.ask(do="wait", process=self.number, seconds=seconds)
+        """Its return code, None if it still runs after so long. Once there was one, it is not to be asked again."""
+        end = time.monotonic() + seconds
+        while (code := ask(self.warm.path, do="poll", process=self.number)) is None and time.monotonic() < end:
+            time.sleep(0.01)
+        return code
 
     def lines(self) -> list[str]:
         """What it wrote to stderr by itself."""
@@ -154,6 +159,9 @@ class Warm:
     Args:
         name: of the script.
         folder: for the output of the processes.
+
+    Attributes:
+        path: of the socket.
     """
 
     def __init__(self, name: str, folder: Path) -> None:
@@ -162,26 +170,25 @@ class Warm:
         self._started = 0
 
     def __enter__(self) -> "Warm":
-        self._process = subprocess.Popen(
-            [sys.executable, str(HERE / "resume_warm.py"), self.name],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=(self.folder / "warm.txt").open("w"),
-            text=True,
-            env=environment(),
-        )
+        # The path of a socket may not be longer than about 100 characters, which pytest's folders may be.
+        self._short = tempfile.TemporaryDirectory(prefix="flowbp-")
+        self.path = str(Path(self._short.name) / "socket")
+        with (self.folder / "warm.txt").open("w") as errors:
+            self._process = subprocess.Popen(
+                [sys.executable, str(HERE / "resume_warm.py"), self.name, self.path],
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env=environment(),
+            )
         assert self._process.stdout.readline() == "ready\n", (self.folder / "warm.txt").read_text()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._process.stdin.close()
+        ask(self.path, do="end")
         self._process.wait(60)
-
-    def ask(self, **request: Any) -> Any:
-        """Send a request, return the answer."""
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        return json.loads(self._process.stdout.readline())
+        self._process.stdout.close()
+        self._short.cleanup()
 
     def start(
         self, words: Sequence[str], environment: dict[str, str] | None = None, file_size_limit: int | None = None
@@ -195,15 +202,48 @@ class Warm:
         """
         self._started += 1
         output, errors = (self.folder / f"{self._started}.{name}" for name in ("out", "err"))
-        number = self.ask(
-            do="start",
-            argv=[str(script_path(self.name)), *words],
-            environment=environment or {},
-            file_size_limit=file_size_limit,
-            stdout=str(output),
-            stderr=str(errors),
-        )
+        with output.open("a") as out, errors.open("a") as err:
+            number = ask(
+                self.path,
+                (out.fileno(), err.fileno()),
+                do="start",
+                argv=[str(script_path(self.name)), *words],
+                environment=environment or {},
+                file_size_limit=file_size_limit,
+            )
         return Process(number, self, output, errors)
+
+    def two_processes(self, program: Path, words: Sequence[str]) -> list[str]:
+        """The command by which torchrun starts a program in two processes, with `two_processes_environment`."""
+        launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+        return [*launch, str(HERE / "resume_warm.py"), str(program), *words]
+
+    def two_processes_environment(self, **more: str) -> dict[str, str]:
+        """Of `two_processes`: on CPUs accelerate has to be told, or each of the two trains alone."""
+        return {**os.environ, "FLOWBP_TEST_WARM": self.path, "ACCELERATE_USE_CPU": "true", **more}
+
+    def run_in_two_processes(self, jobs: Sequence[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
+        """Run scripts one after the other in the same two processes, see `resume_processes.py`.
+
+        Args:
+            jobs: each with the script's `name`, its `words`, and what to add to the `environment`.
+            folder: for the files that the processes leave.
+
+        Returns:
+            What `resume_processes.py` found for each job.
+        """
+        (folder / "jobs.json").write_text(json.dumps(jobs))
+        words = [str(folder / "jobs.json"), str(folder / "found.json")]
+        done = subprocess.run(
+            self.two_processes(HERE / "resume_processes.py", words),
+            env=self.two_processes_environment(),
+            capture_output=True,
+            text=True,
+            timeout=500,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        return json.loads((folder / "found.json").read_text())
 
 
 def wait_for(path: Path, seconds: float = 200) -> None:
@@ -212,37 +252,3 @@ def wait_for(path: Path, seconds: float = 200) -> None:
     while not path.exists():
         assert time.monotonic() < end, f"{path} did not appear"
         time.sleep(0.01)
-
-
-def two_processes(program: Path, words: Sequence[str]) -> list[str]:
-    """The command that starts a program in two processes, which find each other through torchrun."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    return [*launch, str(program), *words]
-
-
-def two_processes_environment(**more: str) -> dict[str, str]:
-    """For `two_processes`: on CPUs accelerate has to be told, or each of the two trains alone."""
-    return {**environment(), "ACCELERATE_USE_CPU": "true", **more}
-
-
-def run_in_two_processes(jobs: Sequence[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
-    """Run scripts one after the other in the same two processes, see `resume_processes.py`.
-
-    Args:
-        jobs: each with the script's `name`, its `words`, and what to add to the `environment`.
-        folder: for the files that the processes leave.
-
-    Returns:
-        What `resume_processes.py` found for each job.
-    """
-    (folder / "jobs.json").write_text(json.dumps(jobs))
-    done = subprocess.run(
-        two_processes(HERE / "resume_processes.py", [str(folder / "jobs.json"), str(folder / "found.json")]),
-        env=two_processes_environment(),
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads((folder / "found.json").read_text())

@@ -18,7 +18,10 @@ from accelerate import Accelerator
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from accelerate.state import AcceleratorState
-from tiny_sd3 import tiny_sd3_pipeline
+from distributed_batches import tiny_pipeline
+from tiny_pipelines import tiny_flux_pipeline
+from tiny_sd3 import MAX_SEQUENCE_LENGTH, tiny_sd3_pipeline
+from training_scripts import SHARED_ARGUMENTS, command_line, log_of, lora_of, same, script_path, write_prompts
 
 from flowbp.distributed import (
     all_ranks_max,
@@ -62,15 +65,17 @@ def printed(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "variables, exchange, number",
+    "variables, exchange, number, others",
     [
-        # The first backward pass of DDP also agrees on its buckets, once.
-        pytest.param({}, "allreduce_", 2, id="ddp"),
-        # One for each of the two blocks that hold a LoRA.
-        pytest.param(FSDP2, "_reduce_scatter_base_", 4, id="fsdp2"),
+        # With nothing else, once DDP has agreed on its buckets in its first backward pass.
+        pytest.param({}, "allreduce_", 2, set(), id="ddp"),
+        # One for each of the two blocks that hold a LoRA. The frozen base is gathered for every call.
+        pytest.param(FSDP2, "_reduce_scatter_base_", 4, {"_allgather_base_"}, id="fsdp2"),
     ],
 )
-def test_gradients_of_two_processes_are_averaged(variables: dict[str, str], exchange: str, number: int) -> None:
+def test_gradients_of_two_processes_are_averaged(
+    variables: dict[str, str], exchange: str, number: int, others: set[str]
+) -> None:
     found = printed(run([*TORCHRUN, str(HERE / "distributed_gradients.py")], variables))
     assert len(found) == 7
     for method, of_method in found.items():
@@ -78,7 +83,10 @@ def test_gradients_of_two_processes_are_averaged(variables: dict[str, str], exch
         assert of_method["difference"] < 1e-12, (method, of_method)
         assert of_method["of_norms"] < 1e-12, (method, of_method)
         # Two calls of `backward`.
-        assert of_method["exchanges"][exchange] == number, (method, of_method)
+        assert of_method["exchanges"].pop(exchange) == number, (method, of_method)
+    first, *later = found.values()
+    assert first["exchanges"].keys() - others <= {"broadcast_"}
+    assert all(of_method["exchanges"].keys() == others for of_method in later)
 
 
 def test_a_batch_may_be_split_into_passes_and_processes() -> None:
@@ -105,7 +113,44 @@ def test_a_sharded_transformer_trains_like_a_whole_one() -> None:
     assert found["resumed"] == 0.0
     assert found["after_resuming"] > 1e-3
     assert found["pictures"] == 0.0
+    assert found["shards"] is True
+    assert found["sent"] == {}  # every process reads the checkpoint itself
     assert found["largest"] == [1.0, 0.0, float("inf")]
+
+
+def test_the_script_trains_the_same_however_its_batch_is_split(tmp_path: Path) -> None:
+    tiny_pipeline(torch.float32, 0.1, lora=False).save_pretrained(tmp_path / "model")
+    arguments = {
+        **SHARED_ARGUMENTS,
+        "pretrained_model_name_or_path": tmp_path / "model",
+        "prompts": write_prompts(tmp_path),
+        "resolution": 8,
+        "max_sequence_length": MAX_SEQUENCE_LENGTH,
+        "method": "flowbp-bridge",
+        "max_train_steps": 1,
+        # So that a step is about the learning rate times the gradient, and not its sign.
+        "adam_epsilon": 1,
+        "adam_weight_decay": 0,
+        "max_grad_norm": 1e6,
+    }
+    steps = {}
+    for name, batch, passes, launch, variables in (
+        ("one batch", 4, 1, [], {}),
+        ("one by one", 1, 4, [], {}),
+        ("two processes", 2, 1, TORCHRUN, {}),
+        ("two shards", 1, 2, TORCHRUN, FSDP2),
+    ):
+        split = {"train_batch_size": batch, "gradient_accumulation_steps": passes, "output_dir": tmp_path / name}
+        words = [*launch, str(script_path("train_flowbp_sd3")), *command_line(arguments, **split)]
+        done = run(words, variables)
+        assert done.returncode == 0, done.stderr[-3000:]
+        # What LoRA's B matrices began at is 0.
+        lora = lora_of(tmp_path / name)
+        steps[name] = torch.cat([lora[key].flatten() for key in sorted(lora) if "lora_B" in key])
+    whole = steps.pop("one batch")
+    assert whole.norm() > 0
+    for name, step in steps.items():
+        assert (step - whole).norm() < 1e-6 * whole.norm(), name
 
 
 # A thread of the process group is still busy, in Python, when all work is done.
@@ -316,3 +361,32 @@ def test_config_files_launch_what_they_say(tmp_path: Path, name: str, words: lis
     config = HERE.parent / "training" / "accelerate_configs" / f"{name}.yaml"
     launch = ["-m", "accelerate.commands.launch", "--config_file", str(config), *words, str(script)]
     assert printed(run(launch, {})) == expected
+
+
+def test_flux_trains_and_resumes_with_the_config_of_a_large_base(tmp_path: Path) -> None:
+    tiny_flux_pipeline().save_pretrained(tmp_path / "model")
+    arguments = {
+        **SHARED_ARGUMENTS,
+        "pretrained_model_name_or_path": tmp_path / "model",
+        "prompts": write_prompts(tmp_path),
+        "resolution": 8,
+        "max_sequence_length": 16,
+        "method": "flowbp-lagrange",
+        "mixed_precision": "bf16",
+        "gradient_checkpointing": True,
+        "use_ema": True,
+        "checkpointing_steps": 1,
+    }
+    config = HERE.parent / "training" / "accelerate_configs" / "fsdp2_12b.yaml"
+    launch = ["-m", "accelerate.commands.launch", "--config_file", str(config)]
+    launch += ["--num_processes", "2", "--main_process_port", "0", str(script_path("train_flowbp_flux"))]
+    for name, changes in {
+        "whole": {},
+        "resumed": {"resume_from_checkpoint": tmp_path / "whole" / "checkpoint-1"},
+    }.items():
+        done = run([*launch, *command_line(arguments, output_dir=tmp_path / name, **changes)], {})
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert [row["step"] for row in log_of(tmp_path / "whole")] == [1, 2]
+    lora, resumed = lora_of(tmp_path / "whole"), lora_of(tmp_path / "resumed")
+    assert any(tensor.any() for name, tensor in lora.items() if "lora_B" in name)
+    assert same(lora, resumed)

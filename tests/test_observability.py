@@ -181,7 +181,7 @@ def test_the_log_has_what_an_update_found(observed: tuple[Path, list[str], str],
     assert rows[0]["anchor"] == 0 and rows[1]["anchor"] > 0
     assert len({tuple(row["drawn_steps"]) for row in rows}) > 1
     rates = [row["learning_rate"] for row in rows]
-    assert rates == pytest.approx([0.01 * left / 3 for left in (2, 1, 0)])
+    assert rates == pytest.approx([0.01 * left / 3 for left in (3, 2, 1)])
 
 
 def test_one_active_step_has_the_whole_gradient(flaky: tuple[Path, str]):

@@ -28,12 +28,9 @@ from resume_harness import (
     check_same_end,
     largest_difference,
     lines_of,
-    run_in_two_processes,
     sd3_arguments,
     state_of,
     tensors_of,
-    two_processes,
-    two_processes_environment,
     wait_for,
 )
 from tiny_pipelines import tiny_flux_pipeline, tiny_klein_pipeline, tiny_wan_pipeline
@@ -225,17 +222,17 @@ IN_TWO = {
 
 @pytest.fixture(scope="module")
 def stopped_in_two(
-    plain_arguments: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+    warm: Warm, plain_arguments: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, tuple[Path, str]]:
     """Runs of two processes that were stopped in their first update: their folders, and what went to stderr."""
     found = {}
     for what, (number, workers, _) in IN_TWO.items():
         folder = tmp_path_factory.mktemp("stopped")
         changes = {"output_dir": folder / "run", "train_batch_size": 1, "checkpointing_steps": 100}
-        with (folder / "err").open("w") as errors:
+        with (folder / "err").open("a") as errors:
             process = subprocess.Popen(
-                two_processes(script_path(SD3), command_line(plain_arguments, **changes)),
-                env=two_processes_environment(FLOWBP_TEST_WAIT=str(folder), FLOWBP_TEST_WAIT_CALL="1"),
+                warm.two_processes(script_path(SD3), command_line(plain_arguments, **changes)),
+                env=warm.two_processes_environment(FLOWBP_TEST_WAIT=str(folder), FLOWBP_TEST_WAIT_CALL="1"),
                 stdout=subprocess.DEVNULL,
                 stderr=errors,
             )
@@ -252,6 +249,7 @@ def stopped_in_two(
 
 @pytest.fixture(scope="module")
 def in_two(
+    warm: Warm,
     model: Path,
     prompts: Path,
     plain: Path,
@@ -273,7 +271,7 @@ def in_two(
     for what, (folder, _) in stopped_in_two.items():
         runs[what] = {**runs["plain"], "output_dir": folder, "resume_from_checkpoint": "latest"}
     jobs = [{"name": SD3, "words": command_line(arguments), "environment": {}} for arguments in runs.values()]
-    for name, found in zip(runs, run_in_two_processes(jobs, root), strict=True):
+    for name, found in zip(runs, warm.run_in_two_processes(jobs, root), strict=True):
         assert found["processes"] == 2 and found["endings"] == ["done", "done"], (name, found)
         assert found["apart"] == 0 and found["finite"], (name, found)
     return {name: arguments["output_dir"] for name, arguments in runs.items()}

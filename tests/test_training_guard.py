@@ -27,6 +27,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_sd3 import MAX_SEQUENCE_LENGTH, tiny_sd3_pipeline
 from toy_reward import make_held_out_reward, make_reward
 from training_scripts import (
+    PROMPTS,
     SHARED_ARGUMENTS,
     command_line,
     distance,
@@ -238,6 +239,12 @@ def test_numbers_and_pictures_are_those_of_the_saved_lora(peaked: Path, model: P
         grid = image_grid(to_pil(pictures), columns=8)
         with Image.open(peaked / "evaluation" / f"{update:06d}.png") as image:
             assert np.array_equal(np.asarray(image), np.asarray(grid))
+    # The guard compares evaluations with the training since the one before.
+    window = read_json(peaked / "checkpoint-7" / "state.json")["guard"]["window"]
+    rewards = [row["reward"] for row in log_of(peaked)]
+    means = [sum(rewards[2:4]) / 2, sum(rewards[4:6]) / 2, rewards[6]]
+    assert [entry[0] for entry in window] == pytest.approx(means)
+    assert window[-1][1:] == [state["last"]["scores"][name] for name in (REDNESS, PEAKED)]
     assert [row["name"] for row in run["rewards"]] == [REDNESS, PEAKED]
     assert [row["role"] for row in run["rewards"]] == ["trained", "held out"]
     for row in run["rewards"]:

@@ -16,7 +16,6 @@ scripts of their own, with the paper's defaults.
 """
 
 import argparse
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -46,8 +45,7 @@ from flowbp.prompt_embeds import group_offload_encoder, text_encoders
 from flowbp.prompts import load_prompts
 from flowbp.recording import is_velocity_model
 from flowbp.rewards import part_means
-from flowbp.run_info import one_line
-from flowbp.training_run import USER_ERRORS, TrainingRun
+from flowbp.training_run import TrainingRun, run_script
 from flowbp.training_utils import (
     LORA_FILE,
     WEIGHT_DTYPES,
@@ -292,8 +290,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except USER_ERRORS as error:
-        # One line for what the user can put right.
-        sys.exit(f"train_flowbp.py: error: {one_line(error)}")
+    run_script(main)

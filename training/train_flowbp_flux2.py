@@ -15,7 +15,6 @@ terms, step the optimizer. The LoRA in `--output_dir` loads with `pipe.load_lora
 """
 
 import argparse
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -41,8 +40,7 @@ from flowbp.distributed import prepare_transformer
 from flowbp.prompt_embeds import Embeds, prepare_prompt_embeds
 from flowbp.prompts import load_prompts
 from flowbp.rewards import part_means
-from flowbp.run_info import one_line
-from flowbp.training_run import USER_ERRORS, TrainingRun
+from flowbp.training_run import TrainingRun, run_script
 from flowbp.training_utils import (
     WEIGHT_DTYPES,
     add_lora,
@@ -228,8 +226,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except USER_ERRORS as error:
-        # One line for what the user can put right.
-        sys.exit(f"train_flowbp_flux2.py: error: {one_line(error)}")
+    run_script(main)

@@ -14,7 +14,6 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -181,6 +180,15 @@ def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def full_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copies of whole tensors by name. Collective.
+
+    In the order of the names: a dictionary's own may differ between processes (safetensors files are read in any
+    order), and they would then gather different tensors with one another.
+    """
+    return {name: full_tensor(tensors[name]).clone() for name in sorted(tensors)}
+
+
 def like(full: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     """A whole tensor in the layout, device and dtype of `reference`, which may be sharded.
 
@@ -197,7 +205,7 @@ def like(full: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
 
 def full_lora(transformer: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Copies of the LoRA's whole tensors by peft's names, on every process. Collective."""
-    return {name: full_tensor(tensor).clone() for name, tensor in get_peft_model_state_dict(transformer).items()}
+    return full_tensors(get_peft_model_state_dict(transformer))
 
 
 def load_lora(transformer: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -241,15 +249,23 @@ def all_ranks_max(accelerator: Accelerator, values: Sequence[float]) -> list[flo
     return gathered.amax(0).tolist()
 
 
-def leave(code: int) -> NoReturn:
-    """End this process with an exit code, several processes without Python's own shutdown.
+def leave(code: int | str) -> None:
+    """End this process, one of several without Python's own shutdown; a process that is alone and done returns.
+
+    Args:
+        code: to exit with, or what to print to stderr before exiting with 1, as `sys.exit` takes them.
 
     DDP keeps its process group and the threads of it alive beyond `destroy_process_group`. A thread that still lets go
     of a tensor then needs the interpreter that is being taken down: the process crashes or hangs with all work done
     (https://github.com/pytorch/pytorch/issues/190489). What was written is flushed, and exit functions are run.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        if code == 0:
+            return
         sys.exit(code)
+    if isinstance(code, str):
+        print(code, file=sys.stderr)
+        code = 1
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -14,6 +14,7 @@ import os
 import resource
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -43,7 +44,7 @@ from .checkpoints import (
     write_folder,
     write_json,
 )
-from .distributed import all_ranks_max, clip_gradients, full_lora, full_tensor, like, load_lora
+from .distributed import all_ranks_max, clip_gradients, full_lora, full_tensor, full_tensors, leave, like, load_lora
 from .evaluation import interval
 from .figures import before_after, image_grid, reward_curve
 from .guard import Alarm, Guard, Measurement
@@ -53,12 +54,12 @@ from .prompts import PromptSampler
 from .push import PushError, push_folder
 from .recording import RecordingError
 from .rewards import WeightedReward
-from .run_info import git_commit, hardware, redact, settings, versions, write_run_json
+from .run_info import git_commit, hardware, one_line, redact, redact_text, settings, versions, write_run_json
 from .sweep import adapters_off
 from .training_utils import LORA_FILE, StageMeter, StopSignals, TrainingError, make_generator
 from .validation import Drawn, draw_pictures
 
-# What a user can put right: the scripts print these in one line.
+# What a user can put right: `run_script` prints these in one line.
 USER_ERRORS = (
     ValueError,
     OSError,
@@ -70,6 +71,25 @@ USER_ERRORS = (
 )
 
 SaveLora = Callable[[Path, Mapping[str, torch.Tensor]], None]
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Run a training script's `main` as a program.
+
+    Ends the process with the exit code 1 after an error (in one line what a user can put right, else a traceback; no
+    secrets in either), 2 after a bad command line, 128 + the signal's number after a checkpoint on a signal. Several
+    processes end here also when all is done.
+    """
+    code: int | str = 0
+    try:
+        main()
+    except USER_ERRORS as error:
+        code = f"{Path(sys.argv[0]).name}: error: {one_line(error)}"
+    except SystemExit as stop:
+        code = 0 if stop.code is None else stop.code
+    except Exception:
+        code = redact_text(traceback.format_exc())
+    leave(code)
 
 
 def read_log(path: Path, last: int) -> list[dict[str, Any]]:
@@ -401,11 +421,13 @@ class TrainingRun:
     def _write_checkpoint(self) -> None:
         args = self.args
         lora = full_lora(self.transformer)
-        moments = {
-            f"{index}.{name}": full_tensor(value)
-            for index, values in self.optimizer.state_dict()["state"].items()
-            for name, value in values.items()
-        }
+        moments = full_tensors(
+            {
+                f"{index}.{name}": value
+                for index, values in self.optimizer.state_dict()["state"].items()
+                for name, value in values.items()
+            }
+        )
         average = None if self.ema is None else [full_tensor(value) for value in self.ema.shadow_params]
         with self._averaged():
             final = full_lora(self.transformer)

@@ -256,8 +256,8 @@ class StageMeter:
 class StopSignals:
     """Remembers SIGTERM or SIGINT instead of dying of it; a context manager.
 
-    torchrun sends SIGTERM to its workers when it is told to stop, and SIGKILL 30 seconds later. The terminal's Ctrl-C
-    reaches launcher and workers alike; a second one stops at once.
+    torchrun sends its workers the signal that it gets itself, and SIGKILL 30 seconds later; they are in sessions of
+    their own, which the terminal's Ctrl-C does not reach. A second SIGINT stops at once.
 
     Attributes:
         number: of the signal that came, 0 for none.
@@ -278,5 +278,5 @@ class StopSignals:
     def _remember(self, number: int, frame: object) -> None:
         if number == signal.SIGINT and self._is_interrupted:
             raise KeyboardInterrupt
-        self._is_interrupted = number == signal.SIGINT
+        self._is_interrupted = self._is_interrupted or number == signal.SIGINT
         self.number = self.number or number
