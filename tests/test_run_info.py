@@ -218,3 +218,20 @@ def test_run_json_is_whole_or_old(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         write_run_json(path, {"a": object()})
     assert json.loads(path.read_text()) == {"a": 1}
+
+
+def test_run_json_has_no_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = "/home/jane o'neil"
+    monkeypatch.setenv("HOME", home)
+    command = [
+        "train.py",
+        f"--output_dir={home}/run",
+        f"{home}",
+        f"{home}s",
+        f"/mnt{home}",
+        f"see {home}/a and {home}.",
+    ]
+    write_run_json(tmp_path / "run.json", {f"{home}/x": command})
+    found = json.loads((tmp_path / "run.json").read_text())
+    kept = ["train.py", "--output_dir=~/run", "~", f"{home}s", f"/mnt{home}", f"see ~/a and {home}."]
+    assert found == {"~/x": kept}

@@ -135,7 +135,7 @@ def test_strict_checks_and_changes_nothing(script: ModuleType, arguments: dict[s
 def test_accelerate_launch(arguments: dict[str, Any], model: Path, method: str):
     output = arguments["output_dir"]
     printed = accelerate_launch(NAME, command_line(arguments, method=method, **METHOD_OPTIONS[method]))
-    assert f"LoRA, before_after.png and reward_curve.png are in {output}" in printed
+    assert f"LoRA, model card, run.json, before_after.png and reward_curve.png are in {output}" in printed
     check_run(output)
     load_pipeline(model).load_lora_weights(output)
 

@@ -270,7 +270,12 @@ def test_resuming_the_latest_in_place_continues_its_log(script: ModuleType, argu
     script.main(command_line(arguments, **shared))
     assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-2"]
     first = log_of(output)
+    # Pictures of a run that drew more of them; what others have put there stays.
+    for name in ("7_base.png", "7_lora.png", "my_lora.png"):
+        (output / "images" / name).write_bytes(b"old")
     script.main(command_line(arguments, **shared, max_train_steps=3, resume_from_checkpoint="latest"))
+    found = sorted(path.name for path in (output / "images").iterdir())
+    assert found == ["0_base.png", "0_lora.png", "my_lora.png"]
     assert log_of(output)[:2] == first and [row["step"] for row in log_of(output)] == [1, 2, 3]
 
 
@@ -354,7 +359,7 @@ def test_accelerate_launch(arguments: dict[str, Any], model: Path):
     )
     printed = accelerate_launch(NAME, words)
     output = arguments["output_dir"]
-    assert f"LoRA, before_after.png and reward_curve.png are in {output}" in printed
+    assert f"LoRA, model card, run.json, before_after.png and reward_curve.png are in {output}" in printed
     names = {path.relative_to(output).as_posix() for path in output.rglob("*") if path.is_file()}
     expected = {LORA_FILE, "before_after.png", "reward_curve.png", "log.jsonl", "validation/000001.png"}
     expected |= {f"checkpoint-{n}/{file}" for n in (1, 2) for file in ("lora.safetensors", "state.json")}

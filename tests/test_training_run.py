@@ -13,6 +13,7 @@ import json
 import math
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ from flowbp.callback import BackwardOutput
 from flowbp.checkpoints import CheckpointError, check_folder, read_json
 from flowbp.distributed import full_lora
 from flowbp.rewards import load_reward
-from flowbp.training_run import TrainingRun, estimate, finite, read_log
+from flowbp.training_run import TrainingRun, estimate, finite, read_log, run_script
 from flowbp.training_utils import LORA_FILE, StopSignals, TrainingError, add_lora, make_accelerator
 
 STEPS = 6
@@ -514,3 +515,29 @@ def test_a_signal_ends_the_run_after_its_update_and_a_checkpoint(
     updates.close()
     assert handlers() == before
     assert start("--resume_from_checkpoint", "latest")[0].first_update == 2
+
+
+# The end.
+
+
+def fail(error: BaseException) -> None:
+    raise error
+
+
+def test_a_script_ends_with_its_exit_code(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "argv", ["some/train.py"])
+    secret = "hf_" + "z" * 30
+    run_script(lambda: None)
+    with pytest.raises(SystemExit) as caught:
+        run_script(lambda: fail(TrainingError(f"two\nlines {secret}")))
+    assert caught.value.code == "train.py: error: two lines [redacted]"
+    for code in (2, 130, 143):
+        with pytest.raises(SystemExit) as caught:
+            run_script(lambda code=code: fail(SystemExit(code)))
+        assert caught.value.code == code
+    # What no user can put right comes with its traceback.
+    with pytest.raises(SystemExit) as caught:
+        run_script(lambda: fail(RuntimeError(secret)))
+    assert caught.value.code.startswith("Traceback") and "RuntimeError: [redacted]" in caught.value.code
+    with pytest.raises(KeyboardInterrupt):
+        run_script(lambda: fail(KeyboardInterrupt()))

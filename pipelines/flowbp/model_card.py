@@ -111,7 +111,7 @@ def _reward_rows(rewards: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def _license(base_model: str, local: bool) -> tuple[dict[str, Any], str]:
     """Metadata about the licence from the base model's own card, and a sentence."""
     try:
-        source = Path(base_model) / "README.md" if local else base_model
+        source = Path(base_model).expanduser() / "README.md" if local else base_model
         card = ModelCard.load(source, ignore_metadata_errors=True).data.to_dict()
     except Exception:
         # No network, no card, or a card that cannot be read: none of it is worth a training's result.
@@ -132,7 +132,7 @@ def _license(base_model: str, local: bool) -> tuple[dict[str, Any], str]:
 def _missing_components(base_model: str) -> list[str]:
     """Components that a local pipeline was saved without: `from_pretrained` wants to be told."""
     try:
-        index = json.loads((Path(base_model) / "model_index.json").read_text(encoding="utf-8"))
+        index = json.loads((Path(base_model).expanduser() / "model_index.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return []
     return [name for name, spec in index.items() if spec == [None, None]]
@@ -240,7 +240,7 @@ def write_card(output_dir: Path) -> Path:
     files = {path.relative_to(output_dir).as_posix() for path in allowed_files(output_dir)}
     images = [image for image in run.pop("images") if image["lora"] in files]
     base_path = run["base_model"]
-    local = bool(WHOLE_PATH.match(base_path)) or Path(base_path).exists()
+    local = bool(WHOLE_PATH.match(base_path)) or Path(base_path).expanduser().exists()
     license_data, license_text = _license(base_path, local)
     # Everything but prompts; the base model's folder also where its path is relative.
     run = hide_paths(run, base_path if local else None)

@@ -239,7 +239,10 @@ def write_run_json(path: Path, content: Mapping[str, Any]) -> None:
 
     Args:
         path: of the file.
-        content: what JSON holds; numbers that are not finite become null, which every reader of JSON knows.
+        content: what JSON holds; numbers that are not finite become null, which every reader of JSON knows, and the
+            home folder, which often has the user's name, `~`.
     """
     text = json.dumps(_finite(redact(content)), indent=2, ensure_ascii=False, allow_nan=False)
+    home = json.dumps(str(Path.home()), ensure_ascii=False)[1:-1]
+    text = re.sub(rf"(?<![\w/.~-]){re.escape(home)}(?=[/\\\s\"',:;])", "~", text)
     write_whole(path, text + "\n")

@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 import os
+import re
 import resource
 import signal
 import sys
@@ -739,6 +740,10 @@ class TrainingRun:
     def _save_images(self, base: Drawn, aligned: Drawn) -> list[dict[str, str]]:
         folder = self.args.output_dir / "images"
         folder.mkdir(exist_ok=True)
+        # Those of an earlier run into the same folder would be published with this one's.
+        for path in folder.glob("*_*.png"):
+            if re.fullmatch(r"[0-9]+_(base|lora)\.png", path.name):
+                path.unlink()
         entries = []
         pairs: list[tuple[Image.Image, Image.Image]] = list(zip(base.images, aligned.images, strict=True))
         for number, (prompt, (old, new)) in enumerate(zip(self.validation_prompts, pairs, strict=True)):
