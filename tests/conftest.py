@@ -12,6 +12,7 @@ import os
 import tempfile
 from collections.abc import Generator, Iterator
 from pathlib import Path
+from types import ModuleType
 
 # Before any Hugging Face library is imported, here and in the processes that tests start.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -51,3 +52,32 @@ def _same_start() -> Iterator[None]:
     was_enabled = torch.is_grad_enabled()
     torch.set_grad_enabled(True)
     assert was_enabled, "the test left gradients off"
+
+
+# For the tests of the script for Stable Diffusion 3, of which there are several files.
+
+
+@pytest.fixture(scope="session")
+def script() -> ModuleType:
+    """The script as a module."""
+    from training_scripts import load_script
+
+    return load_script("train_flowbp_sd3")
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny model in float32, to be read only."""
+    from tiny_sd3 import tiny_sd3_pipeline
+
+    folder = tmp_path_factory.mktemp("tiny-sd3")
+    tiny_sd3_pipeline(torch.float32).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of prompts, to be read only."""
+    from training_scripts import write_prompts
+
+    return write_prompts(tmp_path_factory.mktemp("prompts"))

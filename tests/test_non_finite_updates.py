@@ -16,7 +16,6 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-import torch
 from resume_harness import (
     SD3,
     Warm,
@@ -27,8 +26,7 @@ from resume_harness import (
     tensors_of,
 )
 from safetensors.torch import load_file
-from tiny_sd3 import tiny_sd3_pipeline
-from training_scripts import command_line, load_script, log_of, script_path, write_prompts
+from training_scripts import command_line, log_of, script_path
 
 # Two calls of the reward for each update. The second update goes wrong in its first call.
 FAULTY = {
@@ -98,23 +96,6 @@ def check_second_was_skipped(output: Path, kind: str, places: int) -> None:
     assert (last["skipped"], last["skipped_in_a_row"], last["ema_step"]) == (1, 0, 2)
     assert json.loads((output / "run.json").read_text())["skipped_updates"] == 1
     check_all_finite(output, 3)
-
-
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    return load_script(SD3)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny-sd3")
-    tiny_sd3_pipeline(torch.float32).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_prompts(tmp_path_factory.mktemp("prompts"))
 
 
 @pytest.fixture

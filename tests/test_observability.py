@@ -24,7 +24,7 @@ import pytest
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_sd3 import MAX_SEQUENCE_LENGTH, tiny_sd3_pipeline
+from tiny_sd3 import MAX_SEQUENCE_LENGTH
 from toy_reward import make_reward
 from training_scripts import (
     PROMPTS,
@@ -33,7 +33,6 @@ from training_scripts import (
     check_refusal,
     command_line,
     error_of,
-    load_script,
     log_of,
     lora_of,
     script_path,
@@ -68,18 +67,6 @@ def make_telling_reward() -> Scores:
         raise ValueError(f"cannot log in with {os.environ['HF_TOKEN']}\nto {os.environ['HF_TOKEN']}")
 
     return reward
-
-
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    return load_script(NAME)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny-sd3")
-    tiny_sd3_pipeline(torch.float32).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,6 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-import torch
 from kill_training import kill_runs
 from resume_harness import (
     SD3,
@@ -34,7 +33,6 @@ from resume_harness import (
     wait_for,
 )
 from tiny_pipelines import tiny_flux_pipeline, tiny_klein_pipeline, tiny_wan_pipeline
-from tiny_sd3 import tiny_sd3_pipeline
 from training_scripts import (
     PROMPTS,
     command_line,
@@ -44,7 +42,6 @@ from training_scripts import (
     log_of,
     script_path,
     watch_runs,
-    write_prompts,
 )
 
 from flowbp import checkpoints
@@ -73,23 +70,6 @@ EVERYTHING = {
     "num_eval_images": 4,
     "validation_steps": 4,
 }
-
-
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    return load_script(SD3)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny-sd3")
-    tiny_sd3_pipeline(torch.float32).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_prompts(tmp_path_factory.mktemp("prompts"))
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from diffusers import SD3Transformer2DModel
 from peft import LoraConfig, set_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import load_file
-from tiny_sd3 import MAX_SEQUENCE_LENGTH, tiny_sd3_pipeline
+from tiny_sd3 import MAX_SEQUENCE_LENGTH
 from training_scripts import (
     ALPHA,
     METHOD_OPTIONS,
@@ -35,7 +35,6 @@ from training_scripts import (
     environment,
     images_of,
     load_pipeline,
-    load_script,
     log_of,
     lora_of,
     metadata_of,
@@ -63,18 +62,6 @@ CALL = {
     "negative_prompt": "",
     "max_sequence_length": MAX_SEQUENCE_LENGTH,
 }
-
-
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    return load_script(NAME)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny-sd3")
-    tiny_sd3_pipeline(torch.float32).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture

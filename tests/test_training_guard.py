@@ -24,7 +24,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_sd3 import MAX_SEQUENCE_LENGTH, tiny_sd3_pipeline
+from tiny_sd3 import MAX_SEQUENCE_LENGTH
 from toy_reward import make_held_out_reward, make_reward
 from training_scripts import (
     PROMPTS,
@@ -33,7 +33,6 @@ from training_scripts import (
     distance,
     error_of,
     load_pipeline,
-    load_script,
     log_of,
     lora_of,
     same,
@@ -78,18 +77,6 @@ def make_bright_reward() -> Scores:
 def make_contrast_reward() -> Scores:
     """Drives velocities away from the base model's."""
     return lambda images, prompts: (images - 0.5).square().flatten(1).mean(1)
-
-
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    return load_script(NAME)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny-sd3")
-    tiny_sd3_pipeline(torch.float32).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
