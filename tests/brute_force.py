@@ -729,7 +729,7 @@ def brute_force(
 
     Args:
         pipe: the pipeline, one of `BACKBONES`; its scheduler's timesteps are set, nothing else of it changes.
-        name: method, a key of DESIGN.md's table, or "table" for the user's own `terms`.
+        name: method, a key of docs/methods.md's table, or "table" for the user's own `terms`.
         options: the method's options, none left to a default. `tau` (None: weights 1), `max_gap_j` and
             `max_gap_0` (None or absent: keep all) are the objective's part of them.
         drawn: the steps that were drawn.

@@ -170,6 +170,21 @@ def test_rewards_without_an_evaluation():
     assert list(rewards) == [rewards.training, rewards.plain]
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ("--reward", "toy_reward:make_reward:0.5,hpsv3"),
+            "--reward .*: expected rewards with a gradient, got hpsv3,",
+        ),
+        (("--reward_augment",), "--reward_augment: toy_reward:make_reward does not have it, expected an ocr reward"),
+    ],
+)
+def test_what_a_reward_cannot_do_is_known_before_it_is_made(words: tuple[str, ...], message: str):
+    with pytest.raises(ValueError, match=message):
+        rewards_of(*words)
+
+
 def test_the_held_out_reward_is_one_of_the_modules():
     rewards = rewards_of("--eval_reward", "toy_reward:make_held_out_reward")
     images = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))

@@ -48,6 +48,22 @@ def parse(tmp_path):
     return run
 
 
+def test_help_has_the_defaults_that_its_texts_do_not_have(capsys: pytest.CaptureFixture) -> None:
+    parser = argparse.ArgumentParser(prog="train_x.py", allow_abbrev=False)
+    parser.add_argument("--config", help="recipe")
+    parser.add_argument("--rank", type=int, default=4, help="of the LoRA")
+    parser.add_argument("--start", type=int, default=0, help="first step")
+    parser.add_argument("--lr", type=float, default=0.5, help="learning rate (by default the paper's)")
+    parser.add_argument("--push", action="store_true", help="to the Hub")
+    parser.add_argument("--paths", nargs="+", default=[], help="folders")
+    with pytest.raises(SystemExit) as caught:
+        parse_args_with_config(parser, ["--help"])
+    assert caught.value.code == 0
+    printed = capsys.readouterr().out
+    assert printed.count("default:") == 2
+    assert "of the LoRA (default: 4)" in printed and "first step (default: 0)" in printed
+
+
 def refusal(capsys: pytest.CaptureFixture, call, *args) -> str:
     with pytest.raises(SystemExit) as caught:
         call(*args)

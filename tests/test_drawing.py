@@ -100,7 +100,7 @@ def test_midpoint_j(num_steps: int, start: int):
 
 
 def simulated_dirichlet(num_steps: int, start: int, max_tail: int | None, draws: int) -> Counter:
-    """DESIGN.md's words in numpy: (a, b, c) >= 1, rounding error to the largest; tail a + 1, middle b, head c - 1."""
+    """docs/methods.md in numpy: (a, b, c) >= 1, rounding error to the largest; tail a + 1, middle b, head c - 1."""
     window = num_steps - start
     shares = np.random.default_rng(1).dirichlet(CONCENTRATIONS, size=draws)
     lengths = np.round(shares * window).astype(int)

@@ -2,7 +2,7 @@
 #
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""The method table: names, defaults and refusals of every row, and its terms against DESIGN.md's formulas."""
+"""The method table: names, defaults and refusals of every row, and its terms against docs/methods.md's formulas."""
 
 import math
 import re
@@ -37,7 +37,7 @@ def to_zero(step: int) -> float:
     return -SIGMAS[step].item()
 
 
-# The table: DESIGN.md, section 4 (names) and section 2 (defaults for SD3.5, FLUX.1, FLUX.2-Klein).
+# The table: names, and the reference's defaults for SD3.5, FLUX.1, FLUX.2-Klein.
 
 TWO_STEPS = {"step_sampling", "dirichlet", "max_tail"}
 GAPS = {"max_gap_j", "max_gap_0"}

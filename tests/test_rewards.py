@@ -359,7 +359,7 @@ def test_missing_packages_are_named(monkeypatch):
     with pytest.raises(ModuleNotFoundError) as error:
         OCRReward("v4")
     message = "expected the package no-such-dist for the ocr reward, but it is not installed"
-    assert refusal(error) == message + "; remedy: pip install 'flowbp[demo]'."
+    assert refusal(error) == message + '; remedy: pip install -e ".[demo]" in a checkout of FlowBP for diffusers.'
     monkeypatch.setitem(VERSIONS, "v4", ocr._Files("onnx", "onnx", "no_such_model.onnx", None, 1.0))
     with pytest.raises(FileNotFoundError) as error:
         OCRReward("v4")
@@ -457,7 +457,7 @@ def test_users_own_reward(images, user_module):
         ("ocr", {"augmet": True}, "expected options among augment, generator, texts; got augmet"),
         ("users_rewards:brightness", {"augment": True}, "expected options among gain; got augment"),
         ("users_rewards:nothing", {"seed": 1}, "expected options among none; got seed"),
-        ("users_rewards:missing", {}, "expected an importable package.module:factory, got"),
+        ("users_rewards:missing", {}, "expected an importable package.module:factory, got AttributeError"),
         ("no_such_module:factory", {}, "No module named 'no_such_module'"),
         ("users_rewards:number", {}, "expected a factory to call, got int"),
         ("users_rewards:nothing", {}, "expected the factory to return a reward, got NoneType"),

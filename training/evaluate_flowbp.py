@@ -21,7 +21,6 @@ import inspect
 import json
 import math
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,6 @@ import torch
 import transformers
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
-from diffusers.loaders import PeftAdapterMixin
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
@@ -52,18 +50,24 @@ from flowbp.evaluation import (
     table_markdown,
     titles,
     write_parquet,
-    write_text,
 )
 from flowbp.figures import comparison
-from flowbp.inference import BaseForLast, call_arguments, lora_models
+from flowbp.inference import BaseForLast, call_arguments, lora_models, saved_class
 from flowbp.prompts import load_prompts, load_texts
-from flowbp.recording import is_velocity_model
 from flowbp.rewards import REWARDS, WeightedReward, load_reward
 from flowbp.rewards.loading import parse_model_paths
 from flowbp.rewards.ocr import quoted_text
-from flowbp.run_info import one_line
-from flowbp.training_utils import PATIENCE, WEIGHT_DTYPES, derive_seed, freeze, missing_components
-from flowbp.validation import to_pil
+from flowbp.run_info import write_whole
+from flowbp.training_run import run_script
+from flowbp.training_utils import (
+    PATIENCE,
+    WEIGHT_DTYPES,
+    derive_seed,
+    freeze,
+    load_pipeline_config,
+    missing_components,
+)
+from flowbp.validation import frames, to_pil
 
 GRID_PROMPTS = 8  # columns of grid.png: the first prompts, not chosen ones
 
@@ -158,20 +162,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def pipeline_class(args: argparse.Namespace, config: dict[str, Any]) -> type[DiffusionPipeline]:
     """The class that the model was saved with, if LoRAs and callbacks of this run can be used with it."""
-    name = config["_class_name"]
-    if not hasattr(diffusers, name):
-        raise ValueError(f"{name}: not a pipeline of diffusers {diffusers.__version__}; use one of diffusers' own.")
-    Pipeline = getattr(diffusers, name)
-    transformers = [part for part, spec in config.items() if is_velocity_model(part) and spec != [None, None]]
-    if args.lora_component not in transformers:
-        raise ValueError(
-            f"--lora_component {args.lora_component}: {name} has {', '.join(transformers) or 'no transformer'}."
-        )
-    kind = config[args.lora_component][1]
-    if not issubclass(getattr(diffusers, kind, object), PeftAdapterMixin):
-        raise ValueError(f"{name}: diffusers cannot load a LoRA into its {kind}; choose another pipeline.")
+    Pipeline = saved_class(config, args.lora_component)
     if max(args.base_for_last) and "callback_on_step_end" not in inspect.signature(Pipeline.__call__).parameters:
-        raise ValueError(f"--base_for_last: {name} takes no callback_on_step_end; leave the option out.")
+        raise ValueError(f"--base_for_last: {Pipeline.__name__} takes no callback_on_step_end; leave the option out.")
     return Pipeline
 
 
@@ -226,24 +219,20 @@ def score(
     reward: torch.nn.Module, names: Sequence[str], images: torch.Tensor, prompts: Sequence[str]
 ) -> dict[str, list[float]]:
     """B scores by reward, of pictures (B, 3, H, W), or means over the frames of videos (B, F, 3, H, W)."""
-    low, high = images.min().item(), images.max().item()
-    if not (low >= -1e-3 and high <= 1 + 1e-3):
-        raise ValueError(f"Expected pictures in [0, 1], the pipeline made values from {low:.2f} to {high:.2f}.")
-    frames = images.shape[1] if images.ndim == 5 else 1
-    if images.ndim == 5:
-        images = images.flatten(0, 1)
-        prompts = [prompt for prompt in prompts for _ in range(frames)]
+    if bool(images.isnan().any()):
+        raise ValueError("Expected pictures in [0, 1], the pipeline made NaN; try another --mixed_precision.")
+    pictures, texts = frames(images, prompts)
     # Of several rewards load_reward makes a sum whose parts can be had alone.
     is_sum = isinstance(reward, WeightedReward) and list(reward.weights) == list(names)
-    parts = reward.parts(images, prompts) if is_sum else {names[0]: reward(images, prompts)}
+    parts = reward.parts(pictures, texts) if is_sum else {names[0]: reward(pictures, texts)}
     found = {}
     for name, values in parts.items():
         # NaN is a judge's answer without a score; the tables leave such images out and count them.
-        if values.shape != (len(images),) or bool(values.isinf().any()):
+        if values.shape != (len(pictures),) or bool(values.isinf().any()):
             raise ValueError(
-                f"reward {name}: expected {len(images)} finite scores, got {tuple(values.shape)}: {values.tolist()}."
+                f"reward {name}: expected {len(pictures)} finite scores, got {tuple(values.shape)}: {values.tolist()}."
             )
-        found[name] = values.double().unflatten(0, (-1, frames)).nanmean(1).tolist()
+        found[name] = values.double().unflatten(0, (len(images), -1)).nanmean(1).tolist()
     return found
 
 
@@ -255,7 +244,7 @@ def main(argv: list[str] | None = None) -> None:
     # What can be known to be wrong is, before any model is loaded.
     source = {"revision": args.revision}
     model = args.pretrained_model_name_or_path
-    config = DiffusionPipeline.load_config(model, **source)
+    config = load_pipeline_config(DiffusionPipeline, model, source)
     Pipeline = pipeline_class(args, config)
     size = {name: vars(args)[name] for name in ("height", "width", "num_frames")}
     steps, count = args.num_inference_steps, args.num_images_per_prompt
@@ -427,10 +416,10 @@ def write_results(
         del scores[reward]
     if not records:
         raise ValueError("Expected scores, got none from any reward; see scores.parquet.")
-    write_text(folder / "table.json", json.dumps({"settings": store.settings, "records": records}, indent=2) + "\n")
-    write_text(folder / "table.md", table_markdown(records))
-    write_text(folder / "table.csv", table_csv(records))
-    write_text(folder / "report.html", report_html(store, records, scores, prompts, args.report_images))
+    write_whole(folder / "table.json", json.dumps({"settings": store.settings, "records": records}, indent=2) + "\n")
+    write_whole(folder / "table.md", table_markdown(records))
+    write_whole(folder / "table.csv", table_csv(records))
+    write_whole(folder / "report.html", report_html(store, records, scores, prompts, args.report_images))
 
     first = [place * count for place in range(min(GRID_PROMPTS, len(prompts)))]
     pictures = {}
@@ -452,8 +441,4 @@ def write_results(
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError, ModuleNotFoundError, SafetensorError) as error:
-        # One line for what the user can put right.
-        sys.exit(f"evaluate_flowbp.py: error: {one_line(error)}")
+    run_script(main)

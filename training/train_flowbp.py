@@ -12,7 +12,8 @@
 The pipeline's class is the one that the model was saved with, and it is called with prompts, as at inference. What it
 makes may be pictures or videos; of videos the reward scores every frame, and the mean counts. A pipeline that cannot
 be recorded is refused in the first update, with the reason. For Stable Diffusion 3, FLUX.1 and FLUX.2-Klein there are
-scripts of their own, with the paper's defaults.
+scripts of their own, with the paper's defaults. Here options of the method that are left out have those for Stable
+Diffusion 3.5.
 """
 
 import argparse
@@ -23,7 +24,6 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
-from diffusers.loaders import PeftAdapterMixin
 from diffusers.training_utils import _collate_lora_metadata
 
 from flowbp import FlowBPCallback
@@ -40,10 +40,9 @@ from flowbp.arguments import (
 )
 from flowbp.checkpoints import find_checkpoint
 from flowbp.distributed import prepare_transformer
-from flowbp.inference import call_arguments
+from flowbp.inference import call_arguments, saved_class
 from flowbp.prompt_embeds import group_offload_encoder, text_encoders
 from flowbp.prompts import load_prompts
-from flowbp.recording import is_velocity_model
 from flowbp.rewards import part_means
 from flowbp.training_run import TrainingRun, run_script
 from flowbp.training_utils import (
@@ -104,10 +103,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def pipeline_class(args: argparse.Namespace, config: dict[str, Any]) -> type[DiffusionPipeline]:
-    """The class that a model was saved with, if its scheduler and its call are what the recorder works with."""
-    name = config["_class_name"]
-    if not hasattr(diffusers, name):
-        raise ValueError(f"{name}: not a pipeline of diffusers {diffusers.__version__}; use one of diffusers' own.")
+    """The class that a model was saved with, if it can have a LoRA and its scheduler is what the recorder needs."""
+    Pipeline = saved_class(config, args.lora_component)
+    name = Pipeline.__name__
     scheduler = config.get("scheduler", [None, None])[1]
     if scheduler == "FlowMatchEulerDiscreteScheduler" and args.flow_shift is not None:
         raise ValueError(f"--flow_shift {args.flow_shift}: {name} has its own Euler scheduler; leave the option out.")
@@ -116,15 +114,7 @@ def pipeline_class(args: argparse.Namespace, config: dict[str, Any]) -> type[Dif
             f"{name}: expected a model with FlowMatchEulerDiscreteScheduler, got {scheduler}; only Euler steps of "
             "flow matching can be recorded: give --flow_shift to sample with that scheduler, here and at inference."
         )
-    transformers = [part for part, spec in config.items() if is_velocity_model(part) and spec != [None, None]]
-    if args.lora_component not in transformers:
-        raise ValueError(
-            f"--lora_component {args.lora_component}: {name} has {', '.join(transformers) or 'no transformer'}."
-        )
-    transformer = config[args.lora_component][1]
-    if not issubclass(getattr(diffusers, transformer, object), PeftAdapterMixin):
-        raise ValueError(f"{name}: diffusers cannot add a LoRA to its {transformer}; choose another pipeline.")
-    return getattr(diffusers, name)
+    return Pipeline
 
 
 def check_size(args: argparse.Namespace, config: dict[str, Any], source: dict[str, Any]) -> None:

@@ -24,7 +24,7 @@ from .drawing import STEP_SAMPLING
 from .methods import ACTIVE_SUPPORTS, ENDPOINTS, METHODS, OPTIONS, Method, get_method
 from .objectives import Objective
 from .prompts import load_prompts, load_texts
-from .rewards import check_prompts, load_reward, part_names
+from .rewards import JUDGES, check_prompts, load_reward, option_names, part_names
 from .rewards.loading import parse_model_paths
 from .training_utils import make_generator
 from .weights import LEG_WEIGHTS
@@ -115,7 +115,11 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
     add("--active_supports", choices=ACTIVE_SUPPORTS, help="flowbp-lagrange: supports that get a gradient.")
     add("--support_scale", type=float, help="flowbp-lagrange: factor on supports other than the left end.")
     add("--weights", choices=LEG_WEIGHTS, help="flowbp-lagrange: weights of a leg.")
-    add("--anchor_lambda", type=float, help="flowbp-lagrange: 1 is no single leap blended into the first leg.")
+    add(
+        "--anchor_lambda",
+        type=float,
+        help="flowbp-lagrange: share of its own weights in the first leg; the rest is one leap from its left end.",
+    )
     add("--step_sampling", choices=STEP_SAMPLING, help="rows with k and j: how they are drawn.")
     add("--dirichlet", type=float, nargs=3, metavar=("TAIL", "MIDDLE", "HEAD"), help="Its concentrations.")
     add("--max_tail", type=int, help="rows with k and j: cap on N - j.")
@@ -150,7 +154,11 @@ def add_reward_arguments(parser: argparse.ArgumentParser) -> None:
         help="Folders with the weights of rewards, by the reward's name, in place of the Hub.",
     )
     add("--reward_offload", action="store_true", help="Rewards wait on the CPU and visit the GPU in turn.")
-    add("--reward_augment", action="store_true", help="Shift, blur and noise pictures a little before the reward.")
+    add(
+        "--reward_augment",
+        action="store_true",
+        help="Shift, blur and noise pictures a little before an ocr reward.",
+    )
     add("--reward_text_column", help="Column of --prompts with the text that ocr looks for. Default: what is quoted.")
     add("--reward_clip", type=float, help="Reward at which a sample stops to count (hinge; HPSv2.1: 0.55).")
     add("--loss_scale", type=float, default=1.0, help="Factor on the loss.")
@@ -238,7 +246,7 @@ def add_training_arguments(parser: argparse.ArgumentParser, output_dir: str) -> 
     add("--validation_steps", type=int, default=50, help="Updates between validations.")
     add("--report_to", default="tensorboard", help="An accelerate tracker, all, or none.")
     add("--logging_dir", default="logs", help="Folder of the tracker in --output_dir.")
-    add("--push_to_hub", action="store_true", help="Push LoRA, card and pictures to the Hub at the end.")
+    add("--push_to_hub", action="store_true", help="Push LoRA, card, run.json and pictures to the Hub at the end.")
     add("--hub_model_id", help="Repository on the Hub. Default: the output folder's name.")
 
 
@@ -249,8 +257,9 @@ COUNTS = (
     "num_validation_images steps_per_forward samples_per_decode eval_steps num_eval_images max_skipped_updates "
     "lr_num_cycles"
 ).split()
-# Options that must be above 0.
+# Options that must be at least 0.
 NOT_NEGATIVE = ("lr_warmup_steps", "lr_power", "adam_weight_decay", "adam_epsilon", "velocity_anchor")
+# Options that must be above 0.
 POSITIVE = ("learning_rate", "loss_scale", "flow_shift")
 
 
@@ -362,6 +371,16 @@ def choose_rewards(args: argparse.Namespace, prompts: list[str]) -> Rewards:
     Raises:
         ValueError, FileNotFoundError, ModuleNotFoundError: see `load_reward`, `parse_model_paths`, `load_texts`.
     """
+    if judges := [name for name in part_names(args.reward) if name in JUDGES]:
+        raise ValueError(
+            f"--reward {args.reward}: expected rewards with a gradient, got {judges[0]}, which can only judge; use it "
+            "as --eval_reward or in evaluate_flowbp.py."
+        )
+    if args.reward_augment and "augment" not in option_names(args.reward):
+        raise ValueError(
+            f"--reward_augment: {args.reward} does not have it, expected an ocr reward or a factory with an argument "
+            "augment; leave it out."
+        )
     model_paths = parse_model_paths(args.reward_model_path)
     of_training, of_held_out = model_paths, {}
     if args.eval_reward is not None:

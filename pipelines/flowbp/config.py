@@ -13,6 +13,16 @@ import yaml
 from .run_info import one_line
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds defaults where a help text has none of its own and there is one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        has_own = "default" in (action.help or "").lower()
+        # 0 is a default too, and equal to False.
+        is_empty = action.default is None or action.default is False or action.default in ("", [], {})
+        return action.help if has_own or is_empty else super()._get_help_string(action)
+
+
 def parse_args_with_config(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
     """Parses the command line, with `--config FILE` giving the values of options that the command line leaves out.
 
@@ -22,7 +32,7 @@ def parse_args_with_config(parser: argparse.ArgumentParser, argv: list[str] | No
     option may come from the file. Groups of options that exclude each other are checked on the command line only.
 
     Any error, also one of the command line and of a later `parser.error(...)`, is a single line on stderr, with exit
-    code 2.
+    code 2. `--help` shows defaults.
 
     Args:
         parser: has a `--config` option and was built with `allow_abbrev=False`.
@@ -43,6 +53,7 @@ def parse_args_with_config(parser: argparse.ArgumentParser, argv: list[str] | No
 
     # argparse's own error() prints the usage of every option first, which hides the line that matters.
     parser.error = error
+    parser.formatter_class = _HelpFormatter
 
     search = argparse.ArgumentParser(prog=parser.prog, add_help=False, allow_abbrev=False)
     search.error = error

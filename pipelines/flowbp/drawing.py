@@ -5,8 +5,8 @@
 """Drawing rules: which steps of a rollout are active.
 
 Every rule takes a CPU generator and returns step numbers; all draws of a surrogate come from that one generator, so
-that processes which share its seed draw the same surrogate. Steps are named as in DESIGN.md, section 1: `k < j`, step
-0 starts from noise. A trainable window is `[start, num_steps)`.
+that processes which share its seed draw the same surrogate. Steps are named as in docs/methods.md, section 1:
+`k < j`, step 0 starts from noise. A trainable window is `[start, num_steps)`.
 """
 
 import math
@@ -27,7 +27,7 @@ def tail_window(num_steps: int, tail_ratio: float, smallest: int = 1) -> int:
     Args:
         num_steps: N.
         tail_ratio: in (0, 1].
-        smallest: 3 where k and j are drawn (DESIGN.md, section 2), else 1.
+        smallest: 3 where k and j are drawn (docs/methods.md, "Drawing rules"), else 1.
 
     Returns:
         The window's first step.
@@ -75,7 +75,7 @@ def draw_two_steps(
     dirichlet: tuple[float, float, float],
     max_tail: int | None,
 ) -> tuple[int, int]:
-    """Draw `k < j` inside the window `[start, num_steps)` (DESIGN.md, section 2, "Options of the reference").
+    """Draw `k < j` inside the window `[start, num_steps)` (docs/methods.md, "Drawing rules").
 
     - `uniform`: two distinct uniform steps; with `max_tail`, j uniform within the cap, then k uniform before it.
     - `dirichlet`: one Dirichlet draw over (tail, middle, head), times the window's length, rounded, each at least 1,

@@ -4,8 +4,8 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """The method table: every way to send a reward's gradient back is one row.
 
-A row draws a `Surrogate` (an endpoint, legs and terms; DESIGN.md, section 2) from the scheduler's sigmas and a CPU
-generator. Nothing here knows about models: adding a method is adding a row to `METHODS` and its drawing function.
+A row draws a `Surrogate` (an endpoint, legs and terms; docs/methods.md, section 2) from the scheduler's sigmas and a
+CPU generator. Nothing here knows about models: adding a method is adding a row to `METHODS` and its drawing function.
 """
 
 import difflib
@@ -71,7 +71,7 @@ class Leg:
 
 @dataclass(frozen=True)
 class Surrogate:
-    """Where the reward looks and how its gradient returns (DESIGN.md, section 2).
+    """Where the reward looks and how its gradient returns (docs/methods.md, section 2).
 
     Attributes:
         endpoint: `"sample"`, or `("posterior_mean", step)`.
@@ -276,7 +276,7 @@ def get_method(name: str, backbone: str = "sd3", **options: Any) -> Method:
 
     Args:
         name: key of `METHODS`.
-        backbone: `"sd3"`, `"flux"` or `"flux2"`; chooses the reference's defaults (DESIGN.md, section 2).
+        backbone: `"sd3"`, `"flux"` or `"flux2"`; chooses the defaults of the paper's reference code.
         **options: options of the row; each is checked, and one that the row does not have is refused.
 
     Raises:
@@ -323,7 +323,7 @@ def _check_sigmas(sigmas: torch.Tensor) -> None:
 
 
 def _rescale(grad_rescale: float, whole: float, active: float) -> float:
-    # rho of DESIGN.md, section 2: 1 leaves the active weights, full grad_rescale makes them sum to the whole.
+    # rho of docs/methods.md, "The rows": 1 leaves the active weights, full grad_rescale makes them sum to the whole.
     return 1.0 + grad_rescale * (whole / active - 1.0)
 
 

@@ -7,7 +7,7 @@
 The pipeline is cut at two places only: at the transformer's calls and at `scheduler.step`. A transformer call runs
 without gradients and hands its outputs on as leaves; `scheduler.step` hands the next latents on as a leaf. What the
 pipeline itself computes between leaf and leaf (doubling, casts, guidance, packing) stays an autograd graph, the
-*glue*, so that gradients can later go through the pipeline's own code (DESIGN.md, section 3).
+*glue*, so that gradients can later go through the pipeline's own code (README.md, "How it works").
 
 What cannot be proven to fit this picture is refused with a `RecordingError`. Values that are not finite prove nothing
 and are no reason to refuse: such a rollout gives gradients that are not finite, so that a training script can skip the

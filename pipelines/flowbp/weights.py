@@ -20,7 +20,7 @@ LEG_WEIGHTS = ("lagrange", "uniform", "adams-bashforth")
 
 
 def step_lengths(sigmas: torch.Tensor) -> list[float]:
-    """Euler weights `h_i = sigmas[i + 1] - sigmas[i]` (DESIGN.md, section 2).
+    """Euler weights `h_i = sigmas[i + 1] - sigmas[i]` (docs/methods.md, section 1).
 
     Args:
         sigmas: `(N + 1,)` floating point, falling.

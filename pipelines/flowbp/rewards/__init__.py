@@ -52,7 +52,7 @@ def _geneval(metadata_path: Path | None = None, model_path: Path | None = None) 
 REWARDS: dict[str, Callable[..., nn.Module]] = {
     "aesthetic": _weights("clip", "aesthetic"),
     "clip": _weights("clip", "clip"),
-    "geneval": _geneval,  # this, hpsv3 and the two of UnifiedReward judge and give no gradient
+    "geneval": _geneval,
     "hpsv2.1": _weights("openclip", "hpsv2_1"),
     "hpsv3": _weights("judges", "hpsv3"),
     "imagereward": _weights("blip", "imagereward"),
@@ -65,6 +65,8 @@ REWARDS: dict[str, Callable[..., nn.Module]] = {
     "unifiedreward-alignment": _weights("judges", "unifiedreward_alignment"),
     "unifiedreward-quality": _weights("judges", "unifiedreward_quality"),
 }
+# These judge and give no gradient.
+JUDGES = ("geneval", "hpsv3", "unifiedreward-alignment", "unifiedreward-quality")
 
 
 class WeightedReward(nn.Module):
@@ -83,7 +85,7 @@ class WeightedReward(nn.Module):
         last_scores: each part's own scores (B,) of the last `forward`, not weighted, detached, by name.
     """
 
-    def __init__(self, rewards: Mapping[str, nn.Module], weights: Mapping[str, float], offload: bool = False):
+    def __init__(self, rewards: Mapping[str, nn.Module], weights: Mapping[str, float], offload: bool = False) -> None:
         super().__init__()
         self.weights = {name: weights[name] for name in rewards}
         self.offload = offload
@@ -203,7 +205,7 @@ def check_prompts(reward: nn.Module, prompts: Sequence[str]) -> None:
 class _FunctionReward(nn.Module):
     """A user's reward that is a plain function, as a module."""
 
-    def __init__(self, function: Callable[[Tensor, Sequence[str]], Tensor]):
+    def __init__(self, function: Callable[[Tensor, Sequence[str]], Tensor]) -> None:
         super().__init__()
         self.function = function
 
@@ -243,7 +245,7 @@ def load_reward(
             raise ValueError(f"reward: expected each name once, got {name!r} twice in {spec!r}; add up its weights.")
         weights[name] = weight
     factories = {name: _factory(name) for name in weights}
-    known = {name: set(inspect.signature(factory).parameters) for name, factory in factories.items()}
+    known = {name: _options(factory) for name, factory in factories.items()}
     folders = {name: Path(folder) for name, folder in (model_paths or {}).items()}
     local = [name for name in known if "model_path" in known[name]]
     for name in folders:
@@ -252,7 +254,7 @@ def load_reward(
                 f"reward {spec!r}: expected model paths of {', '.join(local) or 'none of its parts'}, got one of "
                 f"{name!r}."
             )
-    choices = sorted(set().union(*known.values()) - {"model_path"})
+    choices = sorted(option_names(spec))
     unknown = sorted(set(options) - set(choices))
     if unknown:
         raise ValueError(
@@ -278,6 +280,15 @@ def load_reward(
     return WeightedReward(rewards, weights, offload)
 
 
+def option_names(spec: str) -> set[str]:
+    """The options that `load_reward` takes for a `spec`, that is its factories' keyword arguments.
+
+    Raises:
+        ValueError: an unknown name or factory, a weight that is no finite number.
+    """
+    return set().union(*(_options(_factory(name)) for name in part_names(spec))) - {"model_path"}
+
+
 def part_names(spec: str) -> list[str]:
     """The names in a reward's `spec`, see `load_reward`, without their weights.
 
@@ -285,6 +296,10 @@ def part_names(spec: str) -> list[str]:
         ValueError: a weight that is no finite number.
     """
     return [name for name, _ in _parts(spec)]
+
+
+def _options(factory: Callable[..., Any]) -> set[str]:
+    return set(inspect.signature(factory).parameters)
 
 
 def _parts(spec: str) -> list[tuple[str, float]]:
@@ -319,7 +334,8 @@ def _factory(name: str) -> Callable[..., Any]:
         factory = getattr(importlib.import_module(module_name), attribute)
     except Exception as error:  # a user's module may raise anything
         raise ValueError(
-            f"reward {name!r}: expected an importable package.module:factory, got {type(error).__name__}: {error}"
+            f"reward {name!r}: expected an importable package.module:factory, got {type(error).__name__}: {error}; "
+            "its folder must be on PYTHONPATH."
         ) from error
     if not callable(factory):
         raise ValueError(f"reward {name!r}: expected a factory to call, got {type(factory).__name__}.")
