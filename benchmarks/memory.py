@@ -606,8 +606,6 @@ def optimizer_bytes(parameters: Sequence[torch.nn.Parameter]) -> tuple[int, int]
 
 # One row of the table.
 
-TEXT_ENCODERS = ("resident", "offload", "group_offload", "precompute")
-
 
 @dataclass(frozen=True)
 class Switches:

@@ -77,14 +77,13 @@ def state_of(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / "state.json").read_text())
 
 
-def check_same_end(whole: Path, resumed: Path, last: int, first: int = 0, tolerance: float = 0) -> None:
+def check_same_end(whole: Path, resumed: Path, last: int, tolerance: float = 0) -> None:
     """A resumed run ended as one that was not interrupted: all tensors, plain values, the result and the log.
 
     Args:
         whole: folder of the run that was not interrupted.
         resumed: folder of the other.
         last: number of updates.
-        first: updates that the log of the resumed run does not have.
         tolerance: for tensors; plain values of floating point and the log are compared only where it is 0.
     """
     old, new = whole / f"checkpoint-{last}", resumed / f"checkpoint-{last}"
@@ -95,10 +94,10 @@ def check_same_end(whole: Path, resumed: Path, last: int, first: int = 0, tolera
     assert (whole / "best").exists() == (resumed / "best").exists()
     for name in ("update", "prompts", "scaler", "lr_scheduler", "ema_step", "skipped", "skipped_in_a_row"):
         assert state_of(new)[name] == state_of(old)[name]
-    assert [row["step"] for row in rows_of(resumed)] == list(range(first + 1, last + 1))
+    assert [row["step"] for row in rows_of(resumed)] == list(range(1, last + 1))
     if tolerance == 0:
         assert state_of(new) == state_of(old)
-        assert rows_of(resumed) == rows_of(whole)[first:]
+        assert rows_of(resumed) == rows_of(whole)
         if (whole / "best").exists() and (resumed / "best").exists():
             assert largest_difference(tensors_of(whole / "best"), tensors_of(resumed / "best")) == 0
             results = [json.loads((folder / "run.json").read_text()) for folder in (whole, resumed)]

@@ -105,7 +105,9 @@ def test_every_option_whose_range_is_checked_is_one(scripts: dict[str, ModuleTyp
         (("--num_eval_images", "0"), "--num_eval_images must be at least 1, got 0"),
         (("--select", "first"), "invalid choice: 'first'"),
         (("--select", "best"), "--select best needs --eval_reward, the held-out reward to choose by"),
-        (("--eval_reward", "ocr"), "--eval_reward ocr is what --reward trains; choose one that is held out"),
+        (("--eval_reward", "ocr"), "--eval_reward ocr: --reward trains ocr; choose one that is held out"),
+        (("--eval_reward", "clip:0.5,ocr:1"), "--eval_reward clip:0.5,ocr:1: --reward trains ocr; choose"),
+        (("--eval_reward", "clip:much"), "expected a number as the weight of 'clip', got 'much'"),
         (("--report_to", "tensorbord"), "--report_to tensorbord: expected all, none or an installed tracker ("),
         # accelerate knows it, and would only leave it out without a word.
         (("--report_to", NOT_INSTALLED), f"--report_to {NOT_INSTALLED}: expected all, none or an installed "),

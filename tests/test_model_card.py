@@ -5,22 +5,43 @@
 """The model card: what it says, that hostile texts break nothing, and that no path of this machine is in it."""
 
 import ast
+import importlib.util
+import inspect
 import json
 import re
 import shlex
+import shutil
+import site
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import diffusers
+import numpy as np
 import pytest
+import torch
 import yaml
+from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
+from diffusers.training_utils import _collate_lora_metadata
+from diffusers.utils import BaseOutput
+from families import FAMILIES
+from families.family import Family
 from huggingface_hub import ModelCard
 from loopback_hub import Repository, loopback_hub
+from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
+from safetensors.torch import load_file
+from tiny_pipelines import tiny_klein_pipeline, tiny_ovis_image_pipeline, tiny_wan_22_pipeline, tiny_wan_pipeline
 
-from flowbp.model_card import code_block, hide_paths, markdown, write_card
+from flowbp import model_card
+from flowbp.model_card import code_block, find_template, hide_paths, markdown, write_card
+from flowbp.push import LORA_FILE
 from flowbp.run_info import write_run_json
+
+ROOT = Path(__file__).parents[1]
 
 HOSTILE = (
     'a "quoted" | pipe, {{ 7 * 7 }} {% raw %} <b>&</b> `code` ``` \\ \n---\nkey: [x]\n# title ünïcödé 猫 \u2028 \x07'
@@ -223,10 +244,10 @@ def test_what_is_not_known_is_said(tmp_path: Path) -> None:
     assert warning not in card_of(tmp_path / "b").text
     settings = {**make_run()["settings"], "eval_prompts": None}
     card = card_of(tmp_path / "e", settings=settings)
-    assert "pictures of validation prompts (the first of the training's own); base" in card.text
+    assert "the pictures of validation prompts (the first of the training's own), with 95 % intervals" in card.text
     card = card_of(tmp_path / "f", settings={**settings, "validation_prompt": ["a cat"]})
-    assert "pictures of validation prompts; base" in card.text
-    assert "pictures of eval.txt; base" in card_of(tmp_path / "g").text
+    assert "the pictures of validation prompts, with 95 % intervals over prompts;\nbase" in card.text
+    assert "the pictures of eval.txt, with 95 % intervals over prompts;\nbase" in card_of(tmp_path / "g").text
     broken = {"mean": None, "low": None, "high": None}
     card = card_of(tmp_path / "c", rewards=[{**trained[0], "lora": broken, "difference": broken}], git=None)
     assert rows_under(card, "Rewards")[2][4:] == ["– [–, –]", "– [–, –]"] and "model-index" not in card.data.to_dict()
@@ -238,13 +259,14 @@ def test_what_is_not_known_is_said(tmp_path: Path) -> None:
 
 
 def test_selection_and_alarms(tmp_path: Path) -> None:
-    """Which LoRA it is, and every alarm."""
+    """Which LoRA it is, that its number is of the pictures that it was chosen by, and every alarm."""
+    chosen = "chosen by the held-out reward of these same pictures, so that number is somewhat optimistic."
     card = card_of(tmp_path / "a")
-    assert "LoRA of update 250 of 300, the best by the held-out reward." in card.text
+    assert "LoRA of update 250 of 300, the best by the held-out reward." in card.text and chosen in card.text
     assert "raised no alarm" in card.text
     alarms = [{"name": "patterns", "update": 270, "message": "grids"}, {"name": "drop", "update": 9, "message": "low"}]
     card = card_of(tmp_path / "b", selected={"kind": "last", "update": 300}, alarms=alarms)
-    assert "LoRA of update 300 of 300, the last one." in card.text
+    assert "LoRA of update 300 of 300, the last one." in card.text and "optimistic" not in card.text
     assert "- update 270, patterns: grids\n- update 9, drop: low\n" in card.text and "no alarm" not in card.text
 
 
@@ -256,7 +278,9 @@ def test_the_code_to_use(tmp_path: Path) -> None:
     (call,) = [
         node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call) and ast.unparse(node.func) == "pipe"
     ]
+    assert not call.args
     assert {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords} == {
+        "prompt": "prompt",
         "num_inference_steps": "25",
         "guidance_scale": "3.5",
         "max_sequence_length": "256",
@@ -279,13 +303,118 @@ def test_the_code_to_use_a_video_model(tmp_path: Path) -> None:
         "pipeline_arguments": {"true_cfg_scale": 4.0},
         "reward": "clip",
     }
-    card = card_of(tmp_path, settings=settings)
+    card = card_of(tmp_path, settings=settings, pipeline_class="WanPipeline")
     assert card.data.to_dict()["pipeline_tag"] == "text-to-video"
     code = block(card, "python")
     ast.parse(code)
     assert "dtype=torch.float32" in code and "FlowMatchEulerDiscreteScheduler(shift=5.0)" in code
     assert "num_frames=17" in code and "true_cfg_scale=4.0" in code and ").frames[0]" in code
     assert "guidance_scale=" not in code
+
+
+def settings_of(**changes: Any) -> dict[str, Any]:
+    """The settings of a run of train_flowbp.py."""
+    return {"reward": "clip", "num_inference_steps": 2, "mixed_precision": "no", **changes}
+
+
+def unique(families: list[Family]) -> dict[str, Family]:
+    """One family of each pipeline."""
+    return {family.pipeline: family for family in families}
+
+
+@pytest.mark.parametrize("name", unique(FAMILIES))
+def test_the_code_fits_every_pipeline(tmp_path: Path, name: str) -> None:
+    """Loader, output and task are those of the pipeline's class, where the settings leave frames to the pipeline."""
+    pipeline, family = getattr(diffusers, name), unique(FAMILIES)[name]
+    card = card_of(tmp_path, pictures=False, images=[], pipeline_class=name, settings=settings_of())
+    assert card.data.to_dict()["pipeline_tag"] == card.data.to_dict()["tags"][0] == f"text-to-{family.output}"
+    code = block(card, "python")
+    has_loader = hasattr(pipeline, "load_lora_weights")
+    adapter = f"pipe.transformer.load_lora_adapter('alice/sd35-flowbp', weight_name=\"{LORA_FILE}\")"
+    assert ("pipe.load_lora_weights('alice/sd35-flowbp')" in code) == has_loader
+    assert (adapter in code) != has_loader
+    assert ("`pipe.fuse_lora()`" in card.text) == ("pipe.set_adapters" in card.text) == has_loader
+    *_, variable, attribute = re.findall(r"^(?=(\w+) = pipe\()|^\)\.(\w+)\[0\]$", code, re.MULTILINE)
+    assert variable[0] == family.output
+    outputs = [value for value in vars(inspect.getmodule(pipeline)).values() if inspect.isclass(value)]
+    names = [{field.name for field in fields(value)} for value in outputs if value in BaseOutput.__subclasses__()]
+    assert any(attribute[1] in found for found in names)
+
+
+@pytest.mark.parametrize(
+    ("name", "asked", "task", "output"),
+    [
+        ("WanPipeline", {}, "text-to-video", "frames[0]"),
+        ("WanPipeline", {"num_frames": 1}, "text-to-image", "frames[0][0]"),
+        ("SanaVideoPipeline", {"pipeline_arguments": {"frames": 9}}, "text-to-video", "frames[0]"),
+        ("SanaVideoPipeline", {"pipeline_arguments": {"frames": 1}}, "text-to-image", "frames[0][0]"),
+        # Not in diffusers: what was asked for decides.
+        ("TheirPipeline", {}, "text-to-image", "images[0]"),
+        ("TheirPipeline", {"num_frames": 9}, "text-to-video", "frames[0]"),
+        ("utils", {}, "text-to-image", "images[0]"),
+    ],
+)
+def test_pictures_or_videos(tmp_path: Path, name: str, asked: dict[str, Any], task: str, output: str) -> None:
+    """A video model that was asked for one frame makes pictures, in its own output."""
+    card = card_of(tmp_path, pipeline_class=name, settings=settings_of(**asked))
+    assert card.data.to_dict()["pipeline_tag"] == task
+    code = block(card, "python")
+    assert code.endswith(f").{output}") and f"{task.removeprefix('text-to-')} = pipe(" in code
+    assert "pipe.load_lora_weights('alice/sd35-flowbp')" in code
+
+
+@pytest.mark.parametrize(
+    ("build", "component", "call"),
+    [
+        (tiny_ovis_image_pipeline, None, {"height": 8, "width": 8, "max_sequence_length": 136}),
+        (tiny_wan_pipeline, "transformer", {"height": 16, "width": 16, "max_sequence_length": 16}),
+        (tiny_wan_22_pipeline, "transformer_2", {"height": 16, "width": 16, "num_frames": 1}),
+        # The first argument of its call is a picture.
+        (tiny_klein_pipeline, "transformer", {"height": 8, "width": 8, "max_sequence_length": 16}),
+    ],
+)
+def test_the_code_runs(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    build: Callable[[], DiffusionPipeline],
+    component: str | None,
+    call: dict[str, Any],
+) -> None:
+    """As a user has it, but for the device: the LoRA is in its component, and a picture or video comes out."""
+    pipe, trained = build(), component or "transformer"
+    pipe.save_pretrained(tmp_path / "base")
+    transformer = getattr(pipe, trained)
+    transformer.add_adapter(LoraConfig(r=3, lora_alpha=6, target_modules=["to_q", "to_k"]))
+    # As the script writes it for every component.
+    StableDiffusion3Pipeline.save_lora_weights(
+        tmp_path / "run",
+        transformer_lora_layers=get_peft_model_state_dict(transformer),
+        **_collate_lora_metadata({"transformer": transformer}),
+    )
+    card = card_of(
+        tmp_path / "run",
+        pictures=False,
+        base_model=str(tmp_path / "base"),
+        pipeline_class=type(pipe).__name__,
+        settings=settings_of(lora_component=component, pipeline_arguments=call),
+        hub_model_id=None,
+    )
+    monkeypatch.chdir(tmp_path)
+    found: dict[str, Any] = {}
+    exec(block(card, "python").replace('"cuda"', '"cpu"'), found)
+    loaded = getattr(found["pipe"], trained)
+    (config,) = loaded.peft_config.values()
+    assert (config.r, config.lora_alpha) == (3, 6)
+    tensors = get_peft_model_state_dict(loaded, adapter_name="default_0")
+    file = load_file(tmp_path / "run" / LORA_FILE)
+    assert {f"transformer.{name}" for name in tensors} == set(file)
+    assert all(torch.equal(tensor, file[f"transformer.{name}"]) for name, tensor in tensors.items())
+    size = (call["height"], call["width"], 3)
+    if type(pipe).__name__ == "WanPipeline":
+        expected = size if "num_frames" in call else (81, *size)
+        assert found["image" if "num_frames" in call else "video"].shape == expected
+    else:
+        assert np.asarray(found["image"]).shape == size
 
 
 def test_the_command_to_reproduce(tmp_path: Path) -> None:
@@ -296,6 +425,21 @@ def test_the_command_to_reproduce(tmp_path: Path) -> None:
         *["--config", "training/recipes/sd3_flowbp_lagrange.yaml", "--reward", "hpsv2.1"],
         *["--reward_model_path", "hpsv2.1=hps", "--prompts=my prompts.txt", "--output_dir", "sd35-flowbp"],
     ]
+
+
+@pytest.mark.parametrize("words", [["--resume_from_checkpoint", "latest"], ["--resume_from_checkpoint=latest"]])
+def test_a_run_that_was_resumed(tmp_path: Path, words: list[str]) -> None:
+    """A fresh folder has no checkpoints, so the command begins at the beginning, and the card says why it may."""
+    run = make_run()
+    changes = {
+        "command": [*run["command"], *words, "--seed", "0"],
+        "settings": {**run["settings"], "resume_from_checkpoint": "latest"},
+    }
+    card, plain = card_of(tmp_path / "a", **changes), card_of(tmp_path / "b")
+    command, plain_command = (shlex.split(block(one, "bash").replace(" \\\n", "")) for one in (card, plain))
+    assert command == [*plain_command, "--seed", "0"]
+    assert "The run was resumed (`--resume_from_checkpoint`: latest)." in card.text
+    assert "was resumed" not in plain.text
 
 
 def test_no_path_of_this_machine(tmp_path: Path) -> None:
@@ -417,3 +561,28 @@ def test_no_run_json(tmp_path: Path) -> None:
     """Without the record there is no card."""
     with pytest.raises(FileNotFoundError):
         write_card(tmp_path)
+
+
+@pytest.mark.parametrize(("package", "data"), [("", "share/flowbp"), ("lib", "user/share/flowbp")])
+def test_the_template_of_an_installed_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, data: str
+) -> None:
+    """`pip install --target` puts it beside the package, `--user` into the user's folder."""
+    monkeypatch.setattr(site, "USER_BASE", str(tmp_path / "user"))
+    code, template = tmp_path / package / "flowbp" / "model_card.py", tmp_path / data / "template.md"
+    code.parent.mkdir(parents=True)
+    template.parent.mkdir(parents=True)
+    shutil.copy(model_card.__file__, code)
+    shutil.copy(ROOT / "model_cards" / "template.md", template)
+    spec = importlib.util.spec_from_file_location("flowbp.installed_model_card", code)
+    installed = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(installed)
+    assert installed.find_template() == template
+
+
+def test_a_missing_template(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is known without a run, in one line with the remedy; here is one."""
+    assert find_template() == ROOT / "model_cards" / "template.md"
+    monkeypatch.setattr(model_card, "TEMPLATES", (tmp_path / "a.md", tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"expected the model card's template at one of .*; install flowbp"):
+        find_template()

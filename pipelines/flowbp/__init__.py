@@ -8,8 +8,27 @@ Names are imported when first used, so that the pure numbers (`get_method`, `MET
 """
 
 from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .callback import FlowBPCallback
+    from .methods import METHODS, Leg, Method, Surrogate, Term, get_method
+    from .objectives import Objective
+    from .rewards import load_reward
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "METHODS",
+    "FlowBPCallback",
+    "Leg",
+    "Method",
+    "Objective",
+    "Surrogate",
+    "Term",
+    "get_method",
+    "load_reward",
+]
 
 _WHERE = {
     "FlowBPCallback": "callback",
@@ -23,13 +42,12 @@ _WHERE = {
     "load_reward": "rewards",
 }
 
-__all__ = sorted(_WHERE)
-
-
-def __getattr__(name: str) -> object:
-    if name not in _WHERE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_WHERE[name]}", __name__), name)
+if not TYPE_CHECKING:
+    # To a type checker a module with __getattr__ has every name.
+    def __getattr__(name: str) -> object:
+        if name not in _WHERE:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module(f".{_WHERE[name]}", __name__), name)
 
 
 def __dir__() -> list[str]:

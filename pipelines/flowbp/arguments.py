@@ -308,8 +308,13 @@ def parse_training_args(parser: argparse.ArgumentParser, argv: list[str] | None)
         parser.error("--select best needs --eval_reward, the held-out reward to choose by")
     if args.select is None:
         args.select = "last" if args.eval_reward is None else "best"
-    if args.eval_reward is not None and args.eval_reward == args.reward:
-        parser.error(f"--eval_reward {args.eval_reward} is what --reward trains; choose one that is held out")
+    if args.eval_reward is not None:
+        try:
+            both = sorted({*part_names(args.reward)} & {*part_names(args.eval_reward)})
+        except ValueError as error:
+            parser.error(str(error))
+        if both:
+            parser.error(f"--eval_reward {args.eval_reward}: --reward trains {both[0]}; choose one that is held out")
     if args.dry_run:
         # One update on one batch, as its help says.
         args.gradient_accumulation_steps = 1

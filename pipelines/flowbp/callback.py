@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from .methods import Method, Surrogate
-from .objectives import Objective, connector_gaps, sample_weights
+from .objectives import Objective, connector_gaps, sample_weights, widened
 from .recording import Recorder, RecordingError, Trajectory
 from .sweep import Sweep, SweepOutput
 
@@ -317,7 +317,7 @@ class FlowBPCallback:
             self.measure_gradients,
             gradient_scale,
         )
-        return sweep.run(trajectories, [_widened(each) * (1 if is_scaled else gradient_scale) for each in adjoints])
+        return sweep.run(trajectories, [widened(each) * (1 if is_scaled else gradient_scale) for each in adjoints])
 
     # The endpoint stage: decode and reward.
 
@@ -349,7 +349,7 @@ class FlowBPCallback:
             part = images[start : start + size].detach().requires_grad_()
             if not bool(part.isfinite().all()):
                 # Rewards refuse such pictures, and a judge would take them for bad ones.
-                rewards.append(_widened(part.new_full((len(part),), math.nan)))
+                rewards.append(widened(part.new_full((len(part),), math.nan)))
                 gradients.append(torch.full_like(part, math.nan))
                 continue
             self.on_stage("reward")
@@ -404,7 +404,3 @@ class FlowBPCallback:
                 "the pipeline calls of this record() block returned, all of them."
             )
         return list(gradients)
-
-
-def _widened(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))

@@ -14,7 +14,6 @@ import html
 import io
 import json
 import math
-import os
 import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,6 +25,9 @@ import pyarrow
 import pyarrow.parquet
 import torch
 from PIL import Image
+
+from .push import LORA_FILE
+from .run_info import write_whole
 
 BASE = "base"
 # How the tables name the rewards; others keep their name, users' own are named by their factory.
@@ -116,7 +118,7 @@ def lora_file(source: str) -> Path | None:
     if path.is_file():
         return path
     if path.is_dir():
-        stock = path / "pytorch_lora_weights.safetensors"
+        stock = path / LORA_FILE
         found = [stock] if stock.is_file() else sorted(path.glob("*.safetensors"))
         if len(found) != 1:
             names = ", ".join(file.name for file in found) or "none"
@@ -351,13 +353,6 @@ def table_csv(records: Sequence[Mapping[str, Any]]) -> str:
 # The folder, and how an evaluation resumes.
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-
-
 class Store:
     """The folder of an evaluation: finished batches of each row, and the settings that they were made with.
 
@@ -406,7 +401,7 @@ class Store:
         for row in self.rows:
             (self.folder / "scores" / row.folder).mkdir(parents=True, exist_ok=True)
             (self.folder / "images" / row.folder).mkdir(parents=True, exist_ok=True)
-        write_text(self._path, self._content + "\n")
+        write_whole(self._path, self._content + "\n")
 
     def batches(self) -> list[tuple[Row, int]]:
         """All batches, row by row."""
@@ -428,7 +423,7 @@ class Store:
         """Keep a batch; it is finished when its scores are there, which are written last."""
         for place, image in zip(self.places(batch), images, strict=True):
             image.save(self.image(row, place))
-        write_text(self._batch(row, batch), json.dumps({name: list(values) for name, values in scores.items()}))
+        write_whole(self._batch(row, batch), json.dumps({name: list(values) for name, values in scores.items()}))
 
     def scores(self, row: Row) -> dict[str, list[float]]:
         """All scores of a row by reward, when its batches are finished."""

@@ -2,15 +2,18 @@
 #
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""A pipeline at inference: `BaseForLast` for its users, and the checks of what a script calls it with."""
+"""A pipeline at inference: `BaseForLast` for its users, and the checks of what a script loads and calls it with."""
 
 import difflib
 import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import diffusers
 from diffusers import DiffusionPipeline
 from diffusers.loaders import PeftAdapterMixin
+
+from .recording import is_velocity_model
 
 # What scripts give a pipeline themselves.
 OWN_ARGUMENTS = "prompt generator output_type return_dict callback_on_step_end".split()
@@ -75,6 +78,29 @@ def lora_models(pipe: DiffusionPipeline) -> list[PeftAdapterMixin]:
         for component in pipe.components.values()
         if isinstance(component, PeftAdapterMixin) and hasattr(component, "peft_config")
     ]
+
+
+def saved_class(config: Mapping[str, Any], component: str) -> type[DiffusionPipeline]:
+    """The class that a pipeline was saved with, if a transformer of it can have a LoRA.
+
+    Args:
+        config: the pipeline's `model_index.json`.
+        component: name of that transformer.
+
+    Raises:
+        ValueError: the class is not one of diffusers, the component is none of its transformers, or PEFT cannot add
+            a LoRA to it.
+    """
+    name = config["_class_name"]
+    if not hasattr(diffusers, name):
+        raise ValueError(f"{name}: not a pipeline of diffusers {diffusers.__version__}; use one of diffusers' own.")
+    transformers = [part for part, spec in config.items() if is_velocity_model(part) and spec != [None, None]]
+    if component not in transformers:
+        raise ValueError(f"--lora_component {component}: {name} has {', '.join(transformers) or 'no transformer'}.")
+    transformer = config[component][1]
+    if not issubclass(getattr(diffusers, transformer, object), PeftAdapterMixin):
+        raise ValueError(f"{name}: diffusers cannot add a LoRA to its {transformer}; choose another pipeline.")
+    return getattr(diffusers, name)
 
 
 def call_arguments(pipeline: type[DiffusionPipeline], given: Mapping[str, Any]) -> dict[str, Any]:

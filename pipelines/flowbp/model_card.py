@@ -8,24 +8,31 @@ Texts of users (prompts, names, messages) are data everywhere: YAML is dumped, M
 nothing but the template itself is read as a template.
 """
 
+import inspect
 import json
 import math
 import re
 import shlex
+import site
 import sysconfig
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import diffusers
+from diffusers import DiffusionPipeline
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .push import allowed_files
+from .push import LORA_FILE, allowed_files
 from .run_info import redact, write_whole
 
-# In a checkout, or where `pip install` put it.
+# In a checkout, or where `pip install` put it: with --target, as it is, and with --user.
 TEMPLATES = (
     Path(__file__).parents[2] / "model_cards" / "template.md",
-    Path(sysconfig.get_path("data")) / "share" / "flowbp" / "template.md",
+    *(
+        Path(root) / "share" / "flowbp" / "template.md"
+        for root in (Path(__file__).parents[1], sysconfig.get_path("data"), site.getuserbase())
+    ),
 )
 # Options of the table of the card's main part; the others are in the long one.
 SUMMARY = (
@@ -34,6 +41,10 @@ SUMMARY = (
 ).split()
 # Options that are arguments of the pipeline's call under the same name.
 CALL = "height width num_frames num_inference_steps guidance_scale max_sequence_length".split()
+# What pipelines that make videos call the number of frames.
+FRAMES = ("num_frames", "frames")
+# Pipelines whose pictures are not in `images`.
+PICTURES = {"Kandinsky5T2IPipeline": "image"}
 DTYPES = {"no": "torch.float32", "fp16": "torch.float16", "bf16": "torch.bfloat16"}
 # A path inside a text: of two parts or more, after nothing that makes it a part of an address or a word.
 PATH = re.compile(
@@ -138,6 +149,37 @@ def _missing_components(base_model: str) -> list[str]:
     return [name for name, spec in index.items() if spec == [None, None]]
 
 
+def _pipeline(run: Mapping[str, Any]) -> type[DiffusionPipeline] | None:
+    """The pipeline's class, None where this diffusers has none of that name."""
+    found = getattr(diffusers, run["pipeline_class"], None)
+    return found if isinstance(found, type) and issubclass(found, DiffusionPipeline) else None
+
+
+def _number_of_frames(run: Mapping[str, Any]) -> int | None:
+    """How many frames the run asked for, None for the pipeline's default."""
+    call = run["settings"] | (run["settings"].get("pipeline_arguments") or {})
+    return next((call[name] for name in FRAMES if call.get(name) is not None), None)
+
+
+def _has_frames(run: Mapping[str, Any]) -> bool:
+    """Whether the pipeline puts out frames, be it only one; of a class that is not known, whether it made several."""
+    pipeline = _pipeline(run)
+    if pipeline is None:
+        return (_number_of_frames(run) or 1) > 1
+    return any(name in inspect.signature(pipeline.__call__).parameters for name in FRAMES)
+
+
+def _makes_videos(run: Mapping[str, Any]) -> bool:
+    return _has_frames(run) and _number_of_frames(run) != 1
+
+
+def _has_lora_loader(run: Mapping[str, Any]) -> bool:
+    """Whether `load_lora_weights` loads the file: it does into `transformer` alone, and not all pipelines have it."""
+    pipeline = _pipeline(run)
+    is_main = run["settings"].get("lora_component") in (None, "transformer")
+    return is_main and (pipeline is None or hasattr(pipeline, "load_lora_weights"))
+
+
 def _use(run: Mapping[str, Any], missing: Sequence[str], lora: str, prompt: str) -> str:
     """Python that loads base and LoRA and draws a picture with the training's settings."""
     options = run["settings"]
@@ -157,25 +199,33 @@ def _use(run: Mapping[str, Any], missing: Sequence[str], lora: str, prompt: str)
         steps = options["num_inference_steps"]
         words.append(f"sigmas=torch.linspace(1, 1 / {steps}, {steps}).tolist()")
     shift = options.get("flow_shift")
-    video = (options.get("num_frames") or 1) > 1
+    load = f"load_lora_weights({lora!r})"
+    if not _has_lora_loader(run):
+        component = options.get("lora_component") or "transformer"
+        load = f'{component}.load_lora_adapter({lora!r}, weight_name="{LORA_FILE}")'
+    video = _makes_videos(run)
+    output = "frames" if _has_frames(run) else PICTURES.get(run["pipeline_class"], "images")
+    # Of a video of one frame, the frame.
+    picture = f"{output}[0][0]" if output == "frames" and not video else f"{output}[0]"
     lines = [
         "import torch",
         f"from diffusers import DiffusionPipeline{'' if shift is None else ', FlowMatchEulerDiscreteScheduler'}",
         "",
         f"pipe = DiffusionPipeline.from_pretrained({run['base_model']!r}, {', '.join(loading)})",
-        f"pipe.load_lora_weights({lora!r})",
+        f"pipe.{load}",
         *([] if shift is None else [f"pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift={shift!r})"]),
         'pipe.to("cuda")',
         f"prompt = {prompt!r}",
         f"{'video' if video else 'image'} = pipe(",
-        *(f"    {word}," for word in ["prompt", *words]),
-        f").{'frames' if video else 'images'}[0]",
+        # By name: of some pipelines the first argument is a picture.
+        *(f"    {word}," for word in ["prompt=prompt", *words]),
+        f").{picture}",
     ]
     return code_block("python", "\n".join(lines))
 
 
 def _reproduce(run: Mapping[str, Any]) -> str:
-    """The command of the training, without what publishes, an option a line."""
+    """The command of the training, without what publishes and what needs its checkpoints, an option a line."""
     words = [str(word) for word in run["command"]]
     if words and words[0].endswith(".py"):
         words = words[1:]
@@ -187,8 +237,8 @@ def _reproduce(run: Mapping[str, Any]) -> str:
         if word.startswith("--") or len(lines) == 1:
             lines.append([])
         lines[-1].append(word)
-    published = ("--push_to_hub", "--hub_model_id")
-    kept = [line for line in lines if line[0].partition("=")[0] not in published]
+    left_out = ("--push_to_hub", "--hub_model_id", "--resume_from_checkpoint")
+    kept = [line for line in lines if line[0].partition("=")[0] not in left_out]
     return code_block("bash", " \\\n    ".join(shlex.join(line) for line in kept))
 
 
@@ -215,11 +265,20 @@ def _summary(run: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(name, markdown(value)) for name, value in rows.items() if value is not None]
 
 
-def _template() -> Path:
+def find_template() -> Path:
+    """The card's template. Scripts ask before they train, so that a card that cannot be written is known then.
+
+    Raises:
+        FileNotFoundError: in one line with the remedy.
+    """
     for path in TEMPLATES:
         if path.is_file():
             return path
-    raise FileNotFoundError(f"expected the card's template at {TEMPLATES[0]}; run from a checkout (pip install -e .).")
+    places = ", ".join(map(str, TEMPLATES))
+    raise FileNotFoundError(
+        f"expected the model card's template at one of {places}, found none; install flowbp again, or run from a "
+        "checkout (pip install -e .)."
+    )
 
 
 def write_card(output_dir: Path) -> Path:
@@ -246,7 +305,7 @@ def write_card(output_dir: Path) -> Path:
     run = hide_paths(run, base_path if local else None)
     options, base_model, git = run["settings"], run["base_model"], run["git"]
     lora = run["hub_model_id"] or output_dir.resolve().name
-    task = "text-to-video" if (options.get("num_frames") or 1) > 1 else "text-to-image"
+    task = "text-to-video" if _makes_videos(run) else "text-to-image"
     names = [reward["name"] for reward in run["rewards"]] or [options.get("reward") or ""]
     tags = [re.sub(r"[^\w.]+", "-", name, flags=re.ASCII).strip("-").lower() for name in names]
     # Those of the validation may be the training's own.
@@ -280,7 +339,7 @@ def write_card(output_dir: Path) -> Path:
     selected = run["selected"]
     card = ModelCard.from_template(
         data,
-        template_path=str(_template()),
+        template_path=str(find_template()),
         title=markdown(_last(lora)),
         base=markdown(base_model) if local else f"[{markdown(base_model)}](https://huggingface.co/{base_model})",
         method=markdown(run["method"]["title"]),
@@ -293,14 +352,17 @@ def write_card(output_dir: Path) -> Path:
         evaluation_prompts=markdown(evaluation_prompts),
         prompts_are_known=not options.get("eval_prompts") and not options.get("validation_prompt"),
         selected_update=selected["update"],
+        is_best=selected["kind"] == "best",
         selected_why="the best by the held-out reward" if selected["kind"] == "best" else "the last one",
         updates=run["updates"],
         skipped_updates=run["skipped_updates"],
         alarms=[{key: markdown(value) for key, value in alarm.items()} for alarm in run["alarms"]],
         use=_use(run, _missing_components(base_path), lora, images[0]["prompt"] if images else "a photo of a cat"),
+        has_lora_loader=_has_lora_loader(run),
         summary=_summary(run),
         settings=[(markdown(key), markdown(value)) for key, value in options.items() if value is not None],
         reproduce=_reproduce(run),
+        resumed=markdown(options.get("resume_from_checkpoint") or ""),
         commit="(commit unknown)" if git is None else git["commit"] + (" with local changes" if git["dirty"] else ""),
         libraries=", ".join(f"{name} {run['versions'][name]}" for name in ("torch", "diffusers", "peft")),
         license_text=license_text,

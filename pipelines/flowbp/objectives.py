@@ -24,7 +24,7 @@ class Objective:
             plain negative reward.
         scale: factor on the loss, above 0.
         undo_guidance: guidance scale by which the loss is divided to undo the gain that guidance gives the gradient, 1
-            for none (DESIGN.md, section 2, "Options of the reference").
+            for none (docs/methods.md, "From rewards to a loss").
     """
 
     clip: float | None = None
@@ -53,10 +53,15 @@ class Objective:
         return (weights * losses).sum() / kept * (self.scale / self.undo_guidance)
 
 
+def widened(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor detached and in float32, or float64 if it is that, so that sums of it keep their digits."""
+    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def connector_gaps(
     surrogate: Surrogate, latents: Mapping[int, torch.Tensor], velocities: Mapping[int, torch.Tensor]
 ) -> dict[int, torch.Tensor]:
-    """Mean absolute gap between each leg's value and the rollout's latent at its end (DESIGN.md, section 2).
+    """Mean absolute gap between each leg's value and the rollout's latent at its end (docs/methods.md, section 2).
 
     Args:
         surrogate: with legs, or none for an empty result.
@@ -69,12 +74,12 @@ def connector_gaps(
     gaps = {}
     for leg in surrogate.legs:
         # Legs end at sigma 0 with values near the latents': the sum is made in float32 at least.
-        value = _wide(latents[leg.start])
+        value = widened(latents[leg.start])
         for step, weight in zip(leg.supports, leg.weights, strict=True):
-            value = value + weight * _wide(velocities[step])
+            value = value + weight * widened(velocities[step])
         if leg.anchor:
-            value = value + leg.anchor * _wide(velocities[leg.start])
-        gaps[leg.end] = (value - _wide(latents[leg.end])).abs().flatten(1).mean(1)
+            value = value + leg.anchor * widened(velocities[leg.start])
+        gaps[leg.end] = (value - widened(latents[leg.end])).abs().flatten(1).mean(1)
     return gaps
 
 
@@ -99,7 +104,3 @@ def sample_weights(surrogate: Surrogate, gaps: Mapping[int, torch.Tensor]) -> to
         if largest is not None:
             weights = torch.where(gap > largest, torch.zeros_like(weights), weights)
     return weights
-
-
-def _wide(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))

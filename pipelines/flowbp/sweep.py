@@ -9,9 +9,9 @@
         backward(v, weight * adjoint)               # parameter gradients; the graph is freed
         adjoint = adjoint + coupling * (gradient of latents[step])
 
-All cutting, scaling and coupling of gradients happens here (DESIGN.md, section 2). The cotangent of a velocity goes
-through the recorded glue to the transformer's outputs, the velocity anchor adds its own, the transformer is called
-again, and the gradient of its inputs goes through the glue to the latents.
+All cutting, scaling and coupling of gradients happens here (docs/methods.md, section 2). The cotangent of a velocity
+goes through the recorded glue to the transformer's outputs, the velocity anchor adds its own, the transformer is
+called again, and the gradient of its inputs goes through the glue to the latents.
 """
 
 import functools
@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
 from .methods import Term
+from .objectives import widened
 from .recording import REPLAY_TOLERANCE, ActiveStep, Call, RecordingError, Trajectory, agree, switches
 
 # Rows of a call that are computed: slices of its batch, `None` for the whole call, an empty tuple for none of it.
@@ -381,7 +382,7 @@ class Sweep:
         self, outputs: Sequence[torch.Tensor], bases: Sequence[torch.Tensor], kept: Rows
     ) -> list[torch.Tensor]:
         """The anchor's cotangents of the outputs of one call, whose value is added up."""
-        gaps = [_masked(_widened(output) - _widened(base), kept) for output, base in zip(outputs, bases, strict=True)]
+        gaps = [_masked(widened(output) - widened(base), kept) for output, base in zip(outputs, bases, strict=True)]
         size = sum(_take(gap, kept).numel() for gap in gaps)
         self._anchor = self._anchor + self.velocity_anchor * sum(gap.square().sum() for gap in gaps) / size
         return [self.gradient_scale * self.velocity_anchor * 2 / size * gap for gap in gaps]
@@ -531,7 +532,7 @@ class _GradientNorms:
             for handle in (*handles, *hooks.values()):
                 handle.remove()
         if self._sums:
-            norms = [torch.linalg.vector_norm(_widened(each)) for each in self._sums.values()]
+            norms = [torch.linalg.vector_norm(widened(each)) for each in self._sums.values()]
             norm = torch.linalg.vector_norm(torch.stack([each.to(norms[0].device) for each in norms]))
             self.found |= dict.fromkeys(steps, norm)
 
@@ -681,7 +682,3 @@ def _put_back(gradient: torch.Tensor, recorded: torch.Tensor, rows: Rows) -> tor
 def _masked(cotangent: torch.Tensor, kept: Rows) -> torch.Tensor:
     """The cotangent with the rows outside `kept` set to 0, for calls that are replayed whole."""
     return cotangent if kept is None else _put_back(_take(cotangent, kept), cotangent, kept)
-
-
-def _widened(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -37,6 +37,7 @@ from .arguments import Rewards
 from .callback import BackwardOutput
 from .checkpoints import (
     CheckpointError,
+    checkpoints,
     find_checkpoint,
     load_tensors,
     read_json,
@@ -48,17 +49,29 @@ from .checkpoints import (
 from .distributed import all_ranks_max, clip_gradients, full_lora, full_tensor, full_tensors, leave, like, load_lora
 from .evaluation import interval
 from .figures import before_after, image_grid, reward_curve
-from .guard import Alarm, Guard, Measurement
+from .guard import MIN_PICTURES, Alarm, Guard, Measurement
 from .methods import METHODS, Method, Surrogate
 from .model_card import write_card
 from .prompts import PromptSampler
 from .push import PushError, push_folder
 from .recording import RecordingError
-from .rewards import WeightedReward
+from .rewards import WeightedReward, part_names
 from .run_info import git_commit, hardware, one_line, redact, redact_text, settings, versions, write_run_json
 from .sweep import adapters_off
 from .training_utils import LORA_FILE, StageMeter, StopSignals, TrainingError, make_generator
 from .validation import Drawn, draw_pictures
+
+# Options that a resumed run may have of its own without taking another course.
+MAY_CHANGE = (
+    "config output_dir resume_from_checkpoint max_train_steps checkpointing_steps checkpoints_total_limit report_to "
+    "logging_dir push_to_hub hub_model_id prompt_embeds_dir dry_run strict select"
+).split()
+# What a picture depends on beside prompt, noise and LoRA.
+OF_PICTURES = (
+    "pretrained_model_name_or_path revision variant quantization_config_path mixed_precision seed resolution height "
+    "width num_frames num_inference_steps guidance_scale true_cfg_scale negative_prompt sigmas flow_shift "
+    "max_sequence_length pipeline_arguments"
+).split()
 
 # What a user can put right: `run_script` prints these in one line.
 USER_ERRORS = (
@@ -214,6 +227,8 @@ class TrainingRun:
         self.judges = {args.reward: rewards.plain}
         if rewards.held_out is not None:
             self.judges[args.eval_reward] = rewards.held_out
+        # With the parts of a sum.
+        self._held_out = [] if args.eval_reward is None else [args.eval_reward, *part_names(args.eval_reward)]
         self.part_names = list(rewards.training.weights) if isinstance(rewards.training, WeightedReward) else []
         self.evaluation_prompts = rewards.evaluation_prompts
         self.guard = Guard()
@@ -222,9 +237,25 @@ class TrainingRun:
         self.evaluations: dict[str, dict[str, Any]] = {}
         self.best_lora: dict[str, torch.Tensor] | None = None
         self._must_stop = False
+        # Whether the evaluation and the validation that are due after the last update were made.
+        self._is_judged = True
+        earlier: list[dict[str, Any]] = []
 
         if args.resume_from_checkpoint is not None:
-            self._resume(find_checkpoint(args.output_dir, args.resume_from_checkpoint, self._tell))
+            folder = find_checkpoint(args.output_dir, args.resume_from_checkpoint, self._tell)
+            self._resume(folder)
+            earlier = read_log(folder.parent / "log.jsonl", self.first_update)
+        elif checkpoints(args.output_dir) and not args.dry_run:
+            self._tell(
+                f"{args.output_dir} has checkpoints of an earlier run; --resume_from_checkpoint latest would go on "
+                "from them until this run has written its own."
+            )
+        pictures = len(self.evaluation_prompts) * args.num_eval_images
+        if args.eval_reward is not None and pictures < MIN_PICTURES:
+            self._tell(
+                f"The evaluation has {pictures} pictures; the alarm held-out-falls needs {MIN_PICTURES}, better 16 "
+                "(--eval_prompts, --num_eval_images)."
+            )
         self.done = self.first_update
         self.log: list[dict[str, Any]] = []
         self._log_path = args.output_dir / "log.jsonl"
@@ -232,7 +263,7 @@ class TrainingRun:
             hyperparameters = {name: str(value) for name, value in settings(vars(args)).items()}
             accelerator.init_trackers("flowbp", config=hyperparameters)
             if accelerator.is_main_process:
-                self.log = read_log(self._log_path, self.first_update)
+                self.log = earlier
                 partial = self._log_path.with_suffix(".partial")
                 partial.write_text("".join(json.dumps(row) + "\n" for row in self.log), encoding="utf-8")
                 os.replace(partial, self._log_path)
@@ -262,16 +293,18 @@ class TrainingRun:
             if not self.args.dry_run and self.evaluation_prompts and "base" not in self.evaluations:
                 with adapters_off(self.transformer):
                     self._evaluate(0)
+            if not self._is_judged and not self.args.dry_run:
+                self._judge()
             for update in self.progress:
+                if self._must_stop:
+                    self._tell(f"Stopped by an alarm after update {self.done}, as --stop_on_alarm says.")
+                    break
                 self.optimizer.zero_grad(set_to_none=True)
                 scale = self.scaler.scale(torch.ones((), device=self.accelerator.device)).item()
                 self.gradient_scale = scale / self.args.gradient_accumulation_steps
                 self.meter = StageMeter(self.accelerator.device)
                 self._passes = []
                 yield update
-                if self._must_stop:
-                    self._tell(f"Stopped by an alarm after update {self.done}, as --stop_on_alarm says.")
-                    break
         self.progress.close()
 
     def next_batch(self) -> tuple[list[str], list[int]]:
@@ -295,7 +328,7 @@ class TrainingRun:
         """Clip the gradients and step the optimizer, or skip the update where any process found something not finite.
 
         Raises:
-            TrainingError: after `--max_skipped_updates` in a row, or where the step made the LoRA itself not finite.
+            TrainingError: where the step made the LoRA itself not finite.
         """
         self.meter.mark("optimizer")
         self._rate = self.lr_scheduler.get_last_lr()[0]
@@ -316,12 +349,6 @@ class TrainingRun:
             if self.ema is not None:
                 self.ema.step(self.parameters)
         self.scaler.update()
-        if self._skipped_in_a_row >= self.args.max_skipped_updates:
-            raise TrainingError(
-                f"{self._skipped_in_a_row} updates in a row had a reward, loss or gradient that is not finite, "
-                f"expected fewer than --max_skipped_updates {self.args.max_skipped_updates}; lower --learning_rate or "
-                "look at the reward, then resume from the last checkpoint."
-            )
         norm = full_tensor(torch.nn.utils.get_total_norm([parameter.detach() for parameter in self.parameters]))
         if not math.isfinite(norm.item()):
             raise TrainingError(
@@ -338,6 +365,7 @@ class TrainingRun:
 
         Raises:
             SystemExit: see `updates`.
+            TrainingError: after `--max_skipped_updates` in a row.
         """
         args, accelerator = self.args, self.accelerator
         self.done = update + 1
@@ -365,6 +393,29 @@ class TrainingRun:
         scalars = {name: value for name, value in row.items() if isinstance(value, int | float)}
         scalars |= {f"drawn/{place}": step for place, step in enumerate(row["drawn_steps"])}
         accelerator.log(scalars, step=self.done)
+        if self._skipped_in_a_row >= args.max_skipped_updates:
+            raise TrainingError(
+                f"{self._skipped_in_a_row} updates in a row had a reward, loss or gradient that is not finite, "
+                f"expected fewer than --max_skipped_updates {args.max_skipped_updates}; lower --learning_rate or look "
+                "at the reward, then resume from the last checkpoint."
+            )
+        self._is_judged = False
+        if not self._stop_signal:
+            # After a signal there is no time: launchers kill after 30 seconds. The resumed run makes up for it.
+            self._judge()
+            self._stop_signal = int(all_ranks_max(accelerator, [float(self._signals.number)])[0])
+        is_last = self.done == args.max_train_steps or self._must_stop
+        if self.done % args.checkpointing_steps == 0 or is_last or self._stop_signal:
+            self._write_checkpoint()
+        if self._stop_signal:
+            name = signal.Signals(self._stop_signal).name
+            self._tell(f"Stopped by {name} after update {self.done}; go on with --resume_from_checkpoint latest.")
+            accelerator.end_training()
+            raise SystemExit(128 + self._stop_signal)
+
+    def _judge(self) -> None:
+        """The evaluation and the validation that are due after the last update."""
+        args = self.args
         if self.evaluation_prompts and (self.done % args.eval_steps == 0 or self.done == args.max_train_steps):
             with self._averaged():
                 self._evaluate(self.done)
@@ -372,13 +423,7 @@ class TrainingRun:
             with self._averaged():
                 drawn = self._validate()
             self._log_pictures("validation", self.done, drawn)
-        if self.done % args.checkpointing_steps == 0 or self._stop_signal:
-            self._write_checkpoint()
-        if self._stop_signal:
-            name = signal.Signals(self._stop_signal).name
-            self._tell(f"Stopped by {name} after update {self.done}; go on with --resume_from_checkpoint latest.")
-            accelerator.end_training()
-            raise SystemExit(128 + self._stop_signal)
+        self._is_judged = True
 
     def _row(self) -> dict[str, Any]:
         """An update's line of the log, the same in every process."""
@@ -434,6 +479,8 @@ class TrainingRun:
             final = full_lora(self.transformer)
         state = {
             "update": self.done,
+            "is_judged": self._is_judged,
+            "settings": self._course(),
             "prompts": self.sampler.state_dict(),
             "scaler": self.scaler.state_dict(),
             "lr_scheduler": self.lr_scheduler.state_dict(),
@@ -478,6 +525,12 @@ class TrainingRun:
             raise CheckpointError(
                 f"{where}: that run was {'without' if self.ema else 'with'} --use_ema; this one must be too."
             )
+        before, now = state["settings"], self._course()
+        if before["lora_alpha"] != now["lora_alpha"]:
+            raise CheckpointError(f"{where}: use the --lora_alpha of that run, {before['lora_alpha']}.")
+        changes = [f"--{name} was {before.get(name)}, is {now[name]}" for name in now if before.get(name) != now[name]]
+        if changes:
+            self._tell(f"{where}: other settings than that run's: {'; '.join(changes)}.")
         load_lora(self.transformer, lora)
         moments: dict[int, dict[str, torch.Tensor]] = {}
         for key, value in load_tensors(folder / "optimizer.safetensors").items():
@@ -486,9 +539,15 @@ class TrainingRun:
                 like(value, self.parameters[int(index)]) if value.ndim else value
             )
         self.optimizer.load_state_dict({"state": moments, "param_groups": self.optimizer.state_dict()["param_groups"]})
-        self.lr_scheduler.load_state_dict(state["lr_scheduler"])
-        # A schedule sets rates when it steps; until then the optimizer needs those of the checkpoint.
-        for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+        # Where the schedule is comes from the checkpoint, what it multiplies from --learning_rate, which may differ.
+        schedule = self.lr_scheduler
+        rates = [
+            base * factor(state["lr_scheduler"]["last_epoch"])
+            for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+        ]
+        schedule.load_state_dict({**state["lr_scheduler"], "base_lrs": schedule.base_lrs, "_last_lr": rates})
+        # A schedule sets rates when it steps; until then the optimizer needs these.
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
         if self.ema is not None:
             average = load_tensors(folder / "ema.safetensors")
@@ -501,7 +560,9 @@ class TrainingRun:
         self.first_update = state["update"]
         self.skipped, self._skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
         self._rewards_since = state["rewards_since"]
-        self.alarms = state["alarms"]
+        self.alarms, self._is_judged = state["alarms"], state["is_judged"]
+        self._must_stop = self.args.stop_on_alarm and bool(self.alarms) and not self.args.dry_run
+        self.done = self.first_update
         # Scores of other pictures or rewards are of no use: then the evaluation begins afresh, with the base model.
         if state["evaluated"] == self._evaluated():
             self.guard.load_state_dict(state["guard"])
@@ -509,10 +570,19 @@ class TrainingRun:
             if (folder / "best.safetensors").is_file():
                 self.best_lora = load_tensors(folder / "best.safetensors")
 
+    def _course(self) -> dict[str, Any]:
+        """The settings that the course of a run depends on."""
+        return {name: value for name, value in settings(vars(self.args)).items() if name not in MAY_CHANGE}
+
     def _evaluated(self) -> dict[str, Any]:
-        """What the scores of an evaluation are of."""
-        prompts = list(self.evaluation_prompts)
-        return {"rewards": list(self.judges), "prompts": prompts, "count": self.args.num_eval_images}
+        """What the scores of an evaluation are of: rewards, pictures, and what the pictures are made with."""
+        given = settings(vars(self.args))
+        return {
+            "rewards": list(self.judges),
+            "prompts": list(self.evaluation_prompts),
+            "count": self.args.num_eval_images,
+            "made_with": {name: given[name] for name in OF_PICTURES if name in given},
+        }
 
     # Evaluation.
 
@@ -730,7 +800,7 @@ class TrainingRun:
         ]
         return {
             "name": name,
-            "role": "held out" if name == self.args.eval_reward else "trained",
+            "role": "held out" if name in self._held_out else "trained",
             "base": estimate(before, count),
             "lora": estimate(after, count),
             "difference": estimate(differences, count),
@@ -739,6 +809,9 @@ class TrainingRun:
 
     def _save_images(self, base: Drawn, aligned: Drawn) -> list[dict[str, str]]:
         folder = self.args.output_dir / "images"
+        if folder.is_symlink():
+            # Nothing is written or removed where a link leads.
+            folder.unlink()
         folder.mkdir(exist_ok=True)
         # Those of an earlier run into the same folder would be published with this one's.
         for path in folder.glob("*_*.png"):

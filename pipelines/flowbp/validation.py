@@ -47,6 +47,27 @@ def to_pil(images: torch.Tensor) -> list[Image.Image]:
     return VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(images.nan_to_num()))
 
 
+def frames(images: torch.Tensor, prompts: Sequence[str]) -> tuple[torch.Tensor, Sequence[str]]:
+    """What a reward is called with: pictures, or all frames of videos, and the prompt of each.
+
+    Args:
+        images: `(B, 3, H, W)` or `(B, F, 3, H, W)`, in [0, 1].
+        prompts: B of them.
+
+    Returns:
+        `(B, 3, H, W)` or `(B * F, 3, H, W)`, video by video, and as many prompts.
+
+    Raises:
+        ValueError: for values outside [0, 1]; NaN is let pass.
+    """
+    low, high = images.min().item(), images.max().item()
+    if low < -1e-3 or high > 1 + 1e-3:
+        raise ValueError(f"Expected pictures in [0, 1], the pipeline made values from {low:.2f} to {high:.2f}.")
+    if images.ndim == 4:
+        return images, prompts
+    return images.flatten(0, 1), [prompt for prompt in prompts for _ in range(images.shape[1])]
+
+
 def score_pictures(
     reward: Callable[[torch.Tensor, Sequence[str]], torch.Tensor], images: torch.Tensor, prompts: Sequence[str]
 ) -> torch.Tensor:
@@ -63,14 +84,8 @@ def score_pictures(
     Raises:
         ValueError: for values outside [0, 1].
     """
-    low, high = images.min().item(), images.max().item()
-    if low < -1e-3 or high > 1 + 1e-3:
-        raise ValueError(f"Expected pictures in [0, 1], the pipeline made values from {low:.2f} to {high:.2f}.")
-    if images.ndim == 4:
-        return reward(images, prompts)
-    frames = images.shape[1]
-    scores = reward(images.flatten(0, 1), [prompt for prompt in prompts for _ in range(frames)])
-    return scores.unflatten(0, (-1, frames)).mean(1)
+    scores = reward(*frames(images, prompts))
+    return scores if images.ndim == 4 else scores.unflatten(0, (len(images), -1)).mean(1)
 
 
 @torch.no_grad()

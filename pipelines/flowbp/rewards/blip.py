@@ -109,7 +109,7 @@ class ImageReward(nn.Module):
         tokens: BERT's, to a length of `MAX_TOKENS`.
     """
 
-    def __init__(self, config: BlipConfig, tokens: Tokens):
+    def __init__(self, config: BlipConfig, tokens: Tokens) -> None:
         super().__init__()
         self.vision = BlipVisionModel(config.vision_config)
         self.text = BlipTextModel(config.text_config, add_pooling_layer=False)

@@ -52,7 +52,7 @@ class CLIPReward(nn.Module):
         tokens: Tokens,
         crop: Callable[[Tensor, int], Tensor] | None = None,
         factor: float = 1.0,
-    ):
+    ) -> None:
         super().__init__()
         self.model = model.requires_grad_(False).eval()
         self.tokens = tokens
@@ -89,7 +89,7 @@ class AestheticReward(nn.Module):
         head: of the embedding's width, see `aesthetic_head`; it is frozen.
     """
 
-    def __init__(self, model: CLIPVisionModelWithProjection, head: nn.Sequential):
+    def __init__(self, model: CLIPVisionModelWithProjection, head: nn.Sequential) -> None:
         super().__init__()
         self.model = model.requires_grad_(False).eval()
         self.head = head.requires_grad_(False).eval()

@@ -255,7 +255,7 @@ class GenEval(nn.Module):
         clip: CLIPModel,
         tokens: Tokens,
         metadata: Mapping[str, Mapping[str, Any]],
-    ):
+    ) -> None:
         super().__init__()
         if detector.config.num_labels != len(CLASSES):
             raise ValueError(
@@ -363,7 +363,10 @@ def geneval(metadata_path: Path | None = None, model_path: Path | None = None) -
         FileNotFoundError, ValueError: see `read_metadata`, `find_files`, `load_pretrained`.
     """
     if importlib.util.find_spec("scipy") is None:
-        raise ModuleNotFoundError("reward 'geneval': its detector needs scipy; pip install 'flowbp[geneval]'.")
+        raise ModuleNotFoundError(
+            "reward 'geneval': its detector needs scipy; "
+            'pip install -e ".[geneval]" in a checkout of FlowBP for diffusers.'
+        )
     if metadata_path is None:
         raise ValueError(
             "reward 'geneval': expected metadata_path, the benchmark's evaluation_metadata.jsonl, got none; it is in "

@@ -94,7 +94,7 @@ class Conversation:
         pixels: resize pictures to about that many; None: within the image processor's own bounds.
     """
 
-    def __init__(self, tokenizer: Any, image_processor: Any, image_token_id: int, pixels: int | None = None):
+    def __init__(self, tokenizer: Any, image_processor: Any, image_token_id: int, pixels: int | None = None) -> None:
         self.tokenizer, self.image_processor = tokenizer, image_processor
         self.image_token_id = image_token_id
         self.size = {} if pixels is None else {"size": {"shortest_edge": pixels, "longest_edge": pixels}}
@@ -147,7 +147,7 @@ class HPSv3(nn.Module):
 
     def __init__(
         self, model: Qwen2VLForConditionalGeneration, head: nn.Sequential, conversation: Conversation, question: str
-    ):
+    ) -> None:
         super().__init__()
         self.model, self.head = model.model, head  # without the language head
         self.conversation, self.question = conversation, question
@@ -197,7 +197,7 @@ class UnifiedReward(nn.Module):
         question: with `{prompt}` where the prompt goes.
     """
 
-    def __init__(self, name: str, model: nn.Module, conversation: Conversation, question: str):
+    def __init__(self, name: str, model: nn.Module, conversation: Conversation, question: str) -> None:
         super().__init__()
         if "{prompt}" not in question:
             raise ValueError(f"question: expected a text with {{prompt}} where the prompt goes, got {question!r}.")

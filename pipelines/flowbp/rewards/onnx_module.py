@@ -130,7 +130,7 @@ class OnnxModule(nn.Module):
             `logits` for a graph that does not end in a softmax.
     """
 
-    def __init__(self, path: str | Path, logits: bool = False):
+    def __init__(self, path: str | Path, logits: bool = False) -> None:
         import onnx
 
         super().__init__()

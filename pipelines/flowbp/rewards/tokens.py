@@ -27,7 +27,7 @@ class Tokens:
             long run is not flooded.
     """
 
-    def __init__(self, reward: str, tokenizer: Any, max_length: int):
+    def __init__(self, reward: str, tokenizer: Any, max_length: int) -> None:
         self.reward, self.tokenizer, self.max_length = reward, tokenizer, max_length
         self.truncated = 0
         self._warned = 0
