@@ -212,7 +212,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "weights that cannot be had": ({"reward": "clip"}, "the files are not in the cache and the Hub cannot be reached"),
     "prompts without a text to read": ({"reward": "ocr", "prompts": "unquoted.txt"}, "between double quotes"),
     "hinge at NaN": ({"reward_clip": "nan"}, "`clip` must be a finite number or None"),
-    "augmentation that nothing reads": ({"reward_augment": True}, "expected options among none; got augment"),
+    "augmentation that nothing reads": (
+        {"reward_augment": True},
+        "make_reward does not have it, expected an ocr",
+    ),
     "best without a judge": ({"select": "best"}, "--select best needs --eval_reward"),
     # Folders and files.
     "absent checkpoint": ({"resume_from_checkpoint": "latest"}, "--resume_from_checkpoint latest: "),

@@ -312,6 +312,13 @@ def test_the_code_to_use_a_video_model(tmp_path: Path) -> None:
     assert "guidance_scale=" not in code
 
 
+def test_the_command_has_the_precision_of_accelerate(tmp_path: Path) -> None:
+    """`accelerate launch --mixed_precision bf16` is in no word of the script's command."""
+    for command, count in ((["train.py", "--config", "x.yaml"], 1), (["train.py", "--mixed_precision=bf16"], 1)):
+        card = card_of(tmp_path, command=command, settings=settings_of(mixed_precision="bf16"))
+        assert len(re.findall("--mixed_precision.bf16", block(card, "bash"))) == count
+
+
 def settings_of(**changes: Any) -> dict[str, Any]:
     """The settings of a run of train_flowbp.py."""
     return {"reward": "clip", "num_inference_steps": 2, "mixed_precision": "no", **changes}
@@ -421,7 +428,7 @@ def test_the_command_to_reproduce(tmp_path: Path) -> None:
     """The run's own, without what publishes and with paths shortened."""
     command = block(card_of(tmp_path), "bash").replace(" \\\n", " ")
     assert shlex.split(command) == [
-        *["accelerate", "launch", "--num_processes", "2", "training/train_flowbp_sd3.py"],
+        *["accelerate", "launch", "--num_processes", "2", "--mixed_precision", "bf16", "training/train_flowbp_sd3.py"],
         *["--config", "training/recipes/sd3_flowbp_lagrange.yaml", "--reward", "hpsv2.1"],
         *["--reward_model_path", "hpsv2.1=hps", "--prompts=my prompts.txt", "--output_dir", "sd35-flowbp"],
     ]

@@ -360,6 +360,13 @@ def test_check_access(hub: LoopbackHub, tmp_path: Path) -> None:
     hub.fail("create", times=2)
     assert check_access(hub, home, "fresh")[:2] == (0, f"{USER}/fresh\n")
     assert hub.counts["create"] == 4 and list(hub.repositories) == [f"{USER}/fresh"]
+    # A fault of the server is no answer to whether the token may write.
+    hub.read_only = True
+    hub.fail("auth-check", times=1)
+    assert check_access(hub, home, f"{USER}/fresh")[0] == 1
+    hub.read_only = False
+    hub.fail("auth-check", times=1)
+    assert check_access(hub, home, "fresh")[0] == 0
     # A server that does not know the check of permissions.
     hub.fail("auth-check", status=404)
     assert check_access(hub, home, "team/fresh")[:2] == (0, "team/fresh\n")
@@ -380,6 +387,9 @@ def test_check_access_refuses(hub: LoopbackHub, tmp_path: Path) -> None:
     refused.append((check_access(hub, home, REPO), "(403: the token may only read)"))
     hub.read_only = False
     hub.fail("create", times=float("inf"))
+    refused.append((check_access(hub, home, "repo"), "503"))
+    hub.fail("create", times=0)
+    hub.fail("auth-check", times=float("inf"))
     refused.append((check_access(hub, home, "repo"), "503"))
     hub.server.server_close()
     refused.append((check_access(hub, home, "repo"), "--push_to_hub"))

@@ -45,6 +45,27 @@ def test_pictures_outside_their_range_are_refused(values: tuple[float, float]):
         score_pictures(redness, images, ["a"])
 
 
+def test_a_picture_that_is_not_finite_has_no_score_and_ends_nothing():
+    reward = load_reward("toy_reward:make_reward:2,toy_reward:make_held_out_reward:1")
+    module = torch.nn.Identity()
+
+    def sample(prompt: str, generator: torch.Generator) -> torch.Tensor:
+        picture = module(torch.rand(1, 3, 8, 8, generator=generator))
+        return picture.fill_(torch.nan) if prompt == "b" or (prompt == "a" and picture[0, 0, 0, 0] > 0.5) else picture
+
+    def noise(number: int) -> torch.Generator:
+        # The first pixels of the seeds 0 and 1 are 0.50 and 0.76.
+        return torch.Generator().manual_seed(number)
+
+    drawn = draw_pictures(Accelerator(cpu=True), module, ["a", "b", "c"], noise, 2, sample, {"sum": reward})
+    found = [[score == score for score in scores] for scores in drawn.scores.values()]
+    assert len(found) == 3 and all(finite == [True, False, False, False, True, True] for finite in found)
+    assert len(drawn.images) == 6 and drawn.diversity > 0 and drawn.high_frequency > 0 and 0 <= drawn.saturated < 1
+    assert drawn.velocity_norm > 0
+    drawn = draw_pictures(Accelerator(cpu=True), module, ["b"], noise, 2, sample, {"sum": reward})
+    assert all(score != score for score in drawn.scores["sum"]) and drawn.diversity != drawn.diversity
+
+
 def test_pictures_are_drawn_one_by_one_from_their_own_noise():
     pipe = tiny_sd3_pipeline()
     call = {"num_inference_steps": 3, "height": 8, "width": 8, "output_type": "pt"}

@@ -232,6 +232,10 @@ def _reproduce(run: Mapping[str, Any]) -> str:
     lines: list[list[str]] = [["accelerate", "launch"]]
     processes = run["hardware"]["processes"]
     lines[0] += ["--num_processes", str(processes)] if processes > 1 else []
+    precision = run["settings"].get("mixed_precision", "no")
+    if precision != "no" and not any(word.partition("=")[0] == "--mixed_precision" for word in words):
+        # It may have come from accelerate's own configuration, which others do not have.
+        lines[0] += ["--mixed_precision", precision]
     lines[0].append(f"training/{_last(run['script'])}")
     for word in words:
         if word.startswith("--") or len(lines) == 1:
@@ -282,13 +286,17 @@ def find_template() -> Path:
 
 
 def write_card(output_dir: Path) -> Path:
-    """Write README.md of a run's folder.
+    """Write README.md of a run's folder, see `make_card`; returns the file."""
+    path = output_dir / "README.md"
+    write_whole(path, make_card(output_dir))
+    return path
+
+
+def make_card(output_dir: Path) -> str:
+    """The text of a run's card.
 
     Args:
         output_dir: with `run.json`; pictures that may be published (`allowed_files`) are shown.
-
-    Returns:
-        The file.
 
     Raises:
         OSError, ValueError, KeyError: `run.json` is missing or is not as the training writes it.
@@ -367,6 +375,4 @@ def write_card(output_dir: Path) -> Path:
         libraries=", ".join(f"{name} {run['versions'][name]}" for name in ("torch", "diffusers", "peft")),
         license_text=license_text,
     )
-    path = output_dir / "README.md"
-    write_whole(path, str(card))
-    return path
+    return str(card)

@@ -29,7 +29,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
-from .run_info import one_line, redact_text
+from .run_info import one_line, redact_text, write_run_json
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 TEXT_FILES = ("README.md", "run.json")
@@ -160,10 +160,10 @@ def check_access(repo_id: str, tries: int = TRIES, first_wait: float = FIRST_WAI
         raise ValueError(f"--push_to_hub: {_explain(error, repo_id)}") from None
     # A token that may only read passes the creation of a repository that exists.
     try:
-        api.auth_check(repo_id, write=True)
+        with_retries(lambda: api.auth_check(repo_id, write=True), tries, first_wait)
     except HTTPError as error:
         # Other answers say nothing: not every server of this protocol has this check.
-        if _status(error) in (401, 403):
+        if _status(error) in (401, 403) or _is_temporary(error):
             raise ValueError(f"--push_to_hub: {_explain(error, repo_id)}") from None
     return repo_id
 
@@ -257,6 +257,31 @@ def push_folder(output_dir: Path, repo_id: str, tries: int = TRIES, first_wait: 
     return str(repository)
 
 
+def name_repository(output_dir: Path, repo_id: str) -> None:
+    """Name a repository in `run.json` and in the card, which says how to load the LoRA from it.
+
+    A card that is not as the training wrote it was edited: it stays, and a line says so.
+
+    Args:
+        output_dir: the run's folder, with `run.json`.
+        repo_id: `user/name`.
+    """
+    # Seconds of import that most pushes do not need.
+    from .model_card import make_card, write_card
+
+    card, record = output_dir / "README.md", output_dir / "run.json"
+    try:
+        is_own = not card.exists() or card.read_text(encoding="utf-8") == make_card(output_dir)
+    except (KeyError, TypeError, ValueError):
+        # Of a record that is not as the training wrote it no card can be made.
+        is_own = False
+    write_run_json(record, {**json.loads(record.read_text(encoding="utf-8")), "hub_model_id": repo_id})
+    if is_own:
+        write_card(output_dir)
+    else:
+        print(f"{card} was edited and stays as it is; make it name {repo_id}.", file=sys.stderr)
+
+
 def main(argv: list[str] | None = None) -> None:
     """`python -m flowbp.push`."""
     parser = argparse.ArgumentParser(prog="python -m flowbp.push", description=__doc__.partition("\n")[0])
@@ -276,17 +301,22 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("--tries must be at least 1 and --first_wait not negative")
     if not args.output_dir.is_dir():
         parser.error(f"{args.output_dir} is no folder; give the --output_dir of a run")
-    repo_id = args.hub_model_id
-    if repo_id is None:
-        record = args.output_dir / "run.json"
-        try:
-            repo_id = json.loads(record.read_text(encoding="utf-8"))["hub_model_id"] if record.exists() else None
-        except (OSError, ValueError, KeyError, TypeError) as wrong:
-            parser.error(f"{record} cannot be read as a run's record ({wrong}); give --hub_model_id")
+    record = args.output_dir / "run.json"
     try:
-        print(push_folder(args.output_dir, repo_id or args.output_dir.resolve().name, args.tries, args.first_wait))
-    except PushError as failure:
-        sys.exit(f"{parser.prog}: error: {failure}")
+        of_run = json.loads(record.read_text(encoding="utf-8"))["hub_model_id"] if record.exists() else None
+    except (OSError, ValueError, KeyError, TypeError) as wrong:
+        if args.hub_model_id is None:
+            parser.error(f"{record} cannot be read as a run's record ({wrong}); give --hub_model_id")
+        of_run = args.hub_model_id
+    repo_id = args.hub_model_id or of_run or args.output_dir.resolve().name
+    try:
+        if record.exists() and repo_id != of_run:
+            repo_id = check_access(repo_id, args.tries, args.first_wait)
+            if repo_id != of_run:
+                name_repository(args.output_dir, repo_id)
+        print(push_folder(args.output_dir, repo_id, args.tries, args.first_wait))
+    except (ValueError, OSError, PushError) as failure:
+        sys.exit(f"{parser.prog}: error: {one_line(failure)}")
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ from .evaluation import interval
 from .figures import before_after, image_grid, reward_curve
 from .guard import MIN_PICTURES, Alarm, Guard, Measurement
 from .methods import METHODS, Method, Surrogate
-from .model_card import write_card
+from .model_card import find_template, write_card
 from .prompts import PromptSampler
 from .push import PushError, push_folder
 from .recording import RecordingError
@@ -179,6 +179,8 @@ class TrainingRun:
         rewards: Rewards,
         save_lora: SaveLora,
     ) -> None:
+        # What the run ends with is there, or nothing is trained.
+        find_template()
         self.args = args
         self.accelerator = accelerator
         self.method = method
@@ -771,7 +773,10 @@ class TrainingRun:
                 "pipeline_class": type(self.pipe).__name__,
                 "versions": versions(),
                 "git": git_commit(),
-                "hardware": hardware(self.accelerator.device, self.accelerator.num_processes),
+                "hardware": {
+                    **hardware(self.accelerator.device, self.accelerator.num_processes),
+                    "distributed_type": self.accelerator.distributed_type.value,
+                },
                 "timings": {
                     "started": self._started.isoformat(timespec="seconds"),
                     "finished": finished.isoformat(timespec="seconds"),

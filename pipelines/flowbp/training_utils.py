@@ -30,9 +30,9 @@ from torch.nn import Linear
 
 from .checkpoints import clean
 from .distributed import check_distributed, check_environment
+from .push import LORA_FILE as LORA_FILE
 from .push import check_access
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
 # Processes wait for one another longer than NCCL's 10 minutes: while one encodes all prompts, or scores a last video.
 PATIENCE = InitProcessGroupKwargs(timeout=timedelta(hours=2))
 WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

@@ -25,11 +25,14 @@ class Drawn:
 
     Attributes:
         images: P prompts x m pictures of each, prompt by prompt.
-        scores: `{reward: P * m numbers}` in the order of the pictures; the parts of a weighted sum beside the sum.
+        scores: `{reward: P * m numbers}` in the order of the pictures, NaN for one that is not finite; the parts of a
+            weighted sum beside the sum.
         saturated: mean of `guard.saturated_share`.
         high_frequency: mean of `guard.high_frequency_energy`.
         velocity_norm: mean root mean square of the transformer's outputs.
         diversity: mean over the prompts of `guard.diversity`, None with one picture of each.
+
+    Means are over what is finite, NaN where nothing is.
     """
 
     images: list[Image.Image]
@@ -125,7 +128,8 @@ def draw_pictures(
     found = [each for _, each in sorted(gather_object(mine), key=lambda entry: entry[0])]
 
     def mean(name: str) -> float:
-        return sum(each[name] for each in found) / len(found)
+        values = [each[name] for each in found if each[name] is not None and math.isfinite(each[name])]
+        return sum(values) / len(values) if values else math.nan
 
     return Drawn(
         images=[image for each in found for image in each["images"]],
@@ -142,11 +146,14 @@ def _measure(images: torch.Tensor, prompt: str, rewards: Mapping[str, torch.nn.M
     scores: dict[str, list[float]] = {}
     for name, reward in rewards.items():
         of_reward: dict[str, list[float]] = {name: []}
+        parts = list(reward.weights) if isinstance(reward, WeightedReward) and len(reward.weights) > 1 else []
+        of_reward |= {part: [] for part in parts}
         for image in images.split(1):
-            of_reward[name] += score_pictures(reward, image, [prompt]).tolist()
-            if isinstance(reward, WeightedReward) and len(reward.last_scores) > 1:
-                for part, score in reward.last_scores.items():
-                    of_reward.setdefault(part, []).append(score.mean().item())
+            # Rewards refuse what is not finite; training skips it and goes on, and so does this.
+            is_finite = bool(image.isfinite().all())
+            of_reward[name].append(score_pictures(reward, image, [prompt]).item() if is_finite else math.nan)
+            for part in parts:
+                of_reward[part].append(reward.last_scores[part].mean().item() if is_finite else math.nan)
         # A part that is also the held-out reward keeps one entry; both are the same number.
         scores |= of_reward
     return {
