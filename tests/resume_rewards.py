@@ -11,6 +11,7 @@ only those that train: pictures of evaluations and validations require no gradie
 import json
 import os
 import random
+import signal
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -37,6 +38,19 @@ def make_opposite_reward() -> Reward:
     """What falls as the toy reward rises: training raises the guard's alarm about it."""
     reward = toy_reward.make_reward()
     return lambda images, prompts: -reward(images, prompts)
+
+
+def make_signalling_reward() -> Reward:
+    """A held-out reward that sends SIGTERM to its process when it judges the picture FLOWBP_TEST_SIGNAL_CALL."""
+    calls = []
+
+    def score(images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == int(os.environ["FLOWBP_TEST_SIGNAL_CALL"]):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return images.flatten(1).mean(1)
+
+    return score
 
 
 def make_waiting_reward() -> Reward:

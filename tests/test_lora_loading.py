@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -16,9 +17,11 @@ from diffusers import FluxPipeline, StableDiffusion3Pipeline
 from diffusers.training_utils import _collate_lora_metadata
 from loopback_hub import USER, loopback_hub
 from peft import get_peft_model_state_dict
+from resume_harness import sd3_arguments
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_sd3 import MAX_SEQUENCE_LENGTH, add_random_lora, tiny_sd3_pipeline
+from training_scripts import command_line
 
 from flowbp.push import LORA_FILE
 
@@ -108,6 +111,36 @@ def test_hub(lora: Path, tmp_path: Path) -> None:
         assert hub.repositories[repository].files == {LORA_FILE: (lora / LORA_FILE).read_bytes()}
         assert run("-c", LOAD_BOTH, repository, str(lora)).endswith("equal\n")
         assert hub.counts["get"] >= 1
+
+
+def test_a_run_that_is_pushed_later_says_how_to_load_it_from_there(
+    script: ModuleType, model: Path, prompts: Path, tmp_path: Path
+) -> None:
+    folder, other = tmp_path / "lora", f"{USER}/other"
+    script.main(command_line(sd3_arguments(model, prompts, folder), max_train_steps=1))
+    assert "pipe.load_lora_weights('lora')" in (folder / "README.md").read_text()
+    with loopback_hub() as hub:
+        environment = hub.environment(tmp_path / "home")
+
+        def push(repository: str) -> tuple[str, str]:
+            """The card in the repository, and what was said."""
+            words = ["-m", "flowbp.push", str(folder), "--hub_model_id", repository]
+            done = subprocess.run(
+                [sys.executable, *words], env=environment, capture_output=True, text=True, check=True, timeout=300
+            )
+            full = repository if "/" in repository else f"{USER}/{repository}"
+            return hub.repositories[full].files["README.md"].decode(), done.stderr
+
+        # A name alone is one in the user's account.
+        card, _ = push("other")
+        assert f"pipe.load_lora_weights('{other}')" in card and "# other\n" in card
+        assert json.loads(hub.repositories[other].files["run.json"])["hub_model_id"] == other
+        assert push(other)[0] == card and len(hub.repositories[other].commits) == 1
+        # What a user wrote is not overwritten.
+        with (folder / "README.md").open("a") as file:
+            file.write("Mine.\n")
+        card, said = push("team/third")
+        assert card.endswith("Mine.\n") and "README.md was edited and stays as it is; make it name team/third." in said
 
 
 def test_fuse_and_unload(lora: Path) -> None:

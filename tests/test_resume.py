@@ -326,6 +326,54 @@ def test_a_signal_ends_the_update_and_writes_a_checkpoint(
     check_same_end(plain, tmp_path / "run", 3)
 
 
+def test_what_is_due_after_a_stopped_update_is_made_up_for(
+    script: ModuleType, warm: Warm, plain_arguments: dict[str, Any], tmp_path: Path
+):
+    """Launchers kill soon, so the checkpoint comes first; the resumed run ends as one that was not stopped."""
+    judged = {
+        **plain_arguments,
+        "eval_reward": "resume_rewards:make_opposite_reward",
+        "eval_steps": 1,
+        "num_eval_images": 4,
+        "validation_steps": 1,
+    }
+    script.main(command_line(judged, output_dir=tmp_path / "whole"))
+    process = stop(warm, {**judged, "output_dir": tmp_path / "run"}, tmp_path)
+    os.kill(process.number, signal.SIGTERM)
+    (tmp_path / "go").touch()
+    assert process.wait() == 143
+    state = state_of(tmp_path / "run" / "checkpoint-1")
+    assert not state["is_judged"] and state["evaluations"].keys() == {"base"}
+    assert not (tmp_path / "run" / "validation").exists()
+    script.main(command_line(judged, output_dir=tmp_path / "run", resume_from_checkpoint="latest"))
+    check_same_end(tmp_path / "whole", tmp_path / "run", 3)
+    for folder in ("evaluation", "validation"):
+        old, new = (
+            {path.name: path.read_bytes() for path in (tmp_path / run / folder).iterdir()} for run in ("whole", "run")
+        )
+        assert old == new and "000001.png" in old
+
+
+def test_a_signal_during_an_evaluation_ends_the_run_after_it(
+    script: ModuleType, plain_arguments: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    # Three prompts and two pictures of each: the base model's evaluation, and the beginning of the first update's.
+    monkeypatch.setenv("FLOWBP_TEST_SIGNAL_CALL", "8")
+    judged = {
+        **plain_arguments,
+        "output_dir": tmp_path / "run",
+        "checkpointing_steps": 100,
+        "num_validation_images": 3,
+    }
+    judged |= {"eval_reward": "resume_rewards:make_signalling_reward", "eval_steps": 1}
+    with pytest.raises(SystemExit) as caught:
+        script.main(command_line(judged))
+    assert caught.value.code == 143
+    assert [row["step"] for row in log_of(tmp_path / "run")] == [1]
+    assert state_of(tmp_path / "run" / "checkpoint-1")["is_judged"]
+    assert (tmp_path / "run" / "evaluation" / "000001.png").exists()
+
+
 def test_a_second_interrupt_stops_at_once(warm: Warm, plain_arguments: dict[str, Any], tmp_path: Path):
     process = stop(warm, {**plain_arguments, "output_dir": tmp_path / "run"}, tmp_path)
     code, sent = None, 0

@@ -268,6 +268,19 @@ def test_resuming_the_latest_in_place_continues_its_log(script: ModuleType, argu
     assert log_of(output)[:2] == first and [row["step"] for row in log_of(output)] == [1, 2, 3]
 
 
+def test_nothing_is_written_or_removed_where_a_link_leads(
+    script: ModuleType, arguments: dict[str, Any], tmp_path: Path
+):
+    outside, output = tmp_path / "outside", arguments["output_dir"]
+    outside.mkdir()
+    (outside / "7_base.png").write_bytes(b"mine")
+    output.mkdir()
+    (output / "images").symlink_to(outside)
+    script.main(command_line(arguments, max_train_steps=1, method="draft-k"))
+    assert [path.name for path in outside.iterdir()] == ["7_base.png"]
+    assert not (output / "images").is_symlink() and (output / "images" / "0_lora.png").is_file()
+
+
 # Recipes.
 
 

@@ -360,7 +360,26 @@ def test_a_resumed_run_with_another_evaluation_begins_it_afresh(
     assert run["rewards"][0]["base"]["mean"] == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.parametrize("changes", [{"seed": 1}, {"guidance_scale": 1.5}, {"num_inference_steps": 4}])
+def test_pictures_that_are_made_otherwise_are_judged_afresh(
+    script: ModuleType, shared: dict[str, Any], peaked: Path, tmp_path: Path, changes: dict[str, Any]
+):
+    """A base model's scores under other settings are no base to compare with."""
+    folder = tmp_path / "run"
+    changes = {"max_train_steps": 8, "eval_steps": 8, "eval_reward": PEAKED, **changes}
+    printed = train(script, shared, folder, resume_from_checkpoint=peaked / "checkpoint-7", **changes)
+    assert [path.name for path in sorted((folder / "evaluation").iterdir())] == ["000000.png", "000008.png"]
+    (name,) = changes.keys() - {"max_train_steps", "eval_steps", "eval_reward"}
+    assert f"--{name} was " in printed and run_of(folder)["selected"] == {"kind": "best", "update": 8}
+
+
 # Alarms.
+
+
+def test_few_pictures_are_told(script: ModuleType, shared: dict[str, Any], tmp_path: Path):
+    changes = {"max_train_steps": 1, "eval_steps": 1, "eval_reward": OPPOSED, "num_eval_images": 1}
+    printed = train(script, shared, tmp_path / "run", **changes)
+    assert "The evaluation has 2 pictures; the alarm held-out-falls needs 4, better 16" in printed
 
 
 def test_an_alarm_is_printed_logged_and_listed_once(opposed: tuple[Path, str]):

@@ -260,6 +260,11 @@ def test_a_gradient_far_above_the_others_raises_an_alarm_that_can_end_the_run(
     do_update(run, updates, gradient=100.0)
     assert [(alarm["name"], alarm["update"]) for alarm in run.alarms] == [("gradient-norm", 12)]
     assert list(updates) == [] and run.done == 12
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-12"]
+    # Nor does a resumed run go on.
+    run, updates = start("--stop_on_alarm", "--resume_from_checkpoint", "latest")
+    assert list(updates) == [] and run.done == 12
+    assert next(start("--resume_from_checkpoint", "latest")[1]) == 12
     printed = capsys.readouterr().err
     assert printed.count(f"Alarm gradient-norm at update 12: {run.alarms[0]['message']}") == 1
     assert "Stopped by an alarm after update 12, as --stop_on_alarm says." in printed
@@ -442,6 +447,39 @@ def test_a_resumed_run_goes_on_as_the_other_one_would(start: Start, tmp_path: Pa
     ]
 
 
+@pytest.mark.parametrize("lr_scheduler", ["constant", "cosine"])
+def test_a_resumed_run_takes_the_learning_rate_that_it_is_given(
+    start: Start, capsys: pytest.CaptureFixture[str], lr_scheduler: str
+):
+    words = f"--lr_scheduler {lr_scheduler} --max_train_steps 8 --checkpointing_steps 2".split()
+    run, updates = start(*words, "--learning_rate", "0.1")
+    for _ in range(4):
+        do_update(run, updates)
+    capsys.readouterr()
+    resumed, its_updates = start(*words, "--learning_rate", "1e-3", "--resume_from_checkpoint", "checkpoint-2")
+    assert (
+        "checkpoint-2: other settings than that run's: --learning_rate was 0.1, is 0.001." in capsys.readouterr().err
+    )
+    for _ in range(2):
+        do_update(resumed, its_updates)
+    of_first = [row["learning_rate"] for row in run.log]
+    of_second = [row["learning_rate"] for row in resumed.log]
+    # Where the schedule is stays; what it multiplies is the new one.
+    assert of_second == pytest.approx([*of_first[:2], *(rate / 100 for rate in of_first[2:])])
+    assert of_first[0] == 0.1 and resumed.optimizer.param_groups[0]["initial_lr"] == 1e-3
+
+
+def test_what_a_new_run_finds_is_told(start: Start, capsys: pytest.CaptureFixture[str]):
+    run, updates = start("--checkpointing_steps", "1")
+    assert "earlier run" not in capsys.readouterr().err
+    do_update(run, updates)
+    start()
+    told = "run has checkpoints of an earlier run; --resume_from_checkpoint latest would go on from them until"
+    assert told in capsys.readouterr().err
+    start("--resume_from_checkpoint", "latest")
+    assert told not in capsys.readouterr().err
+
+
 def test_a_checkpoint_that_does_not_fit_is_refused_in_one_line(start: Start, tmp_path: Path):
     run, updates = start("--checkpointing_steps", "1")
     do_update(run, updates)
@@ -451,6 +489,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_in_one_line(start: Start, tmp
         (["--lora_layers", "attn.to_k"], "its LoRA has other layers or another rank"),
         (["--mixed_precision", "fp16"], "use the --mixed_precision of that run"),
         (["--use_ema"], "that run was without --use_ema; this one must be too"),
+        (["--lora_alpha", "8"], "use the --lora_alpha of that run, 4"),
     ):
         with pytest.raises(CheckpointError) as caught:
             start(*words, "--resume_from_checkpoint", folder)
