@@ -45,7 +45,7 @@ def test_options_in_the_documents_are_options() -> None:
     folders = ("training", "pipelines", "benchmarks", "demo")
     programs = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
     known = {
-        option for path in programs for option in re.findall(r"\"(--[a-z_]+)\"", path.read_text(encoding="utf-8"))
+        option for path in programs for option in re.findall(r"\"(--[a-z0-9_-]+)\"", path.read_text(encoding="utf-8"))
     }
     # argparse's own and a negative, accelerate's, pip's.
     others = {"--help", "--no-offload", "--config_file", "--no-deps"}
