@@ -88,10 +88,9 @@ def load_pipeline_config(pipeline: type[DiffusionPipeline], model: str, source: 
     name = config.get("_class_name") if isinstance(config, Mapping) else None
     # A list is diffusers' mark of code that comes with the model.
     if not isinstance(name, str) or (pipeline is not DiffusionPipeline and name != pipeline.__name__):
-        raise ValueError(
-            f"{model}: expected a saved {pipeline.__name__}, got {name}; train_flowbp.py takes any pipeline of "
-            "diffusers that can be recorded."
-        )
+        others = "train_flowbp.py takes any pipeline of diffusers that can be recorded"
+        remedy = "choose another model" if pipeline is DiffusionPipeline else others
+        raise ValueError(f"{model}: expected a saved {pipeline.__name__}, got {name}; {remedy}.")
     return config
 
 
