@@ -294,19 +294,19 @@ def test_lagrange(active_supports: str, kind: str, grad_rescale: float, blend: f
             rho = 1 + grad_rescale * (whole / sum(abs(weights[step]) for step in active) - 1)
             for step in active:
                 expected[step] = share * rho * weights[step] * (1.0 if step == leg.start else 0.25)
-            anchor = (1 - share) * (SIGMAS[leg.end] - SIGMAS[leg.start]).item()
-            expected[leg.start] += anchor
-            assert leg.supports == supports and leg.anchor == pytest.approx(anchor)
+            blended = (1 - share) * (SIGMAS[leg.end] - SIGMAS[leg.start]).item()
+            expected[leg.start] += blended
+            assert leg.supports == supports and leg.blend == pytest.approx(blended)
             assert leg.weights == pytest.approx([share * weight for weight in weights.values()])
             # The surrogate's value over a leg integrates a constant velocity exactly, blended or not.
-            assert sum(leg.weights) + leg.anchor == pytest.approx((SIGMAS[leg.end] - SIGMAS[leg.start]).item())
+            assert sum(leg.weights) + leg.blend == pytest.approx((SIGMAS[leg.end] - SIGMAS[leg.start]).item())
         assert {term.step for term in surrogate.terms} == set(expected)
         for term in surrogate.terms:
             assert term.weight == pytest.approx(expected[term.step])
             assert term.coupling == (0.1 if term.step == j else 0.0)
 
 
-def test_lagrange_with_only_the_anchor():
+def test_lagrange_with_only_the_blended_leap():
     surrogate = draw("flowbp-lagrange", active_supports="none", anchor_lambda=0.25)
     leg = surrogate.legs[0]
     (term,) = surrogate.terms
@@ -529,7 +529,7 @@ sys.meta_path.insert(0, Absent())
 import torch
 import flowbp
 from flowbp import METHODS, Objective, get_method
-import flowbp.drawing, flowbp.methods, flowbp.objectives, flowbp.weights
+import flowbp.drawing, flowbp.methods, flowbp.objectives, flowbp.surrogate, flowbp.weights
 
 try:
     import diffusers
@@ -549,7 +549,7 @@ def test_the_numbers_work_without_diffusers_and_transformers():
 
 
 def test_the_numbers_import_no_model_code():
-    for name in ("weights", "drawing", "methods", "objectives"):
+    for name in ("weights", "drawing", "surrogate", "methods", "objectives"):
         with open(f"{flowbp.__path__[0]}/{name}.py", encoding="utf-8") as file:
             imports = [line for line in file if re.match(r"\s*(from|import)\s", line)]
         assert imports

@@ -90,7 +90,7 @@ VELOCITIES = {
     2: torch.tensor([[3.0, 0.0], [1.0, 1.0]], dtype=torch.float64),
     3: torch.tensor([[1.0, -1.0], [0.5, 0.5]], dtype=torch.float64),
 }
-LEGS = (Leg(1, 3, (1, 2), (-0.25, -0.5), anchor=-0.25), Leg(3, 5, (3,), (-2.0,)))
+LEGS = (Leg(1, 3, (1, 2), (-0.25, -0.5), blend=-0.25), Leg(3, 5, (3,), (-2.0,)))
 
 
 def surrogate(**settings: float) -> Surrogate:

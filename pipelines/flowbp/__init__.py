@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .callback import FlowBPCallback
-    from .methods import METHODS, Leg, Method, Surrogate, Term, get_method
+    from .methods import METHODS, Method, get_method
     from .objectives import Objective
     from .rewards import load_reward
+    from .surrogate import Leg, Surrogate, Term
 
 __version__ = "0.1.0"
 
@@ -32,12 +33,12 @@ __all__ = [
 
 _WHERE = {
     "FlowBPCallback": "callback",
-    "Leg": "methods",
+    "Leg": "surrogate",
     "METHODS": "methods",
     "Method": "methods",
     "Objective": "objectives",
-    "Surrogate": "methods",
-    "Term": "methods",
+    "Surrogate": "surrogate",
+    "Term": "surrogate",
     "get_method": "methods",
     "load_reward": "rewards",
 }

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .methods import Surrogate
+from .surrogate import Surrogate
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,8 @@ def connector_gaps(
         value = widened(latents[leg.start])
         for step, weight in zip(leg.supports, leg.weights, strict=True):
             value = value + weight * widened(velocities[step])
-        if leg.anchor:
-            value = value + leg.anchor * widened(velocities[leg.start])
+        if leg.blend:
+            value = value + leg.blend * widened(velocities[leg.start])
         gaps[leg.end] = (value - widened(latents[leg.end])).abs().flatten(1).mean(1)
     return gaps
 
