@@ -19,8 +19,8 @@ from diffusers import DiffusionPipeline
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from flowbp import FlowBPCallback, get_method
-from flowbp.surrogate import Surrogate, Term
 from flowbp.recording import RecordingError
+from flowbp.surrogate import Surrogate, Term
 
 from .family import Case, Part
 
