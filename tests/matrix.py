@@ -5,7 +5,7 @@
 """Makes the matrix of the README: every family of `families` put through the oracle.
 
 python tests/matrix.py            prints the table
-python tests/matrix.py --write    puts it into README.md (make matrix)
+python tests/matrix.py --write    puts it into README.md, and the verified classes into flowbp (make matrix)
 """
 
 import argparse
@@ -22,15 +22,17 @@ from families.oracle import Outcome, try_case
 from tqdm import tqdm
 
 BOUND = 1e-6
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+VERIFIED = ROOT / "pipelines" / "flowbp" / "verified_pipelines.py"
 # Arguments of pipelines that begin with more than text.
 OTHER_INPUTS = re.compile("^(.*_)?(image|images|video|audio)$|^(image|video|audio)_|audio")
 SOUND = {"StableAudio3Pipeline"}
 MARKERS = ("<!-- matrix: made by `make matrix` -->", "<!-- end of the matrix -->")
 
 
-def is_proven(family: Family) -> bool:
-    """Whether at least one way to call the family's pipeline is expected to be proven."""
+def is_verified(family: Family) -> bool:
+    """Whether at least one way to call the family's pipeline is expected to be verified."""
     return any(case.refused is None for case in family.cases(family.build()))
 
 
@@ -62,25 +64,25 @@ def largest(differences: list[float]) -> str:
 
 def row(family: Family, outcomes: list[Outcome]) -> str:
     """One line of the table."""
-    proven = [outcome for outcome in outcomes if outcome.refused is None]
+    verified = [outcome for outcome in outcomes if outcome.refused is None]
     refused = [outcome for outcome in outcomes if outcome.refused is not None]
-    differences = [outcome.difference for outcome in proven]
-    conditional = [o.conditional_difference for o in proven if o.conditional_difference is not None]
-    state = "proven" if proven else "refused"
+    differences = [outcome.difference for outcome in verified]
+    conditional = [o.conditional_difference for o in verified if o.conditional_difference is not None]
+    state = "verified" if verified else "refused"
     notes = [family.note] if family.note else []
     # What was found; what to do about it follows the semicolon.
     found = [outcome.refused.removeprefix(f"{family.pipeline}: ").split(";")[0] for outcome in refused]
     for message in dict.fromkeys(found):
         cases = ", ".join(outcome.case for outcome, of_case in zip(refused, found, strict=True) if of_case == message)
-        notes.append(f"refused{f' ({cases})' if proven else ''}: *{message}*")
-    kept_out = [outcome.case for outcome in proven if outcome.conditional_refused is not None]
+        notes.append(f"refused{f' ({cases})' if verified else ''}: *{message}*")
+    kept_out = [outcome.case for outcome in verified if outcome.conditional_refused is not None]
     if kept_out:
         notes.append("conditional branch alone refused: " + ", ".join(kept_out))
     cells = [
         family.name,
         f"`{family.pipeline}`",
         state,
-        "; ".join(outcome.case for outcome in proven) or "-",
+        "; ".join(outcome.case for outcome in verified) or "-",
         largest(differences),
         largest(conditional),
         "; ".join(notes),
@@ -91,22 +93,36 @@ def row(family: Family, outcomes: list[Outcome]) -> str:
 def table() -> str:
     """The whole matrix in Markdown."""
     lines = [
-        "| model | pipeline | outcome | calls that were proven | both branches | conditional only | note |",
+        "| model | pipeline | outcome | calls that were verified | both branches | conditional only | note |",
         "|---|---|---|---|---|---|---|",
     ]
     for family in tqdm(FAMILIES):
         pipe = family.build()
         lines.append(row(family, [try_case(pipe, case) for case in family.cases(pipe)]))
-    proven = [line.split("`")[1] for line in lines[2:] if line.split(" | ")[2] == "proven"]
+    verified = verified_in("\n".join(lines))
     classes = len({family.pipeline for family in FAMILIES})
-    summary = f"Of {classes} pipeline classes ({len(FAMILIES)} rows) {len(set(proven))} are proven in some row."
+    summary = f"Of {classes} pipeline classes ({len(FAMILIES)} rows) {len(verified)} are verified in some row."
     return "\n".join([f"{summary} By diffusers {diffusers.__version__}, torch {torch.__version__}.", "", *lines])
 
 
+def verified_in(text: str) -> list[str]:
+    """The classes that a table has as verified, sorted by name."""
+    lines = [line for line in text.splitlines() if line.startswith("| ") and "`" in line]
+    return sorted({line.split("`")[1] for line in lines if line.split(" | ")[2] == "verified"})
+
+
+def write_verified(classes: list[str]) -> None:
+    """Put the verified classes into the package."""
+    before, _, _ = VERIFIED.read_text(encoding="utf-8").partition("VERIFIED_PIPELINES")
+    names = "".join(f'        "{name}",\n' for name in classes)
+    made = f"VERIFIED_PIPELINES = frozenset(\n    {{\n{names}    }}\n)\n"
+    VERIFIED.write_text(before + made, encoding="utf-8")
+
+
 def main() -> None:
-    """Print the table, or put it between the README's markers."""
+    """Print the table, or put it between the README's markers and the verified classes into the package."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--write", action="store_true", help="put the table into README.md")
+    parser.add_argument("--write", action="store_true", help="write the table and the classes to their files")
     args = parser.parse_args()
     torch.set_num_threads(1)
     made = table()
@@ -116,6 +132,7 @@ def main() -> None:
         before, rest = text.split(MARKERS[0])
         after = rest.split(MARKERS[1])[1]
         README.write_text(f"{before}{MARKERS[0]}\n{made}\n{MARKERS[1]}{after}", encoding="utf-8")
+        write_verified(verified_in(made))
 
 
 if __name__ == "__main__":
