@@ -36,7 +36,7 @@ ROWS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("draft-lv", {}, {"samples_per_decode": 1}),
     ("drtune", {"num_active": 2}, {}),
     ("leapalign", {}, {}),
-    ("flowbp-sparse", {"num_active": 3}, {"steps_per_forward": 2}),
+    ("flowbp-sparse", {"num_active": 3}, {}),
     ("flowbp-bridge", {"num_active": 3}, {"velocity_anchor": 0.2}),
     ("flowbp-lagrange", {}, {"unconditional_gradient": True}),
 ]

@@ -102,7 +102,7 @@ def test_loss_and_anchor_are_one_sum(name: str, guidance_scale: float, unconditi
     pipe = lora_pipeline()
     sampling = Sampling(PROMPTS, 7, guidance_scale, unconditional_gradient=unconditional_gradient)
     wanted = None
-    for memory in ({}, {"steps_per_forward": 3, "samples_per_decode": 2}):
+    for memory in ({}, {"samples_per_decode": 2}):
         gradients, out, callback = anchored(pipe, name, sampling, **memory)
         if wanted is None:
             wanted = expected(pipe, base_transformer(), name, callback, sampling)

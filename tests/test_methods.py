@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import flowbp
 from flowbp import METHODS, Leg, Method, Surrogate, Term, get_method
+from flowbp.methods import BACKBONES, OPTIONS, Row
 from flowbp.weights import leg_supports, leg_weights
 
 N = 12
@@ -288,7 +290,9 @@ def test_lagrange(active_supports: str, kind: str, grad_rescale: float, blend: f
         expected: dict[int, float] = {}
         for leg, share in zip(surrogate.legs, (blend, 1.0), strict=True):
             supports = leg_supports(kind, leg.start, leg.end, 3)
-            weights = dict(zip(supports, leg_weights(kind, SIGMAS, leg.start, leg.end, supports), strict=True))
+            weights = dict(
+                zip(supports, leg_weights(kind, SIGMAS.tolist(), leg.start, leg.end, supports), strict=True)
+            )
             active = ACTIVE[active_supports](supports)
             whole = sum(abs(weight) for weight in weights.values())
             rho = 1 + grad_rescale * (whole / sum(abs(weights[step]) for step in active) - 1)
@@ -380,14 +384,14 @@ BAD_VALUES = [
         (-0.1, math.inf, math.nan, "1", None, True),
         "a number of at least 0",
     ),
-    (("tau", "max_gap_j", "max_gap_0"), (0, -1.0, math.inf, math.nan, "1"), "a number above 0, or None"),
+    (("tau", "max_gap_j", "max_gap_0"), (0, -1.0, math.inf, math.nan, "1"), "a number above 0, or none"),
     (("anchor_lambda",), (-0.1, 1.1, math.nan, None), "a number from 0 to 1"),
     (("active_supports",), ("some", None, 1), "one of none, start, midpoint, all"),
     (("weights",), ("simpson", None), "one of lagrange, uniform, adams-bashforth"),
     (("step_sampling",), ("evenly", None), "one of uniform, dirichlet, midpoint, midpoint-j"),
     (("endpoint",), ("samples", None), "one of sample, posterior-mean"),
     (("dirichlet",), ((1, 2), (1, 2, 0), (1, 2, math.inf), "abc", 3, None), "three numbers above 0"),
-    (("max_tail",), (0, -3, 2.5, "2"), "a whole number of at least 1, or None"),
+    (("max_tail",), (0, -3, 2.5, "2"), "a whole number of at least 1, or none"),
 ]
 
 
@@ -409,7 +413,7 @@ def test_bad_values(option: str, value: Any, expected: str):
     [
         ("flowbp-bridge", {"num_active": 1}, "`num_active` must be at least 2 (both parts), got 1"),
         ("leapalign", {"step_sampling": "midpoint", "max_tail": 3}, "`max_tail` goes with step_sampling uniform or"),
-        ("flowbp-lagrange", {"step_sampling": "midpoint-j"}, "got midpoint-j; leave it out"),
+        ("flowbp-lagrange", {"step_sampling": "midpoint-j"}, "got 10 with midpoint-j; set it to none"),
         ("flowbp-lagrange", {"max_tail": 1}, "must be at least 2 with step_sampling dirichlet"),
         ("flowbp-lagrange", {"weights": "adams-bashforth"}, "need active_supports=start, got midpoint"),
         ("flowbp-lagrange", {"active_supports": "none"}, "leaves no terms unless anchor_lambda is below 1"),
@@ -459,20 +463,117 @@ def test_what_the_refusals_say_would_fit_does_fit(name: str, options: dict[str, 
         get_method(name, **options).draw(torch.linspace(1, 0, steps + 1), generator(seed))
 
 
+FALL, EULER = "`sigmas` must fall from about 1 to exactly 0", "use a flow-matching Euler schedule"
+
+
 @pytest.mark.parametrize(
     ("sigmas", "message"),
     [
-        (torch.linspace(1, 0.1, 5), "must fall from about 1 to exactly 0, got 1 ... 0.1"),
-        (torch.linspace(0, 1, 5), "without inverted sigmas"),
-        (torch.tensor([1.0, 0.5, 0.5, 0.0]), "must fall"),
-        (torch.tensor([1.0, math.nan, 0.0]), "must fall"),
-        (torch.tensor([1, 0]), "floating point tensor of shape (N + 1,)"),
+        (torch.linspace(1, 0.1, 5), f"{FALL}, got 1 ... 0.1, which do not end at 0; {EULER}, which appends the 0."),
+        (torch.linspace(0, 1, 5), f"{FALL}, got 0 before and 0.25 after step 0, a rise; {EULER} without inverted sig"),
+        (torch.tensor([1.0, 0.5, 0.7, 0.0]), f"{FALL}, got 0.5 before and 0.7 after step 1, a rise; {EULER}"),
+        (torch.tensor([1.0, 0.5, 0.5, 0.0]), f"{FALL}, got 0.5 before and after step 1, a repeat; {EULER}"),
+        (torch.tensor([1.0, 0.5, 0.0, 0.0]), f"{FALL}, got 0 before and after step 2; leave the last 0 out of custom"),
+        (torch.tensor([80.0, 0.5, 0.002]), f"{FALL}, got 80 ... 0.002, which start above 1 as"),
+        (torch.tensor([1.0, math.nan, 0.0]), f"{FALL}, got 1 ... 0, which are not all finite; {EULER}"),
+        (torch.tensor([math.inf, 1.0, 0.0]), f"{FALL}, got inf ... 0, which are not all finite; {EULER}"),
+        (torch.tensor([1, 0]), "floating point tensor of shape (N + 1,) with N >= 1, got (2,) of torch.int64; pass"),
         (torch.tensor([0.0]), "with N >= 1, got (1,)"),
         (torch.ones(2, 2), "got (2, 2)"),
     ],
 )
 def test_sigmas_that_are_none(sigmas: torch.Tensor, message: str):
     assert_refused(lambda: get_method("full").draw(sigmas, generator()), message)
+
+
+class Reads(TorchDispatchMode):
+    """Counts the numbers that are read off tensors one at a time."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("step_sampling", [None, "uniform", "dirichlet", "midpoint", "midpoint-j"])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_draw_reads_no_number_off_a_tensor_alone(name: str, step_sampling: str | None):
+    options = {"step_sampling": step_sampling, "max_tail": None} if step_sampling else {}
+    if step_sampling and "step_sampling" not in OPTION_NAMES[name]:
+        return
+    method, source = get_method(name, **options), generator()
+    with Reads() as reads:
+        method.draw(torch.linspace(1, 0, 26), source)
+    assert reads.count == 0
+
+
+# A new row and a new option. test_arguments.py has their command line.
+
+
+def draw_nothing(sigmas: Any, options: Any, generator: Any) -> Surrogate:
+    return Surrogate("sample", (Term(0, sigmas[1] - sigmas[0]),))
+
+
+def refuse_two(options: Any) -> None:
+    if options.get("last_k") == 2:
+        raise ValueError("two is one too many")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"options": {"sharpness": 1.0}}, "New: option 'sharpness' is not declared; add it to `OPTIONS`."),
+        ({"options": {"last_k": 0}}, "New, default for sd3: `last_k` must be a whole number of at least 1, got 0."),
+        (
+            {"options": {"last_k": {"sd3": 1, "flux": 1, "flux2": 0}}},
+            "New, default for flux2: `last_k` must be a whole number of at least 1, got 0.",
+        ),
+        (
+            {"options": {"last_k": {"sd3": 1, "flux": 1, "flux3": 1}}},
+            "New: the defaults of `last_k` must be one value or a value for each of sd3, flux, flux2, got values for "
+            "sd3, flux, flux3.",
+        ),
+        ({"options": {"last_k": {"sd3": 1}}}, "got values for sd3."),
+        (
+            {"options": {"last_k": {"sd3": 1, "flux": 2, "flux2": 1}}, "check": refuse_two},
+            "New, default for flux: two is one too many",
+        ),
+        ({"undo_guidance": ("flux3",)}, "New: unknown backbone 'flux3'; choose from sd3, flux, flux2."),
+        ({"unconditional_gradient": ("wan",)}, "New: unknown backbone 'wan'; choose from sd3, flux, flux2."),
+    ],
+)
+def test_a_row_checks_itself(row: dict[str, Any], message: str):
+    assert_refused(lambda: Row(draw_nothing, "New", "here", **row), message)
+
+
+def test_a_new_row(monkeypatch: pytest.MonkeyPatch):
+    row = Row(draw_nothing, "New", "here", {"last_k": {"sd3": 1, "flux": 2, "flux2": 3}}, undo_guidance=("flux",))
+    monkeypatch.setitem(METHODS, "new", row)
+    for backbone, default in zip(BACKBONES, (1, 2, 3), strict=True):
+        method = get_method("new", backbone)
+        assert method.options == {"last_k": default} and method.undo_guidance == (backbone == "flux")
+    assert get_method("new", last_k=7).options == {"last_k": 7}
+    assert get_method("new").draw(SIGMAS).terms == (Term(0, H[0]),)
+
+
+def test_what_a_row_refuses_has_the_method_s_name(monkeypatch: pytest.MonkeyPatch):
+    def refuse(sigmas: Any, options: Any, generator: Any) -> Surrogate:
+        raise ValueError("not today")
+
+    monkeypatch.setitem(METHODS, "new", Row(refuse, "New", "here", {"last_k": 1}, check=refuse_two))
+    assert_refused(lambda: get_method("new").draw(SIGMAS), "new: not today")
+    assert_refused(lambda: get_method("new", last_k=2), "new: two is one too many")
+
+
+@pytest.mark.parametrize("option", ["tau", "max_tail", "max_gap_j", "max_gap_0"])
+def test_none_in_words_is_none(option: str):
+    assert get_method("flowbp-lagrange", **{option: "none"}).options[option] is None
+
+
+def test_every_declared_option_is_one_of_some_row():
+    assert set(OPTIONS) == ALL_OPTIONS and all(name == option.name for name, option in OPTIONS.items())
+    assert all(option.help.endswith(".") and "\n" not in option.help for option in OPTIONS.values())
 
 
 # A user's own surrogate.

@@ -58,17 +58,6 @@ def test_norms_are_those_of_single_steps(scale: float, unconditional_gradient: b
         assert not norms[term[0]].requires_grad and norms[term[0]].shape == ()
 
 
-def test_steps_of_one_pass_have_the_norm_of_their_sum():
-    """Three steps in one forward pass, then the one that is left."""
-    pipe = lora_pipeline()
-    sampling = Sampling(PROMPTS, 7, 3.5)
-    _, norms = measured(pipe, SURROGATE, sampling, steps_per_forward=3)
-    together = of_terms(pipe, sampling, *TERMS[1:]).norm()
-    alone = of_terms(pipe, sampling, TERMS[0]).norm()
-    for step, expected in ((1, alone), (2, together), (4, together), (6, together)):
-        torch.testing.assert_close(norms[step], expected, rtol=EXACT, atol=0)
-
-
 @pytest.mark.parametrize("name", ["refl", "draft-lv"])
 def test_one_step_has_the_whole_gradient(name: str):
     """DRaFT-LV's three passes of one step add up before the norm is taken."""

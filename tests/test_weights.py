@@ -12,8 +12,8 @@ import torch
 from flowbp.weights import leg_supports, leg_weights, step_lengths
 
 # Uneven, as SD3's shifted schedule is: steps grow towards the end.
-EVEN = torch.linspace(1, 0, 13, dtype=torch.float64)
-SIGMAS = 3 * EVEN / (1 + 2 * EVEN)
+EVEN = torch.linspace(1, 0, 13, dtype=torch.float64).tolist()
+SIGMAS = [3 * sigma / (1 + 2 * sigma) for sigma in EVEN]
 NUM_STEPS = len(SIGMAS) - 1
 
 
@@ -55,11 +55,11 @@ LEGS = [(0, 12), (0, 5), (4, 12), (3, 4), (10, 12), (7, 11)]
 def test_polynomials_below_the_order_are_integrated_exactly(kind: str, start: int, end: int, order: int):
     supports = leg_supports(kind, start, end, order)
     weights = leg_weights(kind, SIGMAS, start, end, supports)
-    left, right = SIGMAS[start].item(), SIGMAS[end].item()
+    left, right = SIGMAS[start], SIGMAS[end]
     for degree in range(len(supports)):
         polynomial = [Fraction(2 - 3 * power, power + 1) for power in range(degree + 1)]
         found = sum(
-            Fraction(weight) * exact_value(polynomial, SIGMAS[step].item())
+            Fraction(weight) * exact_value(polynomial, SIGMAS[step])
             for step, weight in zip(supports, weights, strict=True)
         )
         size = sum(abs(weight) for weight in weights) * max(1.0, *(abs(float(c)) for c in polynomial))
@@ -70,8 +70,8 @@ def test_polynomial_of_the_order_itself_is_not_integrated_exactly():
     supports = leg_supports("lagrange", 0, 12, 2)
     weights = leg_weights("lagrange", SIGMAS, 0, 12, supports)
     square = [Fraction(0), Fraction(0), Fraction(1)]
-    found = sum(weight * SIGMAS[step].item() ** 2 for step, weight in zip(supports, weights, strict=True))
-    assert abs(found - float(exact_integral(square, SIGMAS[0].item(), 0.0))) > 1e-2
+    found = sum(weight * SIGMAS[step] ** 2 for step, weight in zip(supports, weights, strict=True))
+    assert abs(found - float(exact_integral(square, SIGMAS[0], 0.0))) > 1e-2
 
 
 @pytest.mark.parametrize("order", [1, 2, 3, 5])
@@ -79,7 +79,7 @@ def test_polynomial_of_the_order_itself_is_not_integrated_exactly():
 @pytest.mark.parametrize("kind", ["lagrange", "adams-bashforth"])
 def test_weights_are_the_integrated_basis(kind: str, start: int, end: int, order: int):
     supports = leg_supports(kind, start, end, order)
-    expected = exact_weights([SIGMAS[step].item() for step in supports], SIGMAS[start].item(), SIGMAS[end].item())
+    expected = exact_weights([SIGMAS[step] for step in supports], SIGMAS[start], SIGMAS[end])
     scale = sum(abs(float(weight)) for weight in expected)
     for weight, exact in zip(leg_weights(kind, SIGMAS, start, end, supports), expected, strict=True):
         assert abs(weight - float(exact)) <= 1e-12 * scale
@@ -91,22 +91,22 @@ def test_weights_sum_to_the_leg(kind: str):
         for end in range(start + 1, NUM_STEPS + 1):
             for order in (1, 2, 3, 4):
                 weights = leg_weights(kind, SIGMAS, start, end, leg_supports(kind, start, end, order))
-                length = (SIGMAS[end] - SIGMAS[start]).item()
+                length = SIGMAS[end] - SIGMAS[start]
                 assert sum(weights) == pytest.approx(length, abs=1e-12 * max(1, sum(map(abs, weights))))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_float32_sigmas_are_taken_as_they_are(dtype: torch.dtype):
-    sigmas = SIGMAS.to(dtype)
+    sigmas = torch.tensor(SIGMAS, dtype=dtype).tolist()
     supports = leg_supports("lagrange", 2, 9, 3)
-    expected = exact_weights([sigmas[step].item() for step in supports], sigmas[2].item(), sigmas[9].item())
+    expected = exact_weights([sigmas[step] for step in supports], sigmas[2], sigmas[9])
     assert leg_weights("lagrange", sigmas, 2, 9, supports) == pytest.approx([float(w) for w in expected], rel=1e-12)
 
 
 def test_one_support_is_a_single_leap():
     assert leg_supports("lagrange", 4, 9, 1) == (4,)
     (weight,) = leg_weights("lagrange", SIGMAS, 4, 9, (4,))
-    assert weight == (SIGMAS[9] - SIGMAS[4]).item()
+    assert weight == SIGMAS[9] - SIGMAS[4]
 
 
 def test_leg_of_one_step_is_an_euler_step():
@@ -117,7 +117,7 @@ def test_leg_of_one_step_is_an_euler_step():
 def test_uniform_weights_are_equal_shares():
     supports = leg_supports("uniform", 2, 9, 3)
     assert supports == leg_supports("lagrange", 2, 9, 3)
-    share = (SIGMAS[9] - SIGMAS[2]).item() / 3
+    share = (SIGMAS[9] - SIGMAS[2]) / 3
     assert leg_weights("uniform", SIGMAS, 2, 9, supports) == pytest.approx([share] * 3, rel=1e-15)
 
 
@@ -125,7 +125,7 @@ def test_adams_bashforth_of_order_two_is_the_textbook_formula():
     # Even steps of length h: h (3/2 f_i - 1/2 f_(i-1)).
     supports = leg_supports("adams-bashforth", 5, 6, 2)
     assert supports == (4, 5)
-    step = EVEN[6].item() - EVEN[5].item()
+    step = EVEN[6] - EVEN[5]
     assert leg_weights("adams-bashforth", EVEN, 5, 6, supports) == pytest.approx([-step / 2, 3 * step / 2], rel=1e-12)
 
 
@@ -173,8 +173,8 @@ def test_supports_stay_in_their_leg_and_never_repeat():
 def test_step_lengths():
     lengths = step_lengths(SIGMAS)
     assert len(lengths) == NUM_STEPS and all(length < 0 for length in lengths)
-    assert sum(lengths) == pytest.approx(-SIGMAS[0].item())
-    assert lengths[3] == (SIGMAS[4] - SIGMAS[3]).item()
+    assert sum(lengths) == pytest.approx(-SIGMAS[0])
+    assert lengths[3] == SIGMAS[4] - SIGMAS[3]
 
 
 @pytest.mark.parametrize(
@@ -197,6 +197,6 @@ def test_refusals(call: object, message: str):
 
 
 def test_weights_that_do_not_sum_to_the_leg_are_refused():
-    crowded = torch.cat([torch.linspace(1, 1 - 1e-9, 9, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)])
+    crowded = [*torch.linspace(1, 1 - 1e-9, 9, dtype=torch.float64).tolist(), 0.0]
     with pytest.raises(ValueError, match="lie too close together in sigma; use a lower `order`"):
         leg_weights("lagrange", crowded, 0, 9, range(9))

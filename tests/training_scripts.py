@@ -57,7 +57,7 @@ METHOD_OPTIONS: dict[str, dict[str, Any]] = {
     "draft-lv": {"num_noised": 1},
     "drtune": {"num_active": 2},
     "leapalign": {"samples_per_decode": 1},
-    "flowbp-sparse": {"num_active": 3, "steps_per_forward": 2},
+    "flowbp-sparse": {"num_active": 3},
     "flowbp-bridge": {"num_active": 3, "gradient_checkpointing": True},
     "flowbp-lagrange": {"gradient_accumulation_steps": 2, "reward_clip": 0.9},
 }

@@ -198,7 +198,6 @@ def main(argv: list[str] | None = None) -> None:
                 generator=make_generator("surrogate", args.seed, update),
                 unconditional_gradient=args.unconditional_gradient,
                 samples_per_decode=args.samples_per_decode,
-                steps_per_forward=args.steps_per_forward,
                 noise_generator=sample_generators("copies", args.seed, update, places),
                 strict=args.strict or update == run.first_update,
                 on_stage=run.meter.mark,

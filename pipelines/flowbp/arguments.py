@@ -20,14 +20,12 @@ import torch
 from accelerate.tracking import get_available_trackers
 
 from .config import parse_args_with_config
-from .drawing import STEP_SAMPLING
-from .methods import ACTIVE_SUPPORTS, ENDPOINTS, METHODS, OPTIONS, Method, get_method
+from .methods import METHODS, OPTIONS, Method, get_method
 from .objectives import Objective
 from .prompts import load_prompts, load_texts
 from .rewards import JUDGES, check_prompts, load_reward, option_names, part_names
 from .rewards.loading import parse_model_paths
 from .training_utils import make_generator
-from .weights import LEG_WEIGHTS
 
 # Those of diffusers' schedules that need no further options.
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
@@ -98,42 +96,29 @@ def add_prompt_embeds_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_method_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the row of the table and its options. Those left out keep the row's default for the backbone."""
+    """Add the method and the options of all methods, as `METHODS` and `OPTIONS` declare them."""
     group = parser.add_argument_group("method: a row of the table; options left out keep the row's default")
     add = group.add_argument
     add("--method", choices=tuple(METHODS), default="flowbp-lagrange", help="How the gradient returns.")
-    add("--last_k", type=int, help="draft-k: how many of the last steps.")
-    add("--last_n", type=int, help="refl: the endpoint is drawn among this many last steps.")
-    add("--num_noised", type=int, help="draft-lv: re-noised copies of the sample.")
-    add("--num_active", type=int, help="drtune, flowbp-sparse, flowbp-bridge: active steps K.")
-    add("--early_stop_ratio", type=float, help="drtune: share of the last steps among which it stops.")
-    add("--alpha", type=float, help="leapalign, flowbp-bridge, flowbp-lagrange: coupling at step j.")
-    add("--tau", type=float, help="leapalign, flowbp-lagrange: floor of the gaps in the sample weights.")
-    add("--late_bias", type=float, help="flowbp-sparse, flowbp-bridge: preference for late steps.")
-    add("--grad_rescale", type=float, help="FlowBP rows: 0 leaves the weights, 1 makes them stand for all steps.")
-    add("--order", type=int, help="flowbp-lagrange: support steps of a leg.")
-    add("--active_supports", choices=ACTIVE_SUPPORTS, help="flowbp-lagrange: supports that get a gradient.")
-    add("--support_scale", type=float, help="flowbp-lagrange: factor on supports other than the left end.")
-    add("--weights", choices=LEG_WEIGHTS, help="flowbp-lagrange: weights of a leg.")
-    add(
-        "--anchor_lambda",
-        type=float,
-        help="flowbp-lagrange: share of its own weights in the first leg; the rest is one leap from its left end.",
-    )
-    add("--step_sampling", choices=STEP_SAMPLING, help="rows with k and j: how they are drawn.")
-    add("--dirichlet", type=float, nargs=3, metavar=("TAIL", "MIDDLE", "HEAD"), help="Its concentrations.")
-    add("--max_tail", type=int, help="rows with k and j: cap on N - j.")
-    add("--tail_ratio", type=float, help="FlowBP rows: share of the last steps that can be active.")
-    add("--endpoint", choices=ENDPOINTS, help="What the reward sees.")
-    add("--max_gap_j", type=float, help="leapalign, flowbp-lagrange: drop samples with a larger gap at j.")
-    add("--max_gap_0", type=float, help="leapalign, flowbp-lagrange: drop samples with a larger gap at the end.")
+    for option in OPTIONS.values():
+        rows = [name for name, row in METHODS.items() if option.name in row.options]
+        if rows:
+            kind = option.kind
+            add(
+                f"--{option.name}",
+                type=kind.parse,
+                choices=kind.choices,
+                nargs=kind.nargs,
+                metavar=kind.metavar,
+                # argparse formats help texts with %.
+                help=f"{option.help} Methods: {', '.join(rows)}.".replace("%", "%%"),
+            )
     add(
         "--unconditional_gradient",
         action=argparse.BooleanOptionalAction,
         help="Send gradients through the unconditional branch of guidance too. Default: the method's.",
     )
     add("--samples_per_decode", type=int, help="Decode and score this many pictures at a time: less memory.")
-    add("--steps_per_forward", type=int, default=1, help="Steps evaluated together where they can be: more speed.")
     add(
         "--strict",
         action="store_true",
@@ -254,7 +239,7 @@ def add_training_arguments(parser: argparse.ArgumentParser, output_dir: str) -> 
 COUNTS = (
     "rank lora_alpha resolution height width num_frames num_inference_steps max_sequence_length train_batch_size "
     "max_train_steps gradient_accumulation_steps checkpointing_steps checkpoints_total_limit validation_steps "
-    "num_validation_images steps_per_forward samples_per_decode eval_steps num_eval_images max_skipped_updates "
+    "num_validation_images samples_per_decode eval_steps num_eval_images max_skipped_updates "
     "lr_num_cycles"
 ).split()
 # Options that must be at least 0.
@@ -339,7 +324,7 @@ def choose_method(args: argparse.Namespace, backbone: str) -> Method:
     Raises:
         ValueError: for options that the row does not have, or that do not fit `--num_inference_steps`.
     """
-    given = {name: vars(args)[name] for name in OPTIONS if vars(args)[name] is not None}
+    given = {name: value for name, value in vars(args).items() if name in OPTIONS and value is not None}
     method = get_method(args.method, backbone=backbone, **given)
     method.draw(torch.linspace(1, 0, args.num_inference_steps + 1), make_generator("trial"))
     return method

@@ -18,7 +18,7 @@ STEP_SAMPLING = ("uniform", "dirichlet", "midpoint", "midpoint-j")
 
 def uniform_integer(low: int, high: int, generator: torch.Generator | None) -> int:
     """One integer, uniform over `low <= value < high`."""
-    return int(torch.randint(low, high, (1,), generator=generator))
+    return torch.randint(low, high, (1,), generator=generator).tolist()[0]
 
 
 def tail_window(num_steps: int, tail_ratio: float, smallest: int = 1) -> int:
@@ -63,8 +63,8 @@ def late_biased_steps(
     places = torch.arange(1, 1 + last - first, dtype=torch.float64)
     # Relative to the largest, so that a strong bias over many steps cannot overflow.
     chances = (places / places[-1]) ** late_bias
-    drawn = torch.multinomial(chances, count, replacement=False, generator=generator)
-    return tuple(sorted(first + int(place) for place in drawn))
+    drawn = torch.multinomial(chances, count, replacement=False, generator=generator).tolist()
+    return tuple(sorted(first + place for place in drawn))
 
 
 def draw_two_steps(
@@ -125,12 +125,12 @@ def _dirichlet_steps(
     window = num_steps - start
     # torch's public Dirichlet takes no generator; a normalised gamma draw is one.
     gammas = torch._standard_gamma(torch.tensor(concentrations, dtype=torch.float64), generator=generator)
-    shares = gammas / gammas.sum()
-    lengths = (shares * window).round().long()
-    lengths[shares.argmax()] += window - lengths.sum()
-    lengths = lengths.clamp(min=1)
-    lengths[lengths.argmax()] += window - lengths.sum()
-    tail, middle, head = lengths.tolist()
+    shares = (gammas / gammas.sum()).tolist()
+    lengths = [round(share * window) for share in shares]
+    lengths[shares.index(max(shares))] += window - sum(lengths)
+    lengths = [max(length, 1) for length in lengths]
+    lengths[lengths.index(max(lengths))] += window - sum(lengths)
+    tail, middle, head = lengths
     if max_tail is not None:
         excess = max(0, tail - max(1, max_tail - 1))
         tail, head = tail - excess, head + excess

@@ -5,13 +5,16 @@
 """The method table: every way to send a reward's gradient back is one row.
 
 A row draws a `Surrogate` (an endpoint, legs and terms; docs/methods.md, section 2) from the scheduler's sigmas and a
-CPU generator. Nothing here knows about models: adding a method is adding a row to `METHODS` and its drawing function.
+CPU generator. Nothing here knows about models. Adding a method is adding a row to `METHODS` with its drawing function;
+an option that no row has yet is declared in `OPTIONS`. The command line, its help, recipes and the table in
+docs/methods.md are generated from these two.
 """
 
 import difflib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -26,12 +29,55 @@ ENDPOINTS = ("sample", "posterior-mean")
 
 
 @dataclass(frozen=True)
-class Option:
-    """What values an option of a row takes: the type, a test and the words for both."""
+class Kind:
+    """The values that an option can take.
 
-    convert: Callable[[Any], Any]
-    test: Callable[[Any], bool]
+    Attributes:
+        expected: type and range in words, for error messages and docs/methods.md.
+        convert: from a Python value; raises TypeError, ValueError or OverflowError for a value of another type.
+        fits: whether a converted value is in range.
+        parse: from a word of the command line (argparse's `type`), to what `convert` takes.
+        choices: the values, where they can be listed.
+        nargs: how many words the command line takes, `None` for one.
+        metavar: their names in `--help`.
+    """
+
     expected: str
+    convert: Callable[[Any], Any]
+    fits: Callable[[Any], bool]
+    parse: Callable[[str], Any]
+    choices: tuple[str, ...] | None = None
+    nargs: int | None = None
+    metavar: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Option:
+    """The declaration of an option; its defaults are in the rows that have it.
+
+    Attributes:
+        name: as a keyword of `get_method`, a key of recipes and, after `--`, on the command line.
+        kind: the values that it can take.
+        help: what it means, a sentence.
+    """
+
+    name: str
+    kind: Kind
+    help: str
+
+    def read(self, value: Any) -> Any:
+        """The value, converted and in range.
+
+        Raises:
+            ValueError: for a value of another type or outside the range.
+        """
+        try:
+            converted = self.kind.convert(value)
+            if self.kind.fits(converted):
+                return converted
+        except (TypeError, ValueError, OverflowError):
+            pass
+        raise ValueError(f"`{self.name}` must be {self.kind.expected}, got {value!r}.")
 
 
 def _integer(value: Any) -> int:
@@ -40,81 +86,143 @@ def _integer(value: Any) -> int:
     return int(value)
 
 
-def _optional(convert: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    return lambda value: None if value is None else convert(value)
-
-
 def _number(value: Any) -> float:
     if isinstance(value, bool | str):
         raise ValueError
     return float(value)
 
 
-def _choice(choices: tuple[str, ...]) -> Option:
-    return Option(str, lambda value: value in choices, f"one of {', '.join(choices)}")
+def _optional(convert: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return lambda value: None if value is None or value == "none" else convert(value)
 
 
-_COUNT = Option(_integer, lambda value: value >= 1, "a whole number of at least 1")
-_FACTOR = Option(_number, lambda value: 0 <= value < math.inf, "a number of at least 0")
-_GAP = Option(
-    _optional(_number), lambda value: value is None or 0 < value < math.inf, "a number above 0, or None for none"
+def integer_or_none(word: str) -> int | str:
+    """A word of the command line: an integer, or "none"."""
+    return word if word == "none" else int(word)
+
+
+def number_or_none(word: str) -> float | str:
+    """A word of the command line: a number, or "none"."""
+    return word if word == "none" else float(word)
+
+
+def _choice(choices: tuple[str, ...]) -> Kind:
+    return Kind(f"one of {', '.join(choices)}", str, lambda value: value in choices, str, choices)
+
+
+_COUNT = Kind("a whole number of at least 1", _integer, lambda value: value >= 1, int)
+_COUNT_OR_NONE = Kind(
+    "a whole number of at least 1, or none",
+    _optional(_integer),
+    lambda value: value is None or value >= 1,
+    integer_or_none,
 )
-_RATIO = Option(_number, lambda value: 0 < value <= 1, "a number above 0 and at most 1")
+_FACTOR = Kind("a number of at least 0", _number, lambda value: 0 <= value < math.inf, float)
+_SHARE = Kind("a number from 0 to 1", _number, lambda value: 0 <= value <= 1, float)
+_RATIO = Kind("a number above 0 and at most 1", _number, lambda value: 0 < value <= 1, float)
+_GAP = Kind(
+    "a number above 0, or none",
+    _optional(_number),
+    lambda value: value is None or 0 < value < math.inf,
+    number_or_none,
+)
+_CONCENTRATIONS = Kind(
+    "three numbers above 0 (tail, middle, head)",
+    lambda value: tuple(_number(part) for part in value),
+    lambda value: len(value) == 3 and all(0 < part < math.inf for part in value),
+    float,
+    nargs=3,
+    metavar=("TAIL", "MIDDLE", "HEAD"),
+)
 
-OPTIONS: Mapping[str, Option] = {
-    "last_k": _COUNT,
-    "last_n": _COUNT,
-    "num_noised": _COUNT,
-    "num_active": _COUNT,
-    "order": _COUNT,
-    "early_stop_ratio": _RATIO,
-    "tail_ratio": _RATIO,
-    "alpha": _FACTOR,
-    "late_bias": _FACTOR,
-    "grad_rescale": _FACTOR,
-    "support_scale": _FACTOR,
-    "tau": _GAP,
-    "max_gap_j": _GAP,
-    "max_gap_0": _GAP,
-    "anchor_lambda": Option(_number, lambda value: 0 <= value <= 1, "a number from 0 to 1"),
-    "active_supports": _choice(ACTIVE_SUPPORTS),
-    "weights": _choice(LEG_WEIGHTS),
-    "step_sampling": _choice(STEP_SAMPLING),
-    "endpoint": _choice(ENDPOINTS),
-    "dirichlet": Option(
-        lambda value: tuple(_number(part) for part in value),
-        lambda value: len(value) == 3 and all(0 < part < math.inf for part in value),
-        "three numbers above 0 (tail, middle, head)",
-    ),
-    "max_tail": Option(
-        _optional(_integer), lambda value: value is None or value >= 1, "a whole number of at least 1, or None"
-    ),
+# Every option of every row, declared once. docs/methods.md has the formulas.
+OPTIONS: dict[str, Option] = {
+    option.name: option
+    for option in (
+        Option("last_k", _COUNT, "How many of the last steps are active."),
+        Option("last_n", _COUNT, "The endpoint's step is drawn from this many last steps."),
+        Option("num_noised", _COUNT, "How many re-noised copies of the sample are scored too."),
+        Option("num_active", _COUNT, "How many steps are active."),
+        Option(
+            "early_stop_ratio", _RATIO, "The endpoint's step is drawn from this share of the steps, the last ones."
+        ),
+        Option("alpha", _FACTOR, "Coupling at step j: factor on the gradient that reaches earlier terms through it."),
+        Option("tau", _GAP, "Floor of the connector gaps in the sample weights; none gives every sample weight 1."),
+        Option("late_bias", _FACTOR, "Preference for late steps: place m of the window has weight (m + 1)^late_bias."),
+        Option("grad_rescale", _FACTOR, "0 keeps the active steps' weights, 1 scales them up to stand for all steps."),
+        Option("order", _COUNT, "How many support steps a leg has."),
+        Option("active_supports", _choice(ACTIVE_SUPPORTS), "Which supports of a leg are active."),
+        Option("support_scale", _FACTOR, "Factor on the weights of active supports other than the leg's left end."),
+        Option("weights", _choice(LEG_WEIGHTS), "Quadrature rule of a leg."),
+        Option(
+            "anchor_lambda", _SHARE, "Share of the first leg's own weights; the rest is one leap from its left end."
+        ),
+        Option("step_sampling", _choice(STEP_SAMPLING), "How the steps k < j are drawn."),
+        Option("dirichlet", _CONCENTRATIONS, "Concentrations of step_sampling dirichlet."),
+        Option("max_tail", _COUNT_OR_NONE, "Largest N - j; none for no limit."),
+        Option("tail_ratio", _RATIO, "Share of the steps, the last ones, that can be active."),
+        Option("endpoint", _choice(ENDPOINTS), "What the reward sees."),
+        Option("max_gap_j", _GAP, "Samples whose connector gap at step j is larger are dropped; none keeps all."),
+        Option("max_gap_0", _GAP, "Samples whose connector gap at the end is larger are dropped; none keeps all."),
+    )
 }
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the method table.
+    """One line of the method table. It checks itself, so that a mistake in the table fails at import.
 
     Attributes:
-        draw: `(sigmas, options, generator) -> Surrogate`.
+        draw: `(sigmas, options, generator) -> Surrogate`, with the sigmas as N + 1 Python numbers. What it cannot draw
+            it refuses with a ValueError; the method's name is put before its message.
         title: the method's name as papers write it.
         source: where it comes from.
-        options: defaults of every option that the row has (those of the reference for SD3.5).
-        backbones: what differs from them for a backbone.
-        check: refuses combinations of options that do not fit, before anything is drawn.
+        options: the options that the row has, with their defaults: one value, or a mapping from each of `BACKBONES`
+            to a value.
+        check: raises ValueError for options that do not go together, before anything is drawn.
         unconditional_gradient: backbones on which gradients flow through both guidance branches by default.
         undo_guidance: backbones on which the loss is divided by the guidance scale by default.
+
+    Raises:
+        ValueError: for an option that `OPTIONS` does not declare, a default outside its range or refused by `check`,
+            or an unknown or missing backbone.
     """
 
-    draw: Callable[[torch.Tensor, Mapping[str, Any], torch.Generator | None], Surrogate]
+    draw: Callable[[Sequence[float], Mapping[str, Any], torch.Generator | None], Surrogate]
     title: str
     source: str
     options: Mapping[str, Any] = field(default_factory=dict)
-    backbones: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     check: Callable[[Mapping[str, Any]], None] = lambda options: None
     unconditional_gradient: tuple[str, ...] = ()
     undo_guidance: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for backbone in (*self.unconditional_gradient, *self.undo_guidance):
+            if backbone not in BACKBONES:
+                raise ValueError(f"{self.title}: unknown backbone {backbone!r}; choose from {', '.join(BACKBONES)}.")
+        for name, default in self.options.items():
+            if name not in OPTIONS:
+                raise ValueError(f"{self.title}: option {name!r} is not declared; add it to `OPTIONS`.")
+            if isinstance(default, Mapping) and set(default) != set(BACKBONES):
+                raise ValueError(
+                    f"{self.title}: the defaults of `{name}` must be one value or a value for each of "
+                    f"{', '.join(BACKBONES)}, got values for {', '.join(default)}."
+                )
+        for backbone in BACKBONES:
+            defaults = self.defaults(backbone)
+            try:
+                for name, default in defaults.items():
+                    OPTIONS[name].read(default)
+                self.check(defaults)
+            except ValueError as error:
+                raise ValueError(f"{self.title}, default for {backbone}: {error}") from None
+
+    def defaults(self, backbone: str) -> dict[str, Any]:
+        """Each option's default for one of `BACKBONES`."""
+        return {
+            name: default[backbone] if isinstance(default, Mapping) else default
+            for name, default in self.options.items()
+        }
 
 
 @dataclass(frozen=True)
@@ -146,10 +254,12 @@ class Method:
         Raises:
             ValueError: for other sigmas, or options that the number of steps cannot hold, saying what would fit.
         """
-        _check_sigmas(sigmas)
-        sigmas = sigmas.detach().double().cpu()
-        surrogate = METHODS[self.name].draw(sigmas, self.options, generator)
-        surrogate.check(len(sigmas) - 1)
+        values = _read_sigmas(sigmas)
+        try:
+            surrogate = METHODS[self.name].draw(values, self.options, generator)
+            surrogate.check(len(values) - 1)
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}") from error
         return surrogate
 
 
@@ -169,20 +279,16 @@ def get_method(name: str, backbone: str = "sd3", **options: Any) -> Method:
     if backbone not in BACKBONES:
         raise ValueError(f"Unknown backbone {backbone!r}; choose one of {', '.join(BACKBONES)}.")
     row = METHODS[name]
-    settled = {**row.options, **row.backbones.get(backbone, {})}
-    for option, value in options.items():
+    settled = row.defaults(backbone)
+    for option in options:
         if option not in settled:
             choices = f"it has {', '.join(settled)}" if settled else "it has none"
             raise ValueError(f"{name} has no option {option!r}{_nearest(option, settled)}; {choices}.")
-        rule = OPTIONS[option]
-        try:
-            settled[option] = rule.convert(value)
-            fits = rule.test(settled[option])
-        except (TypeError, ValueError, OverflowError):
-            fits = False
-        if not fits:
-            raise ValueError(f"{name}: `{option}` must be {rule.expected}, got {value!r}.")
-    row.check(settled)
+    try:
+        settled |= {option: OPTIONS[option].read(value) for option, value in options.items()}
+        row.check(settled)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
     return Method(name, settled, backbone in row.unconditional_gradient, backbone in row.undo_guidance)
 
 
@@ -191,17 +297,37 @@ def _nearest(word: str, choices: Mapping[str, Any]) -> str:
     return f" (nearest: {match[0]!r})" if match else ""
 
 
-def _check_sigmas(sigmas: torch.Tensor) -> None:
+def _read_sigmas(sigmas: torch.Tensor) -> list[float]:
+    # One transfer from the device; all arithmetic on sigmas is that of Python's floats, which are float64.
     if sigmas.ndim != 1 or len(sigmas) < 2 or not sigmas.is_floating_point():
         raise ValueError(
-            f"`sigmas` must be a floating point tensor of shape (N + 1,) with N >= 1, got {tuple(sigmas.shape)} "
-            f"{sigmas.dtype}."
+            f"`sigmas` must be a floating point tensor of shape (N + 1,) with N >= 1, got {tuple(sigmas.shape)} of "
+            f"{sigmas.dtype}; pass the `sigmas` of a flow-matching scheduler after `set_timesteps`."
         )
-    if not (bool((sigmas[1:] < sigmas[:-1]).all()) and sigmas[-1] == 0 and sigmas[0] <= 1.001):
-        raise ValueError(
-            f"`sigmas` must fall from about 1 to exactly 0, got {sigmas[0].item():.4g} ... {sigmas[-1].item():.4g}; "
-            "use a flow-matching Euler schedule without inverted sigmas."
-        )
+    values = sigmas.detach().cpu().tolist()
+    if fault := _fault_of_sigmas(values):
+        raise ValueError(f"`sigmas` must fall from about 1 to exactly 0, got {fault}.")
+    return values
+
+
+def _fault_of_sigmas(sigmas: Sequence[float]) -> str | None:
+    # What was found, and the remedy.
+    remedy = "use a flow-matching Euler schedule"
+    ends = f"{sigmas[0]:.4g} ... {sigmas[-1]:.4g}"
+    if not all(map(math.isfinite, sigmas)):
+        return f"{ends}, which are not all finite; {remedy}"
+    if sigmas[0] > 1.001:
+        return f"{ends}, which start above 1 as those of diffusion and EDM schedules do; {remedy}"
+    for step, (left, right) in enumerate(pairwise(sigmas)):
+        if left < right:
+            return f"{left:.4g} before and {right:.4g} after step {step}, a rise; {remedy} without inverted sigmas"
+        if left == right == 0:
+            return f"0 before and after step {step}; leave the last 0 out of custom sigmas, the scheduler appends it"
+        if left == right:
+            return f"{left:.4g} before and after step {step}, a repeat; {remedy} (Heun's repeats its sigmas)"
+    if sigmas[-1] != 0:
+        return f"{ends}, which do not end at 0; {remedy}, which appends the 0"
+    return None
 
 
 def _rescale(grad_rescale: float, whole: float, active: float) -> float:
@@ -209,55 +335,55 @@ def _rescale(grad_rescale: float, whole: float, active: float) -> float:
     return 1.0 + grad_rescale * (whole / active - 1.0)
 
 
-def _full(sigmas: torch.Tensor, options: Mapping[str, Any], generator: torch.Generator | None) -> Surrogate:
+def _full(sigmas: Sequence[float], options: Mapping[str, Any], generator: torch.Generator | None) -> Surrogate:
     return Surrogate("sample", tuple(Term(step, length, 1.0) for step, length in enumerate(step_lengths(sigmas))))
 
 
-def _draft_k(sigmas: torch.Tensor, options: Mapping[str, Any], generator: torch.Generator | None) -> Surrogate:
+def _draft_k(sigmas: Sequence[float], options: Mapping[str, Any], generator: torch.Generator | None) -> Surrogate:
     lengths, last_k = step_lengths(sigmas), options["last_k"]
     if last_k > len(lengths):
-        raise ValueError(f"draft-k: `last_k` is {last_k}, the rollout has {len(lengths)} steps; use at most that.")
+        raise ValueError(f"`last_k` is {last_k}, the rollout has {len(lengths)} steps; use at most that.")
     return Surrogate(
         "sample", tuple(Term(step, lengths[step], 1.0) for step in range(len(lengths) - last_k, len(lengths)))
     )
 
 
-def _refl(sigmas: torch.Tensor, options: Mapping[str, Any], generator: torch.Generator | None) -> Surrogate:
+def _refl(sigmas: Sequence[float], options: Mapping[str, Any], generator: torch.Generator | None) -> Surrogate:
     num_steps, last_n = len(sigmas) - 1, options["last_n"]
     if last_n > num_steps:
-        raise ValueError(f"refl: `last_n` is {last_n}, the rollout has {num_steps} steps; use at most that.")
+        raise ValueError(f"`last_n` is {last_n}, the rollout has {num_steps} steps; use at most that.")
     step = uniform_integer(num_steps - last_n, num_steps, generator)
     endpoint = "sample" if options["endpoint"] == "sample" else ("posterior_mean", step)
-    return Surrogate(endpoint, (Term(step, (sigmas[-1] - sigmas[step]).item()),))
+    return Surrogate(endpoint, (Term(step, sigmas[-1] - sigmas[step]),))
 
 
-def _draft_lv(sigmas: torch.Tensor, options: Mapping[str, Any], generator: torch.Generator | None) -> Surrogate:
+def _draft_lv(sigmas: Sequence[float], options: Mapping[str, Any], generator: torch.Generator | None) -> Surrogate:
     lengths = step_lengths(sigmas)
     if len(lengths) < 2:
-        raise ValueError("draft-lv re-noises the input of the last of at least 2 steps; raise `num_inference_steps`.")
+        raise ValueError("The rollout has 1 step, re-noising needs at least 2 steps; raise `num_inference_steps`.")
     return Surrogate("sample", (Term(len(lengths) - 1, lengths[-1]),), num_noised=options["num_noised"])
 
 
-def _drtune(sigmas: torch.Tensor, options: Mapping[str, Any], generator: torch.Generator | None) -> Surrogate:
+def _drtune(sigmas: Sequence[float], options: Mapping[str, Any], generator: torch.Generator | None) -> Surrogate:
     lengths, num_active = step_lengths(sigmas), options["num_active"]
     num_steps = len(lengths)
     stop_choices = max(1, round(options["early_stop_ratio"] * num_steps))
     if num_active > num_steps - stop_choices + 1:
         raise ValueError(
-            f"drtune: `num_active` is {num_active}, but the rollout may stop after {num_steps - stop_choices + 1} of "
+            f"`num_active` is {num_active}, but the rollout may stop after {num_steps - stop_choices + 1} of "
             f"its {num_steps} steps; use at most that many, or a smaller `early_stop_ratio`."
         )
     stop = uniform_integer(num_steps - stop_choices, num_steps, generator)
     stride = (stop + 1) // num_active
     offset = uniform_integer(0, stop - (num_active - 1) * stride + 1, generator)
     steps = range(offset, offset + num_active * stride, stride)
-    terms = tuple(Term(step, (sigmas[-1] - sigmas[stop]).item() if step == stop else lengths[step]) for step in steps)
+    terms = tuple(Term(step, sigmas[-1] - sigmas[stop] if step == stop else lengths[step]) for step in steps)
     return Surrogate("sample" if options["endpoint"] == "sample" else ("posterior_mean", stop), terms)
 
 
-def _leap_align(sigmas: torch.Tensor, options: Mapping[str, Any], generator: torch.Generator | None) -> Surrogate:
+def _leap_align(sigmas: Sequence[float], options: Mapping[str, Any], generator: torch.Generator | None) -> Surrogate:
     num_steps = len(sigmas) - 1
-    k, j = _two_steps("leapalign", num_steps, options, generator, tail_ratio=1.0)
+    k, j = _two_steps(num_steps, options, generator)
     legs = tuple(
         Leg(start, end, (start,), leg_weights("lagrange", sigmas, start, end, (start,)))
         for start, end in ((k, j), (j, num_steps))
@@ -272,21 +398,25 @@ def _leap_align(sigmas: torch.Tensor, options: Mapping[str, Any], generator: tor
     )
 
 
-def _flowbp_sparse(sigmas: torch.Tensor, options: Mapping[str, Any], generator: torch.Generator | None) -> Surrogate:
+def _flowbp_sparse(
+    sigmas: Sequence[float], options: Mapping[str, Any], generator: torch.Generator | None
+) -> Surrogate:
     num_steps, num_active = len(sigmas) - 1, options["num_active"]
     start = tail_window(num_steps, options["tail_ratio"])
     if num_active > num_steps - start:
-        raise ValueError(_too_many("flowbp-sparse", num_active, num_steps, start))
+        raise ValueError(_too_many(num_active, num_steps, start))
     steps = late_biased_steps(start, num_steps, num_active, options["late_bias"], generator)
     return _euler_terms(sigmas, steps, start, options)
 
 
-def _flowbp_bridge(sigmas: torch.Tensor, options: Mapping[str, Any], generator: torch.Generator | None) -> Surrogate:
+def _flowbp_bridge(
+    sigmas: Sequence[float], options: Mapping[str, Any], generator: torch.Generator | None
+) -> Surrogate:
     num_steps, num_active = len(sigmas) - 1, options["num_active"]
     start = tail_window(num_steps, options["tail_ratio"], smallest=3)
     if num_active > num_steps - start:
-        raise ValueError(_too_many("flowbp-bridge", num_active, num_steps, start))
-    _, j = _two_steps("flowbp-bridge", num_steps, options, generator)
+        raise ValueError(_too_many(num_active, num_steps, start))
+    _, j = _two_steps(num_steps, options, generator)
     first_part, second_part = j - start, num_steps - j
     in_first = round(num_active * first_part / (first_part + second_part))
     in_first = min(max(in_first, 1, num_active - second_part), num_active - 1, first_part)
@@ -296,23 +426,25 @@ def _flowbp_bridge(sigmas: torch.Tensor, options: Mapping[str, Any], generator: 
 
 
 def _euler_terms(
-    sigmas: torch.Tensor, steps: tuple[int, ...], start: int, options: Mapping[str, Any], coupled: int | None = None
+    sigmas: Sequence[float], steps: tuple[int, ...], start: int, options: Mapping[str, Any], coupled: int | None = None
 ) -> Surrogate:
     lengths = step_lengths(sigmas)
     endpoint: str | tuple[str, int] = "sample"
     if options["endpoint"] == "posterior-mean":
         # The posterior mean at the last active step is one leap from there to sigma 0.
         endpoint = ("posterior_mean", steps[-1])
-        lengths[steps[-1]] = (sigmas[-1] - sigmas[steps[-1]]).item()
-    whole = (sigmas[start] - sigmas[-1]).item()
+        lengths[steps[-1]] = sigmas[-1] - sigmas[steps[-1]]
+    whole = sigmas[start] - sigmas[-1]
     rho = _rescale(options["grad_rescale"], whole, sum(abs(lengths[step]) for step in steps))
     terms = (Term(step, rho * lengths[step], options["alpha"] if step == coupled else 0.0) for step in steps)
     return Surrogate(endpoint, tuple(terms))
 
 
-def _flowbp_lagrange(sigmas: torch.Tensor, options: Mapping[str, Any], generator: torch.Generator | None) -> Surrogate:
+def _flowbp_lagrange(
+    sigmas: Sequence[float], options: Mapping[str, Any], generator: torch.Generator | None
+) -> Surrogate:
     num_steps = len(sigmas) - 1
-    k, j = _two_steps("flowbp-lagrange", num_steps, options, generator)
+    k, j = _two_steps(num_steps, options, generator)
     legs, terms = [], {}
     for start, end in ((k, j), (j, num_steps)):
         supports = leg_supports(options["weights"], start, end, options["order"])
@@ -320,7 +452,7 @@ def _flowbp_lagrange(sigmas: torch.Tensor, options: Mapping[str, Any], generator
         active = _active_supports(options["active_supports"], start, supports)
         # Only the first leg is blended with a single leap from its left end.
         share = options["anchor_lambda"] if start == k else 1.0
-        blend = (1.0 - share) * (sigmas[end] - sigmas[start]).item() if share < 1 else 0.0
+        blend = (1.0 - share) * (sigmas[end] - sigmas[start]) if share < 1 else 0.0
         legs.append(Leg(start, end, supports, tuple(share * weight for weight in weights), blend))
         by_step = dict(zip(supports, weights, strict=True))
         if active:
@@ -349,26 +481,16 @@ def _active_supports(which: str, start: int, supports: tuple[int, ...]) -> tuple
     return supports[:2] if which == "midpoint" else supports
 
 
-def _two_steps(
-    name: str,
-    num_steps: int,
-    options: Mapping[str, Any],
-    generator: torch.Generator | None,
-    tail_ratio: float | None = None,
-) -> tuple[int, int]:
-    ratio = options["tail_ratio"] if tail_ratio is None else tail_ratio
-    try:
-        start = tail_window(num_steps, ratio, smallest=3)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
+def _two_steps(num_steps: int, options: Mapping[str, Any], generator: torch.Generator | None) -> tuple[int, int]:
+    start = tail_window(num_steps, options.get("tail_ratio", 1.0), smallest=3)
     return draw_two_steps(
         options["step_sampling"], num_steps, start, generator, options["dirichlet"], options["max_tail"]
     )
 
 
-def _too_many(name: str, num_active: int, num_steps: int, start: int) -> str:
+def _too_many(num_active: int, num_steps: int, start: int) -> str:
     return (
-        f"{name}: `num_active` is {num_active}, the trainable window has {num_steps - start} of the rollout's "
+        f"`num_active` is {num_active}, the trainable window has {num_steps - start} of the rollout's "
         f"{num_steps} steps; use at most {num_steps - start}, or a larger `tail_ratio` or `num_inference_steps`."
     )
 
@@ -376,7 +498,9 @@ def _too_many(name: str, num_active: int, num_steps: int, start: int) -> str:
 def _check_two_steps(options: Mapping[str, Any]) -> None:
     rule, max_tail = options["step_sampling"], options["max_tail"]
     if max_tail is not None and rule not in ("uniform", "dirichlet"):
-        raise ValueError(f"`max_tail` goes with step_sampling uniform or dirichlet, got {rule}; leave it out.")
+        raise ValueError(
+            f"`max_tail` goes with step_sampling uniform or dirichlet, got {max_tail} with {rule}; set it to none."
+        )
     if max_tail == 1 and rule == "dirichlet":
         raise ValueError("`max_tail` must be at least 2 with step_sampling dirichlet (its shortest tail), got 1.")
 
@@ -384,7 +508,7 @@ def _check_two_steps(options: Mapping[str, Any]) -> None:
 def _check_bridge(options: Mapping[str, Any]) -> None:
     _check_two_steps(options)
     if options["num_active"] < 2:
-        raise ValueError(f"flowbp-bridge: `num_active` must be at least 2 (both parts), got {options['num_active']}.")
+        raise ValueError(f"`num_active` must be at least 2 (both parts), got {options['num_active']}.")
 
 
 def _check_lagrange(options: Mapping[str, Any]) -> None:
@@ -392,20 +516,19 @@ def _check_lagrange(options: Mapping[str, Any]) -> None:
     active, kind = options["active_supports"], options["weights"]
     if kind == "adams-bashforth" and active != "start":
         raise ValueError(
-            f"flowbp-lagrange: weights adams-bashforth extrapolate from earlier steps and need active_supports=start, "
-            f"got {active}."
+            f"weights adams-bashforth extrapolate from earlier steps and need active_supports=start, got {active}."
         )
     if active == "none" and options["anchor_lambda"] == 1:
         raise ValueError(
-            "flowbp-lagrange: active_supports=none leaves no terms unless anchor_lambda is below 1; choose start, "
-            "midpoint or all."
+            "active_supports=none leaves no terms unless anchor_lambda is below 1; choose start, midpoint or all."
         )
 
 
 _UNIFORM_STEPS = {"step_sampling": "uniform", "dirichlet": (2.5, 6.0, 2.0), "max_tail": None}
 _GAPS = {"max_gap_j": None, "max_gap_0": None}
 
-METHODS: Mapping[str, Row] = {
+# The defaults are those of the reference code.
+METHODS: dict[str, Row] = {
     "full": Row(_full, "Full backpropagation", "exact chain rule through all steps"),
     # The DRaFT paper's single-step variant is the default.
     "draft-k": Row(_draft_k, "DRaFT-K", "Clark et al., 2024", {"last_k": 1}),
@@ -429,10 +552,12 @@ METHODS: Mapping[str, Row] = {
         _flowbp_sparse,
         "FlowBP-Sparse",
         "Wang et al., 2026 (arXiv 2606.11075)",
-        {"num_active": 4, "late_bias": 1.0, "grad_rescale": 0.5, "tail_ratio": 1.0, "endpoint": "sample"},
         {
-            "flux": {"num_active": 3, "late_bias": 2.0, "grad_rescale": 1.0},
-            "flux2": {"num_active": 4, "late_bias": 2.0, "grad_rescale": 0.0},
+            "num_active": {"sd3": 4, "flux": 3, "flux2": 4},
+            "late_bias": {"sd3": 1.0, "flux": 2.0, "flux2": 2.0},
+            "grad_rescale": {"sd3": 0.5, "flux": 1.0, "flux2": 0.0},
+            "tail_ratio": 1.0,
+            "endpoint": "sample",
         },
     ),
     "flowbp-bridge": Row(
@@ -440,17 +565,13 @@ METHODS: Mapping[str, Row] = {
         "FlowBP-Bridge",
         "Wang et al., 2026 (arXiv 2606.11075)",
         {
-            "num_active": 5,
-            "alpha": 0.5,
-            "late_bias": 4.0,
-            "grad_rescale": 0.0,
+            "num_active": {"sd3": 5, "flux": 5, "flux2": 3},
+            "alpha": {"sd3": 0.5, "flux": 0.1, "flux2": 1.0},
+            "late_bias": {"sd3": 4.0, "flux": 2.0, "flux2": 4.0},
+            "grad_rescale": {"sd3": 0.0, "flux": 1.0, "flux2": 0.5},
             "tail_ratio": 1.0,
             "endpoint": "sample",
             **_UNIFORM_STEPS,
-        },
-        {
-            "flux": {"num_active": 5, "alpha": 0.1, "late_bias": 2.0, "grad_rescale": 1.0},
-            "flux2": {"num_active": 3, "alpha": 1.0, "late_bias": 4.0, "grad_rescale": 0.5},
         },
         check=_check_bridge,
     ),
@@ -465,17 +586,13 @@ METHODS: Mapping[str, Row] = {
             "support_scale": 0.25,
             "anchor_lambda": 1.0,
             "alpha": 0.1,
-            "tau": 0.2,
-            "grad_rescale": 0.0,
-            "tail_ratio": 1.0,
+            "tau": {"sd3": 0.2, "flux": 0.2, "flux2": 0.1},
+            "grad_rescale": {"sd3": 0.0, "flux": 0.5, "flux2": 0.0},
+            "tail_ratio": {"sd3": 1.0, "flux": 1.0, "flux2": 0.7},
             "step_sampling": "dirichlet",
             "dirichlet": (2.5, 6.0, 2.0),
-            "max_tail": 10,
+            "max_tail": {"sd3": 10, "flux": None, "flux2": None},
             **_GAPS,
-        },
-        {
-            "flux": {"tau": 0.2, "grad_rescale": 0.5, "max_tail": None},
-            "flux2": {"tau": 0.1, "grad_rescale": 0.0, "max_tail": None, "tail_ratio": 0.7},
         },
         check=_check_lagrange,
         undo_guidance=("flux2",),

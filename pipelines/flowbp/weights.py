@@ -7,28 +7,28 @@
 A leg goes from step `start` to step `end`; the flow over it is the integral of the velocity in sigma, from
 `sigmas[start]` down to `sigmas[end]`. Each rule here replaces that integral by a weighted sum of the velocities at a
 few support steps. Whatever the rule, the weights sum to `sigmas[end] - sigmas[start]`: a constant velocity is
-integrated exactly. Everything is plain float64; no model code is imported.
+integrated exactly. Everything is plain float64: Python numbers in, Python numbers out.
 """
 
 from collections.abc import Sequence
 from fractions import Fraction
+from itertools import pairwise
 
 import numpy as np
-import torch
 
 LEG_WEIGHTS = ("lagrange", "uniform", "adams-bashforth")
 
 
-def step_lengths(sigmas: torch.Tensor) -> list[float]:
+def step_lengths(sigmas: Sequence[float]) -> list[float]:
     """Euler weights `h_i = sigmas[i + 1] - sigmas[i]` (docs/methods.md, section 1).
 
     Args:
-        sigmas: `(N + 1,)` floating point, falling.
+        sigmas: N + 1 numbers, falling.
 
     Returns:
         N floats, all negative.
     """
-    return (sigmas[1:].double() - sigmas[:-1].double()).tolist()
+    return [right - left for left, right in pairwise(sigmas)]
 
 
 def leg_supports(kind: str, start: int, end: int, order: int) -> tuple[int, ...]:
@@ -70,7 +70,9 @@ def leg_supports(kind: str, start: int, end: int, order: int) -> tuple[int, ...]
     )
 
 
-def leg_weights(kind: str, sigmas: torch.Tensor, start: int, end: int, supports: Sequence[int]) -> tuple[float, ...]:
+def leg_weights(
+    kind: str, sigmas: Sequence[float], start: int, end: int, supports: Sequence[int]
+) -> tuple[float, ...]:
     """Weights of `supports` in the integral over the leg `[start, end)`.
 
     `lagrange` and `adams-bashforth` integrate the polynomial in sigma through the supports' velocities (the second
@@ -80,7 +82,7 @@ def leg_weights(kind: str, sigmas: torch.Tensor, start: int, end: int, supports:
 
     Args:
         kind: one of `LEG_WEIGHTS`.
-        sigmas: `(N + 1,)` floating point, falling.
+        sigmas: N + 1 numbers, falling.
         start: first step of the leg.
         end: step at which it arrives.
         supports: distinct steps below N, see `leg_supports`.
@@ -91,13 +93,12 @@ def leg_weights(kind: str, sigmas: torch.Tensor, start: int, end: int, supports:
     Raises:
         ValueError: for an unknown kind, or weights that do not sum to the leg (supports at nearly equal sigmas).
     """
-    values = sigmas.double()
-    left, right = values[start].item(), values[end].item()
+    left, right = sigmas[start], sigmas[end]
     length = right - left
     if kind == "uniform":
         weights = [length / len(supports)] * len(supports)
     elif kind in ("lagrange", "adams-bashforth"):
-        weights = _lagrange_integrals([values[step].item() for step in supports], left, right)
+        weights = _lagrange_integrals([sigmas[step] for step in supports], left, right)
     else:
         raise ValueError(f"Unknown leg weights {kind!r}; choose one of {', '.join(LEG_WEIGHTS)}.")
     if not abs(sum(weights) - length) <= 1e-6 * abs(length):
