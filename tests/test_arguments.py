@@ -30,7 +30,7 @@ from flowbp.arguments import (
     choose_rewards,
     parse_training_args,
 )
-from flowbp.methods import METHODS, OPTIONS, get_method
+from flowbp.methods import METHODS, OPTIONS, Option, Row, get_method
 
 REQUIRED = ["--pretrained_model_name_or_path", "m", "--prompts", "p.txt", "--reward", "ocr"]
 # A tracker of accelerate's whose package is not here.
@@ -214,6 +214,58 @@ def test_a_folder_of_weights_that_no_reward_names_is_refused(tmp_path: Path):
 
 
 # What becomes of the method's options.
+
+
+def help_of(option: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """An option's lines of `--help` as one."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        # Lines so long that argparse breaks no word at a hyphen.
+        patch.setenv("COLUMNS", "1000")
+        parse("--help")
+    words = " ".join(capsys.readouterr().out.split())
+    return words.partition(f" --{option} ")[2].partition(" --")[0]
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_the_help_of_an_option_has_its_meaning_and_its_methods(option: str, capsys: pytest.CaptureFixture[str]):
+    methods = [name for name, row in METHODS.items() if option in row.options]
+    assert help_of(option, capsys).endswith(f"{OPTIONS[option].help} Methods: {', '.join(methods)}.")
+
+
+def test_a_new_row_with_a_new_option(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    """It is on the command line, in its help, in recipes and in `get_method`, with no other change."""
+    monkeypatch.setitem(OPTIONS, "sharpness", Option("sharpness", OPTIONS["alpha"].kind, "100% sharp at 1."))
+    defaults = {"sharpness": {"sd3": 1.0, "flux": 2.0, "flux2": 3.0}, "last_k": 2}
+    monkeypatch.setitem(METHODS, "new", Row(METHODS["full"].draw, "New", "here", defaults))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("method: new\nsharpness: 0.5\n")
+
+    assert get_method("new", "flux2", sharpness=4).options == {"sharpness": 4.0, "last_k": 2}
+    assert choose_method(parse("--method", "new"), "flux") == get_method("new", "flux", sharpness=2)
+    assert choose_method(parse("--method", "new", "--sharpness", "4"), "flux") == get_method("new", sharpness=4)
+    assert choose_method(parse("--config", str(recipe)), "sd3") == get_method("new", sharpness=0.5)
+    assert help_of("sharpness", capsys).endswith("100% sharp at 1. Methods: new.")
+    assert help_of("last_k", capsys).endswith("Methods: draft-k, new.")
+    assert "--sharpness: invalid float value: 'very'" in error_of(capsys, "--sharpness", "very")
+    with pytest.raises(ValueError, match="new: `sharpness` must be a number of at least 0, got -1.0"):
+        choose_method(parse("--method", "new", "--sharpness", "-1"), "sd3")
+    with pytest.raises(ValueError, match="full has no option 'sharpness'; it has none"):
+        choose_method(parse("--method", "full", "--sharpness", "1"), "sd3")
+    recipe.write_text("method: new\nsharpness: very\n")
+    assert "sharpness: float expected, got 'very'" in error_of(capsys, "--config", str(recipe))
+
+
+def test_a_default_can_be_taken_back_with_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    words = ("--method", "flowbp-lagrange", "--step_sampling", "midpoint", "--max_tail", "none")
+    expected = get_method("flowbp-lagrange", step_sampling="midpoint", max_tail=None)
+    assert choose_method(parse(*words), "sd3") == expected
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("step_sampling: midpoint\nmax_tail: none\n")
+    assert choose_method(parse("--config", str(recipe)), "sd3") == expected
+    assert "--max_tail: invalid integer_or_none value: 'few'" in error_of(capsys, "--max_tail", "few")
+    assert "--tau: invalid number_or_none value: 'low'" in error_of(capsys, "--tau", "low")
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)

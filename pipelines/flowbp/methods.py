@@ -140,16 +140,16 @@ OPTIONS: dict[str, Option] = {
     option.name: option
     for option in (
         Option("last_k", _COUNT, "How many of the last steps are active."),
-        Option("last_n", _COUNT, "The endpoint's step is drawn from this many last steps."),
+        Option("last_n", _COUNT, "How many of the last steps the endpoint is drawn from."),
         Option("num_noised", _COUNT, "How many re-noised copies of the sample are scored too."),
         Option("num_active", _COUNT, "How many steps are active."),
         Option(
-            "early_stop_ratio", _RATIO, "The endpoint's step is drawn from this share of the steps, the last ones."
+            "early_stop_ratio", _RATIO, "Share of the steps, the last ones, that the endpoint is drawn from."
         ),
-        Option("alpha", _FACTOR, "Coupling at step j: factor on the gradient that reaches earlier terms through it."),
+        Option("alpha", _FACTOR, "Coupling at step j: factor on the gradient that crosses its input to earlier terms."),
         Option("tau", _GAP, "Floor of the connector gaps in the sample weights; none gives every sample weight 1."),
-        Option("late_bias", _FACTOR, "Preference for late steps: place m of the window has weight (m + 1)^late_bias."),
-        Option("grad_rescale", _FACTOR, "0 keeps the active steps' weights, 1 scales them up to stand for all steps."),
+        Option("late_bias", _FACTOR, "Preference for late steps: place m (from 0) is drawn with weight (m + 1)^late_bias."),
+        Option("grad_rescale", _FACTOR, "Scale of the active weights: 0 leaves them, 1 makes them stand for all of the window or leg."),
         Option("order", _COUNT, "How many support steps a leg has."),
         Option("active_supports", _choice(ACTIVE_SUPPORTS), "Which supports of a leg are active."),
         Option("support_scale", _FACTOR, "Factor on the weights of active supports other than the leg's left end."),
@@ -159,7 +159,7 @@ OPTIONS: dict[str, Option] = {
         ),
         Option("step_sampling", _choice(STEP_SAMPLING), "How the steps k < j are drawn."),
         Option("dirichlet", _CONCENTRATIONS, "Concentrations of step_sampling dirichlet."),
-        Option("max_tail", _COUNT_OR_NONE, "Largest N - j; none for no limit."),
+        Option("max_tail", _COUNT_OR_NONE, "Largest number of steps from j to the end, N - j; none for no limit."),
         Option("tail_ratio", _RATIO, "Share of the steps, the last ones, that can be active."),
         Option("endpoint", _choice(ENDPOINTS), "What the reward sees."),
         Option("max_gap_j", _GAP, "Samples whose connector gap at step j is larger are dropped; none keeps all."),
