@@ -578,6 +578,8 @@ def test_every_declared_option_is_one_of_some_row():
 
 # A user's own surrogate.
 
+LEGS = (Leg(0, 3, (0,), (-0.5,)), Leg(3, 6, (3,), (-0.5,)))
+
 
 @pytest.mark.parametrize(
     ("make", "message"),
@@ -588,6 +590,13 @@ def test_every_declared_option_is_one_of_some_row():
         (lambda: Term(0, 1.0, math.inf), "a finite coupling >= 0"),
         (lambda: Leg(2, 2, (), ()), "0 <= start < end"),
         (lambda: Leg(0, 2, (0, 1), (0.5,)), "one weight for each support"),
+        (lambda: Leg(0, 2, (-1,), (0.5,)), "supports >= 0 and finite weights"),
+        (lambda: Leg(0, 2, (0,), (math.nan,)), "supports >= 0 and finite weights"),
+        (lambda: Leg(0, 2, (0,), (0.5,), math.inf), "supports >= 0 and finite weights"),
+        (lambda: Surrogate("sample", (Term(0, -1.0),), num_noised=-1), "`num_noised` must be at least 0, got -1"),
+        (lambda: Surrogate("sample", (Term(0, -1.0),), LEGS, tau=0.0), "`tau` must be above 0 or None, got 0.0"),
+        (lambda: Surrogate("sample", (Term(0, -1.0),), LEGS, max_gap_j=math.nan), "`max_gap_j` must be above 0"),
+        (lambda: Surrogate("sample", (Term(0, -1.0),), LEGS[:1] * 2), "legs must end at different steps, got [3, 3]"),
         (lambda: Surrogate("sample", ()), "at least one term"),
         (lambda: Surrogate("sample", (Term(2, -1.0), Term(1, -1.0))), "rising steps, got [2, 1]"),
         (lambda: Surrogate("sample", (Term(1, -1.0), Term(1, -1.0))), "rising steps, got [1, 1]"),

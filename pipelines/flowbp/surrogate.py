@@ -10,6 +10,7 @@ users may write their own.
 
 import math
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ class Leg:
     def __post_init__(self) -> None:
         if len(self.supports) != len(self.weights) or not 0 <= self.start < self.end:
             raise ValueError(f"A leg needs 0 <= start < end and one weight for each support, got {self}.")
+        if min(self.supports, default=0) < 0 or not all(map(math.isfinite, (*self.weights, self.blend))):
+            raise ValueError(f"A leg needs supports >= 0 and finite weights, got {self}.")
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,8 @@ class Surrogate:
         num_noised: re-noised copies of the sample to score too (DRaFT-LV).
 
     Raises:
-        ValueError: for no terms, steps that do not rise, terms after the endpoint, or legs that do not fit.
+        ValueError: for no terms, steps that do not rise, terms after the endpoint, legs that do not fit, or numbers
+            out of range.
     """
 
     endpoint: str | tuple[str, int]
@@ -87,7 +91,7 @@ class Surrogate:
         steps = [term.step for term in self.terms]
         if not steps:
             raise ValueError("A surrogate needs at least one term, got none: no parameter would get a gradient.")
-        if any(later <= earlier for earlier, later in zip(steps, steps[1:], strict=False)):
+        if any(later <= earlier for earlier, later in pairwise(steps)):
             raise ValueError(f"A surrogate's terms must have rising steps, got {steps}.")
         if self.endpoint != "sample":
             if not (isinstance(self.endpoint, tuple) and len(self.endpoint) == 2):
@@ -97,9 +101,16 @@ class Surrogate:
                 raise ValueError(f'`endpoint` must be "sample" or ("posterior_mean", step), got {self.endpoint!r}.')
             if steps[-1] > step:
                 raise ValueError(f"The term at step {steps[-1]} lies after the endpoint, a posterior mean at {step}.")
-        uses_gaps = self.tau is not None or self.max_gap_j is not None or self.max_gap_0 is not None
-        if uses_gaps and len(self.legs) != 2:
+        if len({leg.end for leg in self.legs}) < len(self.legs):
+            raise ValueError(f"A surrogate's legs must end at different steps, got {[leg.end for leg in self.legs]}.")
+        gaps = {"tau": self.tau, "max_gap_j": self.max_gap_j, "max_gap_0": self.max_gap_0}
+        for name, value in gaps.items():
+            if value is not None and not value > 0:
+                raise ValueError(f"`{name}` must be above 0 or None, got {value}.")
+        if any(value is not None for value in gaps.values()) and len(self.legs) != 2:
             raise ValueError(f"`tau`, `max_gap_j` and `max_gap_0` need two legs, this surrogate has {len(self.legs)}.")
+        if self.num_noised < 0:
+            raise ValueError(f"`num_noised` must be at least 0, got {self.num_noised}.")
 
     def last_step(self, num_steps: int) -> int:
         """The last step that a rollout of `num_steps` steps must run: that of the endpoint or of the last leg."""
