@@ -24,17 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import model_sizes
 import peft
 import torch
 import transformers
-from diffusers import (
-    AutoencoderKL,
-    AutoencoderKLFlux2,
-    Flux2Transformer2DModel,
-    FluxTransformer2DModel,
-    SD3Transformer2DModel,
-)
-from peft import LoraConfig
+from meters import GIB
+from model_sizes import build_module, meta
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
@@ -43,15 +38,10 @@ from transformers import (
     CLIPTextModelWithProjection,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
-    Qwen3Config,
     Qwen3ForCausalLM,
-    T5Config,
-    T5EncoderModel,
 )
 
 from flowbp.prompt_embeds import PROMPTS_PER_BATCH, PROMPTS_PER_FILE
-
-GIB = 2**30
 
 # What CUDA reports as the memory of common GPUs of that name (RTX 4090; A100 40GB; A100 and H100 80GB), GiB.
 GPUS = {"24 GB": 23.6, "40 GB": 39.4, "80 GB": 79.1}
@@ -60,230 +50,13 @@ MARGIN = 1.5
 
 # What one rollout keeps for the sweep: active steps (the most that a recipe has, FlowBP-Bridge), and latent-sized
 # tensors of each (input and output of both branches, latents, velocity, and what the pipeline's code between them
-# saves). During the sweep the pictures are kept twice: what the pipeline returned, and joined with those of copies.
+# saves). During the sweep the images are kept twice: what the pipeline returned, and joined with those of copies.
 ACTIVE_STEPS = 5
 KEPT_PER_STEP = 10
-KEPT_PICTURES = 2
+KEPT_IMAGES = 2
 
+MODELS = model_sizes.PUBLISHED
 
-# The models. Sources: the `config.json` files of the repositories named, as far as they are public; of gated ones the
-# diffusers conversion scripts (scripts/convert_{sd3,flux,flux2}_to_diffusers.py) and, for FLUX.2, the parameter
-# classes in black-forest-labs/flux2. Values left out are the class defaults of diffusers and transformers.
-
-
-@dataclass(frozen=True)
-class Model:
-    """What is needed to build a pipeline's modules and to call them as it does.
-
-    Attributes:
-        title: for tables.
-        transformer: class and config.
-        vae: class and config.
-        text_encoders: classes, configs and prompt lengths in tokens.
-        lora_layers: what diffusers' LoRA script of this model trains.
-        inputs: `f(rows, pixels)` gives the transformer's arguments on meta.
-        rollout_rows: rows of one transformer call of the rollout for each sample: 2 where guidance is batched.
-    """
-
-    title: str
-    transformer: tuple[type, Mapping[str, Any]]
-    vae: tuple[type, Mapping[str, Any]]
-    text_encoders: tuple[tuple[type, type, Mapping[str, Any], int], ...]
-    lora_layers: tuple[str, ...]
-    inputs: Callable[[int, int], dict[str, torch.Tensor | None]]
-    rollout_rows: int = 1
-
-
-def _meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def _sd3_inputs(rows: int, pixels: int) -> dict[str, torch.Tensor | None]:
-    return {
-        "hidden_states": _meta(rows, 16, pixels // 8, pixels // 8),
-        "timestep": _meta(rows, dtype=torch.float32),
-        # 77 tokens of CLIP and 256 of T5.
-        "encoder_hidden_states": _meta(rows, 333, 4096),
-        "pooled_projections": _meta(rows, 2048),
-    }
-
-
-def _flux_inputs(rows: int, pixels: int) -> dict[str, torch.Tensor | None]:
-    tokens = (pixels // 16) ** 2
-    return {
-        "hidden_states": _meta(rows, tokens, 64),
-        "timestep": _meta(rows),
-        "guidance": _meta(rows, dtype=torch.float32),
-        "encoder_hidden_states": _meta(rows, 512, 4096),
-        "pooled_projections": _meta(rows, 768),
-        "img_ids": _meta(tokens, 3),
-        "txt_ids": _meta(512, 3),
-    }
-
-
-def _flux2_inputs(width: int) -> Callable[[int, int], dict[str, torch.Tensor | None]]:
-    def inputs(rows: int, pixels: int) -> dict[str, torch.Tensor | None]:
-        tokens = (pixels // 16) ** 2
-        return {
-            "hidden_states": _meta(rows, tokens, 128),
-            "timestep": _meta(rows),
-            "guidance": None,
-            "encoder_hidden_states": _meta(rows, 512, width),
-            "img_ids": _meta(rows, tokens, 4),
-            "txt_ids": _meta(rows, 512, 4),
-        }
-
-    return inputs
-
-
-_BLOCKS = {
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "block_out_channels": (128, 256, 512, 512),
-    "layers_per_block": 2,
-}
-# stabilityai/stable-diffusion-3.5-medium and black-forest-labs/FLUX.1-dev, vae.
-_VAE_16 = {**_BLOCKS, "latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False}
-# openai/clip-vit-large-patch14, text.
-_CLIP_L = {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "projection_dim": 768,
-}
-# laion/CLIP-ViT-bigG-14-laion2B-39B-b160k, text.
-_CLIP_G = {
-    "hidden_size": 1280,
-    "intermediate_size": 5120,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 20,
-    "hidden_act": "gelu",
-    "projection_dim": 1280,
-}
-# google/t5-v1_1-xxl.
-_T5_XXL = {
-    "d_model": 4096,
-    "d_ff": 10240,
-    "d_kv": 64,
-    "num_heads": 64,
-    "num_layers": 24,
-    "vocab_size": 32128,
-    "feed_forward_proj": "gated-gelu",
-}
-# Qwen/Qwen3-4B and Qwen/Qwen3-8B.
-_QWEN3 = {
-    "num_hidden_layers": 36,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "vocab_size": 151936,
-}
-_QWEN3_4B = {**_QWEN3, "hidden_size": 2560, "intermediate_size": 9728, "tie_word_embeddings": True}
-_QWEN3_8B = {**_QWEN3, "hidden_size": 4096, "intermediate_size": 12288, "tie_word_embeddings": False}
-
-_ATTENTION = ("to_k", "to_q", "to_v", "to_out.0", "add_k_proj", "add_q_proj", "add_v_proj", "to_add_out")
-_FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
-_KLEIN_LAYERS = ("to_k", "to_q", "to_v", "to_out.0", "to_qkv_mlp_proj")
-_KLEIN = {
-    "in_channels": 128,
-    "attention_head_dim": 128,
-    "mlp_ratio": 3.0,
-    "axes_dims_rope": (32, 32, 32, 32),
-    "rope_theta": 2000,
-    "guidance_embeds": False,
-}
-
-
-def _single_blocks(count: int) -> tuple[str, ...]:
-    return tuple(f"single_transformer_blocks.{block}.attn.to_out" for block in range(count))
-
-
-MODELS = {
-    "sd3.5-medium": Model(
-        "SD3.5-M",
-        (
-            SD3Transformer2DModel,
-            {
-                "num_layers": 24,
-                "attention_head_dim": 64,
-                "num_attention_heads": 24,
-                "joint_attention_dim": 4096,
-                "caption_projection_dim": 1536,
-                "pooled_projection_dim": 2048,
-                "sample_size": 128,
-                "pos_embed_max_size": 384,
-                "dual_attention_layers": tuple(range(13)),
-                "qk_norm": "rms_norm",
-            },
-        ),
-        (AutoencoderKL, _VAE_16),
-        (
-            (CLIPTextModelWithProjection, CLIPTextConfig, _CLIP_L, 77),
-            (CLIPTextModelWithProjection, CLIPTextConfig, _CLIP_G, 77),
-            (T5EncoderModel, T5Config, _T5_XXL, 256),
-        ),
-        tuple(f"attn.{layer}" for layer in _ATTENTION),
-        _sd3_inputs,
-        rollout_rows=2,
-    ),
-    "flux.1-dev": Model(
-        "FLUX.1-dev",
-        (
-            FluxTransformer2DModel,
-            {
-                "num_layers": 19,
-                "num_single_layers": 38,
-                "attention_head_dim": 128,
-                "num_attention_heads": 24,
-                "joint_attention_dim": 4096,
-                "pooled_projection_dim": 768,
-                "guidance_embeds": True,
-            },
-        ),
-        (AutoencoderKL, _VAE_16),
-        (
-            (CLIPTextModelWithProjection, CLIPTextConfig, _CLIP_L, 77),
-            (T5EncoderModel, T5Config, _T5_XXL, 512),
-        ),
-        (*(f"attn.{layer}" for layer in _ATTENTION), *_FEED_FORWARD),
-        _flux_inputs,
-    ),
-    "flux.2-klein-4b": Model(
-        "FLUX.2-Klein 4B base",
-        (
-            Flux2Transformer2DModel,
-            {
-                **_KLEIN,
-                "num_layers": 5,
-                "num_single_layers": 20,
-                "num_attention_heads": 24,
-                "joint_attention_dim": 7680,
-            },
-        ),
-        (AutoencoderKLFlux2, _BLOCKS),
-        ((Qwen3ForCausalLM, Qwen3Config, _QWEN3_4B, 512),),
-        (*_KLEIN_LAYERS, *_single_blocks(20)),
-        _flux2_inputs(7680),
-    ),
-    "flux.2-klein-9b": Model(
-        "FLUX.2-Klein 9B base",
-        (
-            Flux2Transformer2DModel,
-            {
-                **_KLEIN,
-                "num_layers": 8,
-                "num_single_layers": 24,
-                "num_attention_heads": 32,
-                "joint_attention_dim": 12288,
-            },
-        ),
-        (AutoencoderKLFlux2, _BLOCKS),
-        ((Qwen3ForCausalLM, Qwen3Config, _QWEN3_8B, 512),),
-        (*_KLEIN_LAYERS, *_single_blocks(24)),
-        _flux2_inputs(12288),
-    ),
-}
 
 # laion/CLIP-ViT-H-14-laion2B-s32B-b79K, the network of PickScore and HPSv2.1: both towers are resident, the vision
 # tower is differentiated. Float32, as rewards are kept.
@@ -461,10 +234,7 @@ class _Int8Linear(torch.nn.Linear):
 
 def build(cls: type, config: Mapping[str, Any], dtype: torch.dtype = torch.bfloat16) -> torch.nn.Module:
     """A frozen diffusers module on meta."""
-    with torch.device("meta"):
-        module = cls(**config)
-    # Not diffusers' own `to`, which warns that from_pretrained should be used.
-    return torch.nn.Module.to(module, dtype).requires_grad_(False).eval()
+    return build_module(cls, config, "meta", dtype)
 
 
 def build_transformers(
@@ -477,14 +247,9 @@ def build_transformers(
 
 def add_lora(transformer: torch.nn.Module, layers: Sequence[str], rank: int) -> list[torch.nn.Parameter]:
     """Add a float32 LoRA as the training scripts do and give its parameters their gradients."""
-    with torch.device("meta"):
-        transformer.add_adapter(
-            LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=list(layers))
-        )
-    parameters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+    parameters = model_sizes.add_lora(transformer, layers, rank)
     for parameter in parameters:
-        parameter.data = parameter.data.float()
-        # Gradients are there from one pass of an update to the next, so they are resident.
+        # Gradients are there from one micro-batch of an update to the next, so they are resident.
         parameter.grad = torch.empty_like(parameter)
     return parameters
 
@@ -585,9 +350,9 @@ def clip_score(vision: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
 
 def encode_peak(encoder: torch.nn.Module, prompts: int, tokens: int) -> int:
     """Peak of encoding prompts."""
-    ids = _meta(prompts, tokens, dtype=torch.long)
+    ids = meta(prompts, tokens, dtype=torch.long)
     if isinstance(encoder, Qwen3ForCausalLM):
-        mask = _meta(prompts, 1, tokens, tokens)
+        mask = meta(prompts, 1, tokens, tokens)
         return no_grad_peak(
             lambda: encoder(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False)
         )
@@ -699,7 +464,7 @@ def _as_int8(transformer: torch.nn.Module | None) -> Iterator[None]:
 def _rollout(name: str, pixels: int, batch: int, rank: int) -> int:
     model = MODELS[name]
     transformer = _transformer(name, rank)
-    inputs = model.inputs(batch * model.rollout_rows, pixels)
+    inputs = model.inputs(batch * model.branches_per_call, pixels)
     return no_grad_peak(lambda: transformer(**inputs, return_dict=False)[0])
 
 
@@ -709,7 +474,7 @@ def _decode(name: str, pixels: int, batch: int, checkpointing: bool, samples_per
     vae = build(cls, config)
     if checkpointing:
         vae.enable_gradient_checkpointing()
-    latents = _meta(batch, vae.config.latent_channels, pixels // 8, pixels // 8)
+    latents = meta(batch, vae.config.latent_channels, pixels // 8, pixels // 8)
     return decode_pass(vae, lambda images: clip_score(_reward(), images), latents, samples_per_decode)
 
 
@@ -742,8 +507,8 @@ def compute(name: str, switches: Switches) -> dict[str, Any]:
         stages["encode"] = base + moved[switches.text_encoders] + text["peak"]
     stages["rollout"] = base + _rollout(name, pixels, batch, switches.rank) + static["unpacked"]
     stages["decode+reward"] = base + decode["peak"]
-    pictures = KEPT_PICTURES * _meta(batch, 3, pixels, pixels).nbytes
-    stages["sweep"] = base + pictures + sweep.peak + static["unpacked"]
+    images = KEPT_IMAGES * meta(batch, 3, pixels, pixels).nbytes
+    stages["sweep"] = base + images + sweep.peak + static["unpacked"]
     stages["optimizer"] = base + static["optimizer_step"]
     peak = max(stages.values())
     return {

@@ -2,9 +2,9 @@
 #
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""benchmarks/cost.py: its instruments, its three variants and its report, on a tiny model."""
+"""benchmarks/cost.py: its instruments, its variants and its report, on a tiny model."""
 
-import importlib.util
+import dataclasses
 import json
 import statistics
 import sys
@@ -16,25 +16,16 @@ import torch
 
 from flowbp import METHODS, get_method
 
-SCRIPT = Path(__file__).parent.parent / "benchmarks" / "cost.py"
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
+import cost  # noqa: E402
+import meters  # noqa: E402
 
-def _load_script():
-    spec = importlib.util.spec_from_file_location("flowbp_cost_benchmark", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    # Dataclasses look their module up by name.
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-cost = _load_script()
 CPU = torch.device("cpu")
 
 
 def _bench(*options):
-    args = cost.parse_args(["--model", "tiny", "--device", "cpu", *options])
-    return cost.build(cost.MODELS["tiny"], args)
+    return cost.build(cost.parse_args(["--model", "tiny", "--device", "cpu", *options]))
 
 
 def _case(method, guidance_scale=3.5, num_steps=10):
@@ -66,7 +57,7 @@ def report(tmp_path_factory):
 def test_saved_bytes_counts_each_storage_once_and_its_release():
     left = torch.randn(100, 30, requires_grad=True)
     right = torch.randn(30, 50, requires_grad=True)
-    counter = cost.SavedBytes([right])
+    counter = meters.SavedBytes([right])
     with counter:
         product = left @ right
         squared = product * product
@@ -79,7 +70,7 @@ def test_saved_bytes_counts_each_storage_once_and_its_release():
 
 def test_allocator_peaks_follow_the_stages():
     def run():
-        stages = cost.Stages(CPU)
+        stages = meters.Stages(CPU)
         stages.mark("rollout")
         first = torch.empty(3000, dtype=torch.float32)
         del first
@@ -91,12 +82,12 @@ def test_allocator_peaks_follow_the_stages():
         del third
         stages.mark(None)
 
-    peaks = cost.cpu_allocator_peaks(run)
+    peaks = meters.cpu_allocator_peaks(run)
     assert peaks == {"rollout": 12000, "sweep": 28000, "optimizer": 8000}
 
 
 def test_stages_split_the_time():
-    stages = cost.Stages(CPU)
+    stages = meters.Stages(CPU)
     stages.mark("rollout")
     time.sleep(0.03)
     stages.mark("decode")
@@ -114,25 +105,28 @@ def test_stages_split_the_time():
 
 @pytest.mark.parametrize("guidance_scale", [3.5, 1.0])
 @pytest.mark.parametrize("name", METHODS)
-def test_usual_way_has_the_same_gradient(name, guidance_scale):
-    bench = _bench("--batch", "2")
-    case = _case(get_method(name), guidance_scale, num_steps=10 if name != "refl" else 12)
-    bench.pipe.scheduler.set_timesteps(10 if name != "refl" else 12)
+def test_the_ways_of_one_graph_have_the_same_gradient(name, guidance_scale):
+    num_steps = 12 if name == "refl" else 10
+    bench = _bench("--batch", "2", "--num_inference_steps", str(num_steps))
+    case = _case(get_method(name), guidance_scale, num_steps)
     gradients = {}
-    for variant in ("sweep", "usual"):
+    for variant in ("sweep", "paper", "usual"):
         measured = cost.Measured()
-        assert cost._run(measured, variant, bench, case, cost.Stages(CPU))
+        assert cost._run(measured, variant, bench, case, meters.Stages(CPU))
         gradients[variant] = measured.gradient
-    difference = gradients["sweep"] - gradients["usual"]
-    # Measured: below 1e-6; float32 rounding and nothing else.
-    assert difference.norm() < 2e-5 * gradients["usual"].norm()
+    for variant in ("paper", "usual"):
+        difference = gradients["sweep"] - gradients[variant]
+        # Measured: below 1e-6; float32 rounding and nothing else.
+        assert difference.norm() < 2e-5 * gradients[variant].norm()
     assert gradients["usual"].norm() > 0
 
 
-@pytest.mark.parametrize("variant", ["sweep", "usual", "floor"])
-def test_transformer_passes(variant):
+@pytest.mark.parametrize("unconditional_gradient", [False, True])
+@pytest.mark.parametrize("variant", cost.VARIANTS)
+def test_transformer_passes(variant, unconditional_gradient):
     bench = _bench()
-    case = _case(get_method("flowbp-sparse", num_active=3))
+    method = get_method("flowbp-sparse", num_active=3)
+    case = dataclasses.replace(_case(method), unconditional_gradient=unconditional_gradient)
     batches = {True: [], False: []}
 
     def note(module, args, kwargs):
@@ -140,9 +134,11 @@ def test_transformer_passes(variant):
 
     # A block inside, because the recorder stops gradients inside the transformer's own call.
     bench.pipe.transformer.transformer_blocks[0].register_forward_pre_hook(note, with_kwargs=True)
-    cost._run(cost.Measured(), variant, bench, case, cost.Stages(CPU))
-    # Three active steps: with both branches the usual way, with the conditional one alone otherwise.
-    assert batches == {False: [2] * 10, True: [2 if variant == "usual" else 1] * 3}
+    cost._run(cost.Measured(), variant, bench, case, meters.Stages(CPU))
+    # Three active steps: the conditional branch alone, but for the usual way.
+    both = variant == "usual" or unconditional_gradient
+    alone = [1] * 3 if variant == "paper" and not unconditional_gradient else []
+    assert batches == {False: [2] * 10 + alone, True: [2 if both else 1] * 3}
 
 
 def test_saved_bytes_grow_with_the_batch():
@@ -159,10 +155,10 @@ def test_too_little_memory_is_reported(monkeypatch):
     def exhausted(bench, case, stages):
         raise torch.OutOfMemoryError("simulated")
 
-    monkeypatch.setattr(cost, "UPDATES", {**cost.UPDATES, "usual": exhausted})
+    monkeypatch.setattr(cost, "UPDATES", {**cost.UPDATES, "paper": exhausted})
     bench, case = _bench(), _case(get_method("flowbp-sparse"))
     measured = cost.Measured()
-    assert not cost._run(measured, "usual", bench, case, cost.Stages(CPU))
+    assert not cost._run(measured, "paper", bench, case, meters.Stages(CPU))
     assert cost.summary(measured) is None
     assert set(cost.compare(None, None).values()) == {None}
 
@@ -197,35 +193,51 @@ def test_report_is_computed_from_the_repeats(report):
                 assert numbers[name]["total"] == max(numbers[name][stage] for stage in cost.STAGES)
             # Whatever is kept for backward is allocated.
             assert 0 < numbers["peak_saved_bytes"]["total"] <= numbers["peak_allocated_bytes"]["total"]
-        pairs = zip(case["sweep"]["seconds_of_repeats"], case["usual"]["seconds_of_repeats"], strict=True)
-        assert case["sweep_to_usual"]["seconds"] == statistics.median(one / other for one, other in pairs)
-        assert 0 < case["gradient_difference"] < 2e-5
+        for one, other in cost.PAIRS:
+            pairs = zip(case[one]["seconds_of_repeats"], case[other]["seconds_of_repeats"], strict=True)
+            ratio = statistics.median(mine / theirs for mine, theirs in pairs)
+            assert case[f"{one}_to_{other}"]["seconds"] == ratio
+        assert case["gradient_difference"].keys() == {"paper", "usual"}
+        # The paper's way computes the same calls as the sweep, the usual way others.
+        assert case["gradient_difference"]["paper"] < 2e-5
+        assert 0 < case["gradient_difference"]["usual"] < 2e-5
 
 
 def test_report_shows_constant_memory(report):
     one, four = report[0]["cases"]
-    assert four["sweep"]["peak_saved_bytes"]["sweep"] == one["sweep"]["peak_saved_bytes"]["sweep"]
-    assert four["usual"]["peak_saved_bytes"]["sweep"] > 3.5 * one["usual"]["peak_saved_bytes"]["sweep"]
-    # One branch of one step against both branches of one step.
-    assert one["usual"]["peak_saved_bytes"]["sweep"] > 1.5 * one["sweep"]["peak_saved_bytes"]["sweep"]
+
+    def saved(case, variant):
+        return case[variant]["peak_saved_bytes"]["sweep"]
+
+    assert saved(four, "sweep") == saved(one, "sweep")
+    for variant in ("paper", "usual"):
+        assert saved(four, variant) > 3.5 * saved(one, variant)
+    # At one step the paper's way keeps what the sweep keeps, and the usual way both branches.
+    assert saved(one, "paper") < 1.1 * saved(one, "sweep")
+    assert saved(one, "usual") > 1.5 * saved(one, "sweep")
 
 
 def test_targets_are_judged(report):
     found, _ = report
     by_name = {target["target"]: target for target in found["targets"]}
-    share = found["cases"][1]["sweep_to_usual"]
-    assert by_name["guidance 3.5: memory / usual way's, K = 4"]["value"] == share["peak_allocated_bytes"]
-    assert by_name["guidance 3.5: seconds / usual way's, K = 4"]["value"] == share[found["target_clock"]]
+    case = found["cases"][1]
+    clock = found["target_clock"]
+    share = case["sweep_to_paper"]
+    assert by_name["guidance 3.5: memory / paper's way, K = 4"]["value"] == share["peak_allocated_bytes"]
+    assert by_name["guidance 3.5: seconds / paper's way, K = 4"]["value"] == share[clock]
+    floor = by_name["guidance 3.5: seconds / floor, K = 4"]
+    assert floor["value"] == case["sweep_to_floor"][clock] and floor["bound"] == 1.03
     assert not any("K = 8" in name for name in by_name)
     for target in found["targets"]:
         assert target["reached"] == (target["value"] <= target["bound"])
 
 
-def test_table_holds_the_numbers(report):
+def test_tables_hold_the_numbers_and_the_papers_way_first(report):
     found, table = report
     case = found["cases"][1]
-    row = f"| 3.5 | 4 | {case['sweep']['cpu_seconds']['total']:.2f} | {case['usual']['cpu_seconds']['total']:.2f} |"
-    assert row in table
+    assert "| guidance | K | sweep | paper | usual | floor | sweep / paper | sweep / usual | sweep / floor |" in table
+    seconds = [f"{case[variant]['cpu_seconds']['total']:.2f}" for variant in cost.VARIANTS]
+    assert f"| 3.5 | 4 | {' | '.join(seconds)} | {case['sweep_to_paper']['cpu_seconds']:.2f} |" in table
     assert f"{case['sweep']['peak_saved_bytes']['total'] / 2**20:.2f}" in table
     assert found["hardware"]["cpu"] in table
 
@@ -235,12 +247,9 @@ def test_table_holds_the_numbers(report):
 
 @pytest.mark.parametrize(("name", "parameters"), [("100m", 102.6e6), ("sd3.5-medium", 2243e6)])
 def test_model_sizes(name, parameters):
-    from diffusers import SD3Transformer2DModel
-
+    cls, config = cost.MODELS[name].transformer
     with torch.device("meta"):
-        transformer = SD3Transformer2DModel(
-            in_channels=16, out_channels=16, patch_size=2, **cost.MODELS[name].transformer
-        )
+        transformer = cls(**config)
     assert sum(p.numel() for p in transformer.parameters()) == pytest.approx(parameters, rel=1e-3)
 
 
@@ -263,7 +272,7 @@ def test_default_numbers_of_active_steps():
         (["--resolution", "100"], "--resolution must be a multiple of 16"),
         (["--repeats", "0"], "--repeats must be at least 1, got 0"),
         (["--output", "cost.txt"], "--output must end in .json, got cost.txt"),
-        (["--steps_per_forward", "0"], "--steps_per_forward must be at least 1, got 0"),
+        (["--steps_per_forward", "1"], "unrecognized arguments"),
         (["--num_activ", "2"], "unrecognized arguments"),
     ],
 )

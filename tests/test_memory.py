@@ -5,7 +5,6 @@
 """benchmarks/memory.py: its counting against real runs on the CPU, its models against published sizes, its report."""
 
 import contextlib
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -26,19 +25,10 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 from flowbp import FlowBPCallback, get_method
 
 ROOT = Path(__file__).parent.parent
-SCRIPT = ROOT / "benchmarks" / "memory.py"
+sys.path.insert(0, str(ROOT / "benchmarks"))
 
-
-def _load_script():
-    spec = importlib.util.spec_from_file_location("flowbp_memory_benchmark", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    # Dataclasses look their module up by name.
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-memory = _load_script()
+import memory  # noqa: E402
+import model_sizes  # noqa: E402
 
 TINY_SD3 = {
     "sample_size": 16,
@@ -64,7 +54,7 @@ TINY_FLUX = {
     "guidance_embeds": True,
 }
 TINY_FLUX2 = {
-    **memory._KLEIN,
+    **model_sizes.KLEIN,
     "num_layers": 2,
     "num_single_layers": 2,
     "attention_head_dim": 16,
@@ -72,8 +62,8 @@ TINY_FLUX2 = {
     "joint_attention_dim": 32,
     "axes_dims_rope": (4, 4, 4, 4),
 }
-TINY_VAE = {**memory._VAE_16, "block_out_channels": (32, 32, 64, 64), "layers_per_block": 1}
-ALL_LAYERS = (*memory._ATTENTION, *memory._FEED_FORWARD, "to_qkv_mlp_proj")
+TINY_VAE = {**model_sizes.VAE_16, "block_out_channels": (32, 32, 64, 64), "layers_per_block": 1}
+ALL_LAYERS = (*model_sizes.ATTENTION, *model_sizes.FEED_FORWARD, "to_qkv_mlp_proj")
 
 
 def _tokens(inputs, width):
@@ -84,17 +74,17 @@ def _tokens(inputs, width):
 
 
 def _sd3():
-    inputs = _tokens(memory._sd3_inputs(2, 128), 32)
+    inputs = _tokens(model_sizes.sd3_inputs(2, 128), 32)
     return SD3Transformer2DModel, TINY_SD3, {**inputs, "pooled_projections": inputs["pooled_projections"][:, :64]}
 
 
 def _flux():
-    inputs = _tokens(memory._flux_inputs(2, 128), 32)
+    inputs = _tokens(model_sizes.flux_inputs(2, 128), 32)
     return FluxTransformer2DModel, TINY_FLUX, {**inputs, "pooled_projections": inputs["pooled_projections"][:, :32]}
 
 
 def _flux2():
-    return Flux2Transformer2DModel, TINY_FLUX2, _tokens(memory._flux2_inputs(32)(2, 128), 32)
+    return Flux2Transformer2DModel, TINY_FLUX2, _tokens(model_sizes.flux2_inputs(32)(2, 128), 32)
 
 
 FAMILIES = {"sd3": _sd3, "flux": _flux, "flux2": _flux2}
@@ -120,7 +110,7 @@ def _on(device, family, checkpointing=False, dtype=torch.float32):
         if tensor is not None:
             to = dtype if dtypes[name] is torch.bfloat16 else dtypes[name]
             inputs[name] = (
-                torch.rand(tensor.shape).to(to) if device == "cpu" else memory._meta(*tensor.shape, dtype=to)
+                torch.rand(tensor.shape).to(to) if device == "cpu" else model_sizes.meta(*tensor.shape, dtype=to)
             )
     return transformer, inputs
 
@@ -242,7 +232,7 @@ def _decode(samples_per_decode, checkpointing, batch=3):
     vae = memory.build(AutoencoderKL, TINY_VAE)
     if checkpointing:
         vae.enable_gradient_checkpointing()
-    latents = memory._meta(batch, 16, 8, 8)
+    latents = model_sizes.meta(batch, 16, 8, 8)
     return memory.decode_pass(vae, lambda images: images.square().mean((1, 2, 3)), latents, samples_per_decode)
 
 
@@ -290,10 +280,10 @@ def test_flux_agrees_with_a_published_measurement():
     assert sum(parameter.numel() for parameter in parameters) == 4_669_440
     assert sum(parameter.numel() for parameter in transformer.parameters()) == 11_906_077_760
     transformer.enable_gradient_checkpointing()
-    inputs = memory._flux_inputs(1, 512)
+    inputs = model_sizes.flux_inputs(1, 512)
     tokens = (512 // 16) * (768 // 16)
-    inputs |= {"hidden_states": memory._meta(1, tokens, 64), "img_ids": memory._meta(tokens, 3)}
-    inputs |= {"encoder_hidden_states": memory._meta(1, 77, 4096), "txt_ids": memory._meta(77, 3)}
+    inputs |= {"hidden_states": model_sizes.meta(1, tokens, 64), "img_ids": model_sizes.meta(tokens, 3)}
+    inputs |= {"encoder_hidden_states": model_sizes.meta(1, 77, 4096), "txt_ids": model_sizes.meta(77, 3)}
     step = memory.transformer_pass(transformer, inputs).peak
     for name, reported in ((None, 26e9), ("nf4", 9e9)):
         computed = weights[name] + step + memory.MARGIN * memory.GIB
@@ -336,19 +326,19 @@ TINY_TEXT = {
 @pytest.fixture
 def tiny(monkeypatch):
     """The command's models replaced by one tiny one."""
-    model = memory.Model(
+    model = model_sizes.Model(
         "Tiny",
         (SD3Transformer2DModel, TINY_SD3),
         (AutoencoderKL, TINY_VAE),
         ((CLIPTextModelWithProjection, CLIPTextConfig, TINY_TEXT, 12),),
-        tuple(f"attn.{layer}" for layer in memory._ATTENTION),
-        lambda rows, pixels: {
-            "hidden_states": memory._meta(rows, 16, pixels // 8, pixels // 8),
-            "timestep": memory._meta(rows),
-            "encoder_hidden_states": memory._meta(rows, 12, 32),
-            "pooled_projections": memory._meta(rows, 64),
+        tuple(f"attn.{layer}" for layer in model_sizes.ATTENTION),
+        lambda samples, pixels: {
+            "hidden_states": model_sizes.meta(samples, 16, pixels // 8, pixels // 8),
+            "timestep": model_sizes.meta(samples),
+            "encoder_hidden_states": model_sizes.meta(samples, 12, 32),
+            "pooled_projections": model_sizes.meta(samples, 64),
         },
-        rollout_rows=2,
+        branches_per_call=2,
     )
     monkeypatch.setattr(memory, "MODELS", {"sd3.5-medium": model})
     vision = {**TINY_TEXT, "patch_size": 56, "image_size": 224}
