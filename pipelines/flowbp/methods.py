@@ -143,13 +143,17 @@ OPTIONS: dict[str, Option] = {
         Option("last_n", _COUNT, "How many of the last steps the endpoint is drawn from."),
         Option("num_noised", _COUNT, "How many re-noised copies of the sample are scored too."),
         Option("num_active", _COUNT, "How many steps are active."),
-        Option(
-            "early_stop_ratio", _RATIO, "Share of the steps, the last ones, that the endpoint is drawn from."
-        ),
-        Option("alpha", _FACTOR, "Coupling at step j: factor on the gradient that crosses its input to earlier terms."),
+        Option("early_stop_ratio", _RATIO, "Share of the steps, the last ones, that the endpoint is drawn from."),
+        Option("alpha", _FACTOR, "Coupling at step j: factor on the gradient that its input passes to earlier terms."),
         Option("tau", _GAP, "Floor of the connector gaps in the sample weights; none gives every sample weight 1."),
-        Option("late_bias", _FACTOR, "Preference for late steps: place m (from 0) is drawn with weight (m + 1)^late_bias."),
-        Option("grad_rescale", _FACTOR, "Scale of the active weights: 0 leaves them, 1 makes them stand for all of the window or leg."),
+        Option(
+            "late_bias", _FACTOR, "Preference for late steps: the weight of place m (from 0) is (m + 1)^late_bias."
+        ),
+        Option(
+            "grad_rescale",
+            _FACTOR,
+            "Scale of the active weights: 0 leaves them, 1 makes them sum to the window or leg.",
+        ),
         Option("order", _COUNT, "How many support steps a leg has."),
         Option("active_supports", _choice(ACTIVE_SUPPORTS), "Which supports of a leg are active."),
         Option("support_scale", _FACTOR, "Factor on the weights of active supports other than the leg's left end."),
