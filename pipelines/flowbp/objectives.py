@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .host import widened
 from .surrogate import Surrogate
 
 
@@ -51,11 +52,6 @@ class Objective:
         losses = -rewards if self.clip is None else torch.relu(self.clip - rewards)
         kept = (weights != 0).sum().clamp(min=1)
         return (weights * losses).sum() / kept * (self.scale / self.undo_guidance)
-
-
-def widened(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor detached and in float32, or float64 if it is that, so that sums of it keep their digits."""
-    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def connector_gaps(

@@ -46,18 +46,18 @@ from .checkpoints import (
     write_folder,
     write_json,
 )
+from .checks import RecordingError
 from .distributed import all_ranks_max, clip_gradients, full_lora, full_tensor, full_tensors, leave, like, load_lora
 from .evaluation import interval
 from .figures import before_after, image_grid, reward_curve
 from .guard import MIN_PICTURES, Alarm, Guard, Measurement
 from .methods import METHODS, Method, Surrogate
 from .model_card import find_template, write_card
+from .observers import adapters_off
 from .prompts import PromptSampler
 from .push import PushError, push_folder
-from .recording import RecordingError
 from .rewards import WeightedReward, part_names
 from .run_info import git_commit, hardware, one_line, redact, redact_text, settings, versions, write_run_json
-from .sweep import adapters_off
 from .training_utils import LORA_FILE, StageMeter, StopSignals, TrainingError, make_generator
 from .validation import Drawn, draw_pictures
 

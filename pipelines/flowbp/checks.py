@@ -1,0 +1,736 @@
+# Copyright 2026 The FlowBP for diffusers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""What is refused: one function for each reason, with its message.
+
+Every path along which a gradient could go from a trained tensor to the loss is a recorded call of an active step, cut
+on purpose by the surrogate, or refused here by name (docs/life_of_a_gradient.md). `accounting.py` says when each
+function is asked. Those that need numbers put a verdict on the device; `Verdicts` reads them together.
+"""
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, ModularPipeline
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch.utils._pytree import tree_leaves
+
+from .graph import leaves_of, passes_gradient
+from .hooks import is_patched
+from .host import read, widened
+from .marks import mark_of
+from .state import ModelState
+from .trajectory import ActiveStep, Trajectory
+from .values import agree, holds_state, takes_two_values
+
+# What a leaf of the glue is, noted on it as `origin`.
+OUTPUT, LATENTS = "outputs of earlier steps", "latents of earlier steps"
+UNRECORDED = "a transformer call that is not recorded (in a step callback, or after the last scheduler step)"
+
+
+class RecordingError(RuntimeError):
+    """The pipeline does something whose gradient is not accounted for; the message says what."""
+
+
+class Verdicts:
+    """Flags on the device, each with the message of what it would mean; read together."""
+
+    def __init__(self) -> None:
+        self._pending: list[tuple[torch.Tensor, Callable[[], str]]] = []
+
+    def add(self, is_wrong: torch.Tensor, message: Callable[[], str]) -> None:
+        """Keep a verdict: a scalar flag, and what to say if it is true."""
+        self._pending.append((is_wrong, message))
+
+    def read(self) -> None:
+        """Raise RecordingError for the first verdict, in the order of the rollout, that is true."""
+        pending, self._pending = self._pending, []
+        if not pending:
+            return
+        for (_, message), is_wrong in zip(pending, read([flag for flag, _ in pending]), strict=True):
+            if is_wrong:
+                raise RecordingError(message())
+
+
+# The pipeline, before anything runs.
+
+
+def check_pipeline(pipe: Any) -> None:
+    """Only pipelines that are called as a whole can be recorded."""
+    name = type(pipe).__name__
+    if isinstance(pipe, ModularPipeline):
+        raise RecordingError(
+            f"{name}: expected a DiffusionPipeline, got a modular pipeline, whose blocks are not recorded; load the "
+            "model with DiffusionPipeline.from_pretrained."
+        )
+    if not isinstance(pipe, DiffusionPipeline):
+        raise RecordingError(f"{name}: expected a DiffusionPipeline of diffusers, got {type(pipe).__module__}.{name}.")
+
+
+def check_components(name: str, components: Mapping[str, Any], transformers: Sequence[torch.nn.Module]) -> None:
+    """A scheduler and a transformer are what the cut needs."""
+    if components.get("scheduler") is None or not transformers:
+        raise RecordingError(
+            f"{name}: expected a scheduler and a component named transformer or unet, got "
+            f"{', '.join(sorted(components))}; use a flow-matching pipeline."
+        )
+
+
+def check_offloading(name: str, pipe: Any, recorded: Mapping[str, torch.nn.Module]) -> None:
+    """Weights must stay where their backward pass finds them.
+
+    Args:
+        name: the pipeline's class.
+        pipe: the pipeline.
+        recorded: its transformers, and its VAE if it has one, by component.
+    """
+    if getattr(pipe, "_all_hooks", None):
+        raise RecordingError(
+            f"{name}: model CPU offload frees the VAE while its gradient is still needed; call "
+            "pipe.remove_all_hooks() and keep the pipeline loaded."
+        )
+    for component, module in recorded.items():
+        hooks = (vars(part).get("_diffusers_hook") for part in module.modules())
+        if any("group_offloading" in hook.hooks for hook in hooks if hook is not None):
+            raise RecordingError(
+                f"{name}: group offloading of {component} takes weights away that its backward pass needs; use it on "
+                "the text encoders only, and quantise the transformer where memory is short."
+            )
+        if component != "vae" and any(parameter.is_meta for parameter in module.parameters()):
+            raise RecordingError(
+                f"{name}: sequential CPU offload replaces the transformer's parameters at every call, so their "
+                "gradients would be lost; call pipe.remove_all_hooks() and keep the transformer loaded."
+            )
+
+
+def check_cache(name: str, transformers: Sequence[torch.nn.Module]) -> None:
+    """diffusers' caches reuse what another step computed."""
+    if any(getattr(transformer, "is_cache_enabled", False) for transformer in transformers):
+        raise RecordingError(
+            f"{name}: the transformer's cache is on, so a step reuses what another one computed; call "
+            "pipe.transformer.disable_cache()."
+        )
+
+
+def check_dropout(name: str, transformers: Sequence[torch.nn.Module]) -> None:
+    """A replay would draw another mask. `check_random` finds what this does not know by type, at the first call."""
+    for module in (module for transformer in transformers for module in transformer.modules()):
+        if isinstance(module, torch.nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
+            raise RecordingError(
+                f"{name}: the transformer has dropout {module.p:g} switched on, expected none: a replay would draw "
+                "another mask; call pipe.transformer.eval()."
+            )
+
+
+def check_other_components(name: str, others: Mapping[str, torch.nn.Module]) -> None:
+    """Only transformers are trained. A component whose parameters all require a gradient is at PyTorch's default."""
+    for component, module in others.items():
+        # Quantised weights are integers, which cannot require a gradient.
+        parameters = [each for each in module.named_parameters() if each[1].is_floating_point()]
+        trained = [parameter_name for parameter_name, parameter in parameters if parameter.requires_grad]
+        has_adapter = any(isinstance(part, BaseTunerLayer) for part in module.modules())
+        if trained and (has_adapter or len(trained) < len(parameters)):
+            raise RecordingError(
+                f"{name}: {component}.{trained[0]} requires a gradient and others of {component} do not, so it seems "
+                f"meant for training, but only transformers are trained; call pipe.{component}.requires_grad_(False)."
+            )
+
+
+def check_adapters(name: str, transformers: Sequence[torch.nn.Module]) -> None:
+    """A trained adapter that is fused, disabled or not active would get no gradient."""
+    for transformer in transformers:
+        for path, part in transformer.named_modules():
+            if not isinstance(part, BaseTunerLayer):
+                continue
+            trained = _trained_adapters(part)
+            if trained and part.merged:
+                raise RecordingError(
+                    f"{name}: the trained adapter {trained[0]} is fused into the weights ({path}), so it would get no "
+                    "gradient; call pipe.unfuse_lora()."
+                )
+            if trained and part.disable_adapters:
+                raise RecordingError(
+                    f"{name}: the trained adapter {trained[0]} is disabled ({path}), so it would get no gradient; "
+                    "call pipe.enable_lora()."
+                )
+            idle = [adapter for adapter in trained if adapter not in part.active_adapters]
+            if idle:
+                raise RecordingError(
+                    f"{name}: the trained adapter {idle[0]} is not active ({path}; active: "
+                    f"{', '.join(part.active_adapters) or 'none'}), so it would get no gradient; call "
+                    "pipe.transformer.set_adapters, or freeze it."
+                )
+
+
+def _trained_adapters(part: BaseTunerLayer) -> list[str]:
+    """Names of the adapters of a layer that have a parameter that requires a gradient."""
+    found = []
+    for layer_name in part.adapter_layer_names:
+        layers = getattr(part, layer_name, None)
+        for adapter in layers.keys() if hasattr(layers, "keys") else ():
+            tensors = [layers[adapter]] if isinstance(layers[adapter], torch.Tensor) else layers[adapter].parameters()
+            if adapter not in found and any(tensor.requires_grad for tensor in tensors):
+                found.append(adapter)
+    return found
+
+
+def check_overlap(name: str, patched: Mapping[type, str]) -> None:
+    """Two record blocks that patch one class at the same time would take each other's hooks off."""
+    for owner, method in patched.items():
+        if is_patched(owner, method):
+            raise RecordingError(
+                f"{name}: another record() block is open whose pipeline shares the class {owner.__name__}; close it "
+                "before this one begins."
+            )
+
+
+def check_not_nested(is_recording: bool) -> None:
+    """One block of a callback at a time."""
+    if is_recording:
+        raise RecordingError("This callback is recording already; close the first record() block, or use another.")
+
+
+# The pipeline's call, as it begins.
+
+
+def check_user_tensors(name: str, arguments: Mapping[str, Any]) -> None:
+    """What the user passes gets no gradient, so it must not ask for one; and autograd must be able to save it."""
+    for argument, value in arguments.items():
+        for tensor in (leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)):
+            if tensor.is_inference():
+                raise RecordingError(
+                    f"{name}: `{argument}` was made under torch.inference_mode(), so autograd cannot save it; make it "
+                    "under torch.no_grad()."
+                )
+            if tensor.requires_grad:
+                raise RecordingError(
+                    f"{name}: `{argument}` requires a gradient, which would be lost: gradients go to the transformer "
+                    f"only; pass {argument}.detach()."
+                )
+
+
+def check_number_of_calls(name: str, made: int, num_noised: int) -> None:
+    """One rollout in each record block, and as many copies as the surrogate has."""
+    if made > num_noised:
+        raise RecordingError(
+            f"{name}: expected {1 + num_noised} pipeline call(s) in one record() block, got one more; open a new "
+            "block for each rollout."
+        )
+
+
+def check_inference_mode(name: str) -> None:
+    """Tensors of inference mode can never have a gradient."""
+    if torch.is_inference_mode_enabled():
+        raise RecordingError(f"{name}: the pipeline runs in inference mode; call it without it.")
+
+
+def check_has_sigmas(name: str, scheduler: Any) -> None:
+    """Weights of terms are made of sigmas."""
+    if not isinstance(getattr(scheduler, "sigmas", None), torch.Tensor):
+        raise RecordingError(
+            f"{name}: {type(scheduler).__name__} has no sigmas, expected those of a flow; use "
+            "FlowMatchEulerDiscreteScheduler."
+        )
+
+
+def check_one_loop(name: str, has_begun: bool) -> None:
+    """A second sampling loop within one call would be another rollout."""
+    if has_begun:
+        raise RecordingError(
+            f"{name}: a second sampling loop began within one call of the pipeline, expected one rollout; ask for "
+            "what the pipeline samples in one loop (such as a shorter video)."
+        )
+
+
+# The transformer's calls.
+
+
+def check_arguments(name: str, step: int, leaves: Sequence[Any]) -> None:
+    """State that an argument carries from step to step cannot be replayed."""
+    for leaf in leaves:
+        if holds_state(leaf):
+            raise RecordingError(
+                f"{name}: step {step} passes a {type(leaf).__name__} to the transformer, expected tensors and plain "
+                "values: state kept between steps cannot be replayed; switch its cache off."
+            )
+
+
+def check_inference_tensors(name: str, step: int, leaves: Sequence[Any]) -> None:
+    """Tensors made under inference mode cannot be saved for a backward pass."""
+    for index, leaf in enumerate(leaves):
+        if isinstance(leaf, torch.Tensor) and leaf.is_inference():
+            raise RecordingError(
+                f"{name}: transformer input {index} at step {step} was made under torch.inference_mode(), so autograd "
+                "cannot save it; make it under torch.no_grad()."
+            )
+
+
+def check_lora_scale(name: str, module: torch.nn.Module, kwargs: Mapping[str, Any]) -> None:
+    """Gradient checkpointing recomputes blocks after the forward pass has reset the scale that it was given."""
+    scales = [value["scale"] for value in kwargs.values() if isinstance(value, dict) and "scale" in value]
+    if getattr(module, "is_gradient_checkpointing", False) and any(scale != 1 for scale in scales):
+        raise RecordingError(
+            f"{name}: a LoRA scale of {scales[0]} is set for the forward pass only, so gradient checkpointing would "
+            "recompute its blocks with scale 1; switch checkpointing off, or use set_adapters weights."
+        )
+
+
+def check_unmarked(name: str, what: str, tensors: Iterable[torch.Tensor]) -> None:
+    """Nothing that a trained parameter went into outside of the recorded calls may go on towards the loss."""
+    for tensor in tensors:
+        if (origin := mark_of(tensor)) is not None:
+            raise RecordingError(
+                f"{name}: {what} depend on {origin}, so a part of the gradient would be lost; switch that pass (a "
+                "refiner, a control network that shares parts) off, or freeze what it uses."
+            )
+
+
+def check_roots(
+    name: str, what: str, tensors: Sequence[torch.Tensor], allowed: Callable[[torch.Tensor], bool], verdicts: Verdicts
+) -> None:
+    """The graph of the glue may end in the leaves of its own step only.
+
+    Args:
+        name: the pipeline's class.
+        what: the tensors, in words (plural).
+        tensors: whose graph is walked.
+        allowed: whether a leaf is one of those that the sweep accounts for.
+        verdicts: where it is noted if a gradient really passes along another path.
+    """
+    for leaf in leaves_of(tensors):
+        if not allowed(leaf):
+            message = f"{name}: {what} {_dependence(leaf)}."
+            verdicts.add(passes_gradient(tensors, leaf), lambda message=message: message)
+
+
+def _dependence(leaf: torch.Tensor) -> str:
+    origin = vars(leaf).get("origin")
+    if origin == UNRECORDED:
+        return f"depend on {origin}, so a part of the gradient would be lost; switch that pass (a refiner) off"
+    if origin is not None:
+        return (
+            f"depend on {origin}, other than through the latents of this one (guidance with memory), so a part of "
+            "the gradient would be lost; switch that guidance or callback off"
+        )
+    if isinstance(leaf, torch.nn.Parameter):
+        return (
+            f"use a parameter of shape {tuple(leaf.shape)} outside of the transformer's forward pass, so its gradient "
+            "would be lost; such a pipeline is not supported"
+        )
+    return f"depend on a tensor of shape {tuple(leaf.shape)} that requires a gradient, which would be lost; detach it"
+
+
+def check_drift(name: str, step: int, index: int, now: torch.Tensor, before: Any, verdicts: Verdicts) -> None:
+    """An input may change from step to step with the latents, with the timestep, or not at all.
+
+    Args:
+        name: the pipeline's class.
+        step: the step.
+        index: of the input among the call's leaves.
+        now: the input, without a graph.
+        before: `(the input of the step before, whether it was changed in place since)`.
+        verdicts: where it is noted if the values differ.
+    """
+    earlier, is_changed_in_place = before
+    # One number for each sample is a timestep; so is the same number for every token.
+    if now.ndim <= 1 or not now.is_floating_point() or (now is earlier and not is_changed_in_place):
+        return
+    if now is earlier:
+        has_changed = torch.ones((), dtype=torch.bool, device=now.device)
+    elif now.shape == earlier.shape and now.device == earlier.device:
+        has_changed = ~agree(now, earlier)
+    elif now.shape[1:] == earlier.shape[1:] and now.device == earlier.device and len(now) < len(earlier):
+        # Guidance that ends in mid-rollout leaves some of the samples.
+        has_changed = ~(agree(now, earlier[-len(now) :]) | agree(now, earlier[: len(now)]))
+    else:
+        # A smaller batch grows again, or the call is of another kind: nothing to compare with.
+        return
+    verdicts.add(
+        has_changed & ~takes_two_values(now),
+        lambda: (
+            f"{name}: transformer input {index} of shape {tuple(now.shape)} changed from step {step - 1} to step "
+            f"{step}, and neither the latents nor a timestep explain it; its gradient would be lost, so this "
+            "pipeline is not supported."
+        ),
+    )
+
+
+def check_random(name: str, step: int, module: torch.nn.Module, before: list[bytes], after: list[bytes]) -> None:
+    """A transformer that draws random numbers computes something else when it is called again."""
+    if before != after:
+        training = [path for path, part in module.named_modules() if part.training and path]
+        where = f" (in training mode: {training[0]}, ...)" if training else ""
+        raise RecordingError(
+            f"{name}: the transformer draws random numbers at step {step}{where}, so a replay would compute something "
+            "else; switch dropout of every kind off with pipe.transformer.eval()."
+        )
+
+
+# The scheduler's steps.
+
+
+def check_loop_has_begun(name: str, has_begun: bool) -> None:
+    """A step without a transformer call has no velocity."""
+    if not has_begun:
+        raise RecordingError(
+            f"{name}: scheduler.step was called before any transformer ran; expected a sampling loop of transformer "
+            "call and scheduler step."
+        )
+
+
+def check_handed_on(
+    name: str, step: int, sample: torch.Tensor, handed: torch.Tensor, is_untouched: bool, verdicts: Verdicts
+) -> None:
+    """The latents of a step must be those that the step before returned.
+
+    Args:
+        name: the pipeline's class.
+        step: the step.
+        sample: the latents that the scheduler was given.
+        handed: the latents that it returned.
+        is_untouched: whether these are one tensor that nobody has written into; then nothing is compared.
+        verdicts: where it is noted if the values differ.
+    """
+
+    def message() -> str:
+        return (
+            f"{name}: the latents given to step {step} are not those that step {step - 1} returned; a callback or the "
+            "pipeline altered them. Record without such a callback."
+        )
+
+    if is_untouched:
+        return
+    if sample.shape != handed.shape:
+        raise RecordingError(message())
+    verdicts.add(~agree(sample.detach(), handed.detach()), message)
+
+
+def check_place(name: str, step: int, scheduler: Any) -> None:
+    """Evenly spaced sigmas hide a rollout that starts later: its steps have the expected length all the same."""
+    following = getattr(scheduler, "step_index", None)
+    if following is not None and following != step + 1:
+        raise RecordingError(
+            f"{name}: the scheduler made step {following - 1} of its sigmas, expected step {step}: the rollout must "
+            "begin at the first sigma and make one Euler step for each; use a text-to-image pipeline or strength 1."
+        )
+
+
+def check_number_of_steps(name: str, step: int, num_steps: int) -> None:
+    """One step for each sigma."""
+    if step >= num_steps:
+        raise RecordingError(
+            f"{name}: the scheduler made more than the {num_steps} steps of its sigmas; expected one Euler step for "
+            "each, use FlowMatchEulerDiscreteScheduler."
+        )
+
+
+def check_euler(
+    name: str,
+    scheduler: Any,
+    step: int,
+    length: float,
+    tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    verdicts: Verdicts,
+) -> None:
+    """Terms weigh velocities as Euler steps do.
+
+    Args:
+        name: the pipeline's class.
+        scheduler: for its name.
+        step: the step.
+        length: `sigmas[step + 1] - sigmas[step]`.
+        tensors: latents before the step, velocity, latents after it.
+        verdicts: where it is noted if the step is another one.
+    """
+    sample, velocity, following = tensors
+    move = length * widened(velocity)
+    expected = widened(sample) + move
+    is_finite = expected.isfinite() & following.isfinite()
+    expected, move = expected.where(is_finite, 0), move.where(is_finite, 0)
+    # The scheduler computes in float32, but rounds the product to the velocity's dtype, the sum to the latents'.
+    rounding = torch.finfo(following.dtype).eps * expected.abs() + torch.finfo(velocity.dtype).eps * move.abs()
+    rounding = rounding + 8 * torch.finfo(torch.float32).eps * torch.maximum(expected.abs().amax(), move.abs().amax())
+    excess = ((widened(following).where(is_finite, 0) - expected).abs() - rounding).amax()
+    verdicts.add(
+        excess > 0,
+        lambda: (
+            f"{name}: step {step} of {type(scheduler).__name__} is not latents + (sigmas[i + 1] - sigmas[i]) * "
+            f"velocity: it differs by {excess.item():.2e} more than rounding explains; use "
+            "FlowMatchEulerDiscreteScheduler without stochastic sampling."
+        ),
+    )
+
+
+def check_connected(name: str, step: int, velocity: torch.Tensor, outputs: Sequence[torch.Tensor]) -> None:
+    """A velocity without a path to its step's outputs trains nothing."""
+    own = set(map(id, outputs))
+    if not any(id(leaf) in own for leaf in leaves_of([velocity])):
+        raise RecordingError(
+            f"{name}: the velocity of step {step} is not connected to the transformer's outputs by autograd (through "
+            "numpy, detach or no_grad); such a pipeline cannot be trained through."
+        )
+
+
+# What the pipeline returns.
+
+
+def check_returned(name: str, returned: Sequence[torch.Tensor], has_left_torch: bool) -> None:
+    """Images must be differentiable, and all of their path with them."""
+    if returned and not any(tensor.requires_grad for tensor in returned):
+        raise RecordingError(
+            f"{name}: what the pipeline returned carries no gradient (decoded or post-processed through numpy, detach "
+            'or no_grad), expected differentiable images; call it with output_type="pt", or "latent" and decode '
+            "yourself."
+        )
+    if has_left_torch:
+        raise RecordingError(
+            f"{name}: a step callback made numpy arrays of tensors that carry a gradient and then changed the last "
+            "latents, so a part of the gradient may be lost; change them with torch alone."
+        )
+
+
+def check_not_numpy(name: str, error: BaseException) -> None:
+    """numpy refuses tensors that require gradients by itself; say what to do about it."""
+    if isinstance(error, RuntimeError) and "numpy() on Tensor that requires grad" in str(error):
+        raise RecordingError(
+            f"{name}: the pipeline turns tensors into numpy arrays, which carry no gradient; call it with "
+            'output_type="pt" (a pipeline that always does so cannot be trained through).'
+        ) from error
+
+
+def check_recorded_pipeline(pipe: Any, recorded: Any) -> None:
+    """As a step callback, `FlowBPCallback` belongs to the pipeline that it records."""
+    if pipe is not recorded:
+        raise RecordingError(
+            f"{type(pipe).__name__} called this callback outside of its record() block; call the pipeline inside "
+            "`with callback.record(pipe):`."
+        )
+
+
+# The sweep, before it begins.
+
+
+def check_complete(name: str, recorded: Sequence[Trajectory], expected: int) -> None:
+    """A rollout must have reached its endpoint, and its copies must be there."""
+    if not recorded or any(trajectory.endpoint is None for trajectory in recorded):
+        raise RecordingError(
+            f"{name + ': ' if name else ''}Expected a complete rollout, got none; call the pipeline inside `with "
+            "callback.record(pipe):` and let it make every step with its own scheduler."
+        )
+    if len(recorded) != expected:
+        raise RecordingError(
+            f"{name}: Expected {expected} pipeline calls in the record() block (callback.copies is {expected - 1}), "
+            f"got {len(recorded)}."
+        )
+
+
+def check_scoring_arguments(is_function: bool, images: Any, prompts: Any) -> None:
+    """A reward function needs what it scores; rewards that are computed do not."""
+    if is_function and (images is None or prompts is None):
+        raise ValueError("A reward function needs the images and the prompts: backward(reward, images, prompts).")
+    if not is_function and (images is not None or prompts is not None):
+        raise ValueError("Rewards that are computed already need no images and prompts: backward(rewards).")
+
+
+def check_endpoint_reached(name: str, gradients: Sequence[torch.Tensor | None]) -> None:
+    """Rewards of other images say nothing about this rollout."""
+    if any(gradient is None for gradient in gradients):
+        raise RecordingError(
+            f"{name}: the rewards do not depend on the recorded endpoint; score the images that the pipeline calls of "
+            "this record() block returned, all of them."
+        )
+
+
+def check_trainable(name: str, transformers: Sequence[torch.nn.Module]) -> None:
+    """Something must be there to train."""
+    if not any(parameter.requires_grad for module in transformers for parameter in module.parameters()):
+        raise ValueError(
+            f"{name}: the transformer has no trainable parameters; add a LoRA adapter or set requires_grad."
+        )
+
+
+def check_not_recording(is_recording: bool) -> None:
+    """Inside of the block a replay would be recorded."""
+    if is_recording:
+        raise RecordingError(
+            "backward was called inside the record() block, where transformer calls are hooked; leave the block first."
+        )
+
+
+def check_once(name: str, is_done: bool) -> None:
+    """A second backward would add the gradient once more, through a graph that is gone."""
+    if is_done:
+        raise RecordingError(
+            f"{name}: backward was called already for this rollout, expected one call; record again for another "
+            "gradient, or sum the rewards first."
+        )
+
+
+def check_adjoints(adjoints: Sequence[torch.Tensor], endpoints: Sequence[torch.Tensor]) -> None:
+    """One adjoint for each trajectory, in the shape of its endpoint."""
+    if [tuple(each.shape) for each in adjoints] != [tuple(each.shape) for each in endpoints]:
+        raise ValueError(
+            f"`adjoint` must have the endpoint's shape {tuple(endpoints[0].shape)} for each of {len(endpoints)} "
+            f"trajectories, got {[tuple(each.shape) for each in adjoints]}."
+        )
+
+
+def check_one_wrapper(name: str, called: Iterable[torch.nn.Module], wrapped: Mapping[Any, Any]) -> None:
+    """Of several transformers, it would not be known which pass exchanges gradients between processes."""
+    if wrapped and any(module not in wrapped for module in called):
+        raise RecordingError(
+            f"{name}: expected one transformer, the wrapped one, got several: the pass that exchanges gradients "
+            "between processes would not be known; train in one process."
+        )
+
+
+def check_states(name: str, steps: Sequence[ActiveStep]) -> None:
+    """Calls are replayed in the state in which they were made, with the parameters that sampled."""
+    now = {module: ModelState.of(module) for module in {call.module for step in steps for call in step.calls}}
+    for step in steps:
+        for call in step.calls:
+            check_versions(name, call.state, now[call.module])
+            check_state(name, step.number, call.module, call.state, now[call.module])
+
+
+def check_versions(name: str, recorded: ModelState, now: ModelState) -> None:
+    """Gradients belong to the parameters that sampled."""
+    if recorded.versions != now.versions:
+        raise RecordingError(
+            f"{name}: the transformer's parameters changed after the rollout was recorded; call backward before the "
+            "optimizer's step."
+        )
+
+
+def check_state(name: str, step: int, module: torch.nn.Module, recorded: ModelState, now: ModelState) -> None:
+    """A call is replayed in the state in which it was made."""
+    change = recorded.change(module, now)
+    if change is not None:
+        raise RecordingError(
+            f"{name}: step {step}: parts of the transformer were exchanged or switched after the call ({change}), so "
+            "it cannot be called again as it was; switch that guidance off, and change nothing between record and "
+            "backward."
+        )
+
+
+def check_guidance_sign(name: str, step: int, scales: Mapping[str, float]) -> None:
+    """Outputs cannot tell a guidance scale of -2 from one of 3 with the branches exchanged."""
+    for scale_name, scale in scales.items():
+        if scale < 0:
+            raise RecordingError(
+                f"{name}: `{scale_name}` is {scale:g} at step {step}, below 0, where the unconditional branch cannot "
+                "be told from the conditional one; pass unconditional_gradient=True, or a scale above 1."
+            )
+
+
+# Replays.
+
+
+def check_runs_with_gradients(name: str, path: str, part: torch.nn.Module) -> None:
+    """Parts that switch gradients off inside the transformer leave a hole in its gradient."""
+    if not torch.is_grad_enabled():
+        raise RecordingError(
+            f"{name}: {path} ({type(part).__name__}) runs without gradients inside the transformer, so its part of "
+            "the gradient would be missing; if its code does so in evaluation mode only, put the module that holds it "
+            "in training mode."
+        )
+
+
+def check_parts(
+    name: str,
+    step: int,
+    module: torch.nn.Module,
+    expected: frozenset[torch.nn.Module],
+    ran: set[torch.nn.Module],
+    outputs: Sequence[torch.Tensor],
+) -> None:
+    """A replay must run, or reach through its graph, every trained part that the rollout's first such call ran.
+
+    Args:
+        name: the pipeline's class.
+        step: the step.
+        module: the transformer.
+        expected: parts that ran at first.
+        ran: parts that ran now.
+        outputs: of the replay, with their graph.
+    """
+    missing = expected - ran
+    if not missing:
+        return
+    # Compiled parts call no hooks, but their graph names their parameters.
+    reached = set(map(id, leaves_of(outputs)))
+    for path, part in module.named_modules():
+        own = [parameter for parameter in part.parameters(recurse=False) if parameter.requires_grad]
+        if part in missing and not all(id(parameter) in reached for parameter in own):
+            raise RecordingError(
+                f"{name}: step {step}: {path} ({type(part).__name__}) ran when the rollout began and does not now, so "
+                "what it computed is kept somewhere and its part of the gradient would be missing; switch that cache "
+                "off."
+            )
+
+
+def check_reproduced(name: str, step: int, problem: str | None) -> None:
+    """A replay that gives other values is another computation."""
+    if problem is not None:
+        raise RecordingError(
+            f"{name}: step {step}: the transformer called again does not reproduce its recorded output: {problem}; "
+            "switch dropout, caches and gradient checkpointing off and change nothing between record and backward."
+        )
+
+
+# Rewards and penalties.
+
+
+def check_rewards(name: str, rewards: Any, count: int) -> None:
+    """One differentiable number for each image.
+
+    Args:
+        name: the reward's, in words.
+        rewards: what it returned.
+        count: how many images it was given.
+    """
+    if not isinstance(rewards, torch.Tensor) or rewards.shape != (count,):
+        found = tuple(rewards.shape) if isinstance(rewards, torch.Tensor) else type(rewards).__name__
+        raise ValueError(f"Expected one reward for each of {count} images, a tensor of shape ({count},), got {found}.")
+    if not rewards.requires_grad:
+        raise RecordingError(
+            f"The rewards carry no gradient ({name}); score the images that the recorded pipeline call returned "
+            '(output_type="pt") with gradients on. A reward that has no gradient can judge with --eval_reward.'
+        )
+
+
+def name_of_reward(reward: Any) -> str:
+    """How to call a reward in a message."""
+    if inspect.isfunction(reward) or inspect.ismethod(reward):
+        return reward.__qualname__
+    return type(reward).__name__
+
+
+def check_anchor(name: str, module: torch.nn.Module, removable: set[int]) -> None:
+    """The velocity anchor compares with the model without everything that is trained.
+
+    Args:
+        name: the pipeline's class.
+        module: a trained transformer.
+        removable: ids of the parameters that switching adapters off takes out of the computation.
+    """
+    adapters = [part for part in module.modules() if isinstance(part, BaseTunerLayer)]
+    if not adapters:
+        raise ValueError(
+            f"{name}: `velocity_anchor` compares with the transformer without its LoRA, which has none; add a LoRA "
+            "adapter, or set it to 0."
+        )
+    if any(adapter.merged for adapter in adapters):
+        raise ValueError(
+            f"{name}: `velocity_anchor` switches the LoRA off, which is fused into the weights; call "
+            "pipe.unfuse_lora()."
+        )
+    for path, parameter in module.named_parameters():
+        if parameter.requires_grad and id(parameter) not in removable:
+            raise ValueError(
+                f"{name}: `velocity_anchor` compares with the transformer without what is trained, but {path} stays "
+                "when its adapters are switched off; train adapters alone, or set it to 0."
+            )

@@ -1,0 +1,55 @@
+# Copyright 2026 The FlowBP for diffusers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""Walks over autograd graphs: which leaves a tensor depends on, and whether any gradient passes along the way."""
+
+from collections.abc import Sequence
+
+import torch
+
+
+def leaves_of(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The leaves that the autograd graph of `tensors` ends in, each once. Nothing is computed.
+
+    Args:
+        tensors: of any shape; those that require no gradient have no leaves.
+    """
+    found: dict[int, torch.Tensor] = {}
+    pending, seen = [], set()
+    for tensor in tensors:
+        if tensor.grad_fn is not None:
+            pending.append(tensor.grad_fn)
+        elif tensor.requires_grad:
+            found[id(tensor)] = tensor
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None:
+            found[id(leaf)] = leaf
+        pending += [following for following, _ in node.next_functions]
+    return list(found.values())
+
+
+def passes_gradient(tensors: Sequence[torch.Tensor], leaf: torch.Tensor) -> torch.Tensor:
+    """Whether a gradient other than 0 reaches `leaf` from `tensors`: a scalar flag on the leaf's device.
+
+    A path may exist along which every gradient is exactly 0, for example where latents are overwritten in place.
+    Gradients that are not finite prove nothing and do not count.
+    """
+    tensors = [tensor for tensor in tensors if tensor.requires_grad]
+    # Random cotangents, so that nothing cancels; their own generator, so that the user's noise stays the same.
+    cotangents = [
+        torch.randn(tensor.shape, generator=torch.Generator(tensor.device).manual_seed(0), device=tensor.device).to(
+            tensor.dtype
+        )
+        for tensor in tensors
+    ]
+    with torch.enable_grad():
+        (gradient,) = torch.autograd.grad(tensors, [leaf], cotangents, allow_unused=True, retain_graph=True)
+    if gradient is None:
+        return torch.zeros((), dtype=torch.bool, device=leaf.device)
+    return (gradient.isfinite() & (gradient != 0)).any()

@@ -1,0 +1,222 @@
+# Copyright 2026 The FlowBP for diffusers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""Calling a transformer again on chosen samples of a recorded call, with gradients: verified outputs, or an error."""
+
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from diffusers.utils import logging
+
+from . import checks
+from .host import read, widened
+from .samples import Samples, chosen_arguments, floating_outputs, masked, put_back, recorded_outputs, take
+from .state import is_sharded, parts_that_run
+from .trajectory import Call
+
+logger = logging.get_logger(__name__)
+
+# Largest relative difference (2-norm of a sample's output) between a recorded call and a replay that may run other
+# kernels: for fewer samples, or to keep what backward needs. On a CPU a whole replay must be equal bit for bit. Measured with 2 to 57 blocks: benchmarks/README.md, "How far replays differ".
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
+
+# Transformers whose samples proved not to stand alone; they are called whole from then on.
+_called_whole: "weakref.WeakSet[torch.nn.Module]" = weakref.WeakSet()
+
+
+def deviations(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+    """How far each sample of `new` is from `old`, relative to the 2-norm of `old`; what is not finite does not count.
+
+    Args:
+        new: `(B, ...)`, or one sample without such a dimension.
+        old: of the same shape.
+
+    Returns:
+        `(B,)` in float32, or float64 for float64; on the tensors' device.
+    """
+    is_finite = new.isfinite() & old.isfinite()
+    difference = (widened(new) - widened(old)).where(is_finite, 0)
+    size = widened(old).where(is_finite, 0)
+    if new.ndim < 2:
+        difference, size = difference.reshape(1, -1), size.reshape(1, -1)
+    gap = torch.linalg.vector_norm(difference.flatten(1), dim=1)
+    scale = torch.linalg.vector_norm(size.flatten(1), dim=1)
+    # Where nothing was expected, anything is too much.
+    return torch.where(gap == 0, gap, gap / scale)
+
+
+@dataclass(eq=False)
+class Replayed:
+    """A call that was made again, with its graph.
+
+    Attributes:
+        call: the recorded one.
+        module: that was called.
+        computed: samples that were computed.
+        kept: of these, the samples that get a gradient; `None` for all that were computed.
+        inputs: `{index in call.leaves: leaf}` through which gradients go on.
+        outputs: floating point outputs of the computed samples.
+    """
+
+    call: Call
+    module: torch.nn.Module
+    computed: Samples
+    kept: Samples
+    inputs: dict[int, torch.Tensor]
+    outputs: list[torch.Tensor]
+
+    @property
+    def recorded(self) -> list[tuple[torch.Tensor, Samples]]:
+        """The recorded output of each of `outputs`, and what to take of it."""
+        return recorded_outputs(self.call, self.computed)
+
+    def cotangents(self, of_recorded: Mapping[torch.Tensor, torch.Tensor]) -> dict[int, torch.Tensor]:
+        """`{index in outputs: its cotangent}` from those of the recorded outputs; 0 for samples that are not kept."""
+        kept = {output for output, _ in recorded_outputs(self.call, self.kept)}
+        found = {}
+        for index, (output, cut) in enumerate(self.recorded):
+            if output in of_recorded and output in kept:
+                found[index] = self.mask(take(of_recorded[output], cut))
+        return found
+
+    def mask(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor like an output with 0 for the samples that are not kept."""
+        return tensor if self.call.is_list else masked(tensor, self.kept)
+
+    def input_gradients(self) -> dict[torch.Tensor, torch.Tensor]:
+        """`{input in the glue: gradient}` after the backward pass."""
+        return {
+            self.call.attached[index]: put_back(leaf.grad, self.call.leaves[index], self.computed)
+            for index, leaf in self.inputs.items()
+            if leaf.grad is not None
+        }
+
+    def forward(self) -> list[torch.Tensor]:
+        """The outputs of one more call with the same arguments; where gradients are off, without a graph."""
+        args, kwargs, _ = chosen_arguments(self.call, self.computed)
+        return floating_outputs(self.module(*args, **kwargs))
+
+
+class Replay:
+    """Replays the calls of a sweep.
+
+    Args:
+        name: the pipeline's class, for messages.
+        modules: `{recorded transformer: module to call in its place}`, for wrapped transformers.
+    """
+
+    def __init__(self, name: str, modules: Mapping[torch.nn.Module, torch.nn.Module]) -> None:
+        self.name = name
+        self.modules = modules
+        self._gradients_checked: set[torch.nn.Module] = set()
+
+    @contextmanager
+    def replayed(self, step: int, call: Call, samples: Samples, synchronises: bool) -> Iterator[Replayed]:
+        """A replay that gives what was recorded; the block may differentiate it.
+
+        Args:
+            step: of the call.
+            call: recorded.
+            samples: to compute; others are computed with them where they do not stand alone.
+            synchronises: whether processes exchange gradients in this block's backward pass.
+
+        Raises:
+            RecordingError: where the call gives something else, or leaves a part of the transformer out.
+        """
+        module = self.modules.get(call.module, call.module)
+        with ExitStack() as stack:
+            if not synchronises:
+                stack.enter_context(_no_exchange(module))
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(call.state.under_autocast())
+            yield self._verified(step, call, samples, module)
+
+    def check_whole(self, step: int, call: Call) -> None:
+        """Raise RecordingError unless the call, repeated whole and without gradients, gives what was recorded."""
+        with torch.no_grad(), call.state.under_autocast():
+            args, kwargs, inputs = chosen_arguments(call, None)
+            outputs = floating_outputs(call.module(*args, **kwargs))
+            replayed = Replayed(call, call.module, None, None, inputs, outputs)
+        checks.check_reproduced(self.name, step, self._problem(replayed))
+
+    def _verified(self, step: int, call: Call, samples: Samples, module: torch.nn.Module) -> Replayed:
+        if samples is not None and call.module not in _called_whole:
+            replayed, problem = self._attempt(step, call, samples, module)
+            if problem is None:
+                return replayed
+            # Free the graph that failed before the next one is made.
+            del replayed
+            _called_whole.add(call.module)
+            logger.warning(
+                f"{self.name}: samples of {type(call.module).__name__} cannot be computed alone ({problem}); its "
+                "calls are repeated whole from now on, the unconditional branch included."
+            )
+        replayed, problem = self._attempt(step, call, None, module)
+        checks.check_reproduced(self.name, step, problem)
+        replayed.kept = samples
+        return replayed
+
+    def _attempt(
+        self, step: int, call: Call, samples: Samples, module: torch.nn.Module
+    ) -> tuple[Replayed | None, str | None]:
+        """The replay of these samples, and in words how it differs from the recording."""
+        args, kwargs, inputs = chosen_arguments(call, samples)
+
+        def check_gradients(path: str, part: torch.nn.Module) -> None:
+            checks.check_runs_with_gradients(self.name, path, part)
+
+        on_part = None if call.module in self._gradients_checked else check_gradients
+        try:
+            with parts_that_run(call.module, on_part) as ran:
+                outputs = floating_outputs(module(*args, **kwargs))
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, IndexError) as error:
+            if samples is None or isinstance(error, checks.RecordingError) or is_sharded(module):
+                # FSDP2 cannot go on after a call that broke off.
+                raise
+            return None, str(error).partition("\n")[0]
+        self._gradients_checked.add(call.module)
+        replayed = Replayed(call, module, samples, None, inputs, outputs)
+        problem = self._problem(replayed)
+        if problem is None:
+            checks.check_parts(self.name, step, call.module, call.parts, ran, outputs)
+        return replayed, problem
+
+    def _problem(self, replayed: Replayed) -> str | None:
+        """In words, how replayed outputs differ from the recorded ones beyond rounding; `None` if they do not."""
+        recorded = [take(output.detach(), cut) for output, cut in replayed.recorded]
+        if len(replayed.outputs) != len(recorded):
+            return f"it has {len(replayed.outputs)} floating point outputs, recorded were {len(recorded)}"
+        is_exact = replayed.computed is None and replayed.module is replayed.call.module
+        largest, tolerances = [], []
+        for new, old in zip(replayed.outputs, recorded, strict=True):
+            if new.shape != old.shape:
+                return f"shape {tuple(new.shape)}, recorded was {tuple(old.shape)}"
+            if new.numel():
+                largest.append(deviations(new.detach(), old).amax())
+                tolerances.append(0.0 if is_exact and new.device.type == "cpu" else TOLERANCE[old.dtype])
+        for value, tolerance in zip(read(largest), tolerances, strict=True):
+            if not value <= tolerance:
+                return f"relative difference {value:.2e} in one sample, tolerance {tolerance:g}"
+        return None
+
+
+@contextmanager
+def _no_exchange(module: torch.nn.Module) -> Iterator[None]:
+    """Backward passes of this block leave their gradients in the process: in DDP's `no_sync`, or FSDP2's switch."""
+    if is_sharded(module):
+        module.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            module.set_requires_gradient_sync(True)
+    elif hasattr(module, "no_sync"):
+        with module.no_sync():
+            yield
+    else:
+        yield

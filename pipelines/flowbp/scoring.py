@@ -1,0 +1,99 @@
+# Copyright 2026 The FlowBP for diffusers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""Scoring images a few at a time: rewards, and the gradient of each in its own image."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+
+from . import checks
+from .host import read, widened
+
+Reward = Callable[[torch.Tensor, Sequence[str]], torch.Tensor]
+
+
+def prompts_of_images(prompts: Sequence[str], num_images: int, num_samples: int) -> list[str]:
+    """A prompt for each image.
+
+    Args:
+        prompts: one for each image, or one for each `num_samples / len(prompts)` images in a row.
+        num_images: samples, and after them the copies of all samples, again and again (DRaFT-LV).
+        num_samples: B.
+
+    Raises:
+        ValueError: for prompts that fit neither.
+    """
+    if isinstance(prompts, str):
+        raise ValueError("`prompts` must be a list with a prompt for each image, got one string.")
+    if len(prompts) == num_images:
+        return list(prompts)
+    if len(prompts) == 0 or num_samples % len(prompts):
+        raise ValueError(f"Expected a prompt for each of {num_images} images, got {len(prompts)} prompts.")
+    # Several images of a prompt stand together; copies score the same prompts again after all samples.
+    of_samples = [prompt for prompt in prompts for _ in range(num_samples // len(prompts))]
+    return of_samples * (num_images // num_samples)
+
+
+def check_images(images: torch.Tensor, expected: int) -> None:
+    """Raise unless these are all images of the record block, connected to it.
+
+    Raises:
+        RecordingError: for images without a gradient.
+        ValueError: for another number of images.
+    """
+    if not isinstance(images, torch.Tensor) or not images.requires_grad:
+        raise checks.RecordingError(
+            f"The images are not connected to the recorded rollout, got {type(images).__name__}; call the pipeline "
+            'with output_type="pt" inside record() and pass what it returned (post-processing through numpy cannot be '
+            "trained through)."
+        )
+    if len(images) != expected:
+        raise ValueError(f"Expected all {expected} images of the record() block, got {len(images)}.")
+
+
+def score(
+    reward: Reward,
+    images: torch.Tensor,
+    prompts: Sequence[str],
+    size: int | None,
+    gradient_scale: float,
+    on_stage: Callable[[str], None],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rewards `(B,)` and `gradient_scale` times the gradient of each in its own image, `(B, 3, H, W)`.
+
+    Args:
+        reward: scores each image on its own.
+        images: `(B, 3, H, W)`.
+        prompts: one for each image.
+        size: images at a time; `None` for all.
+        gradient_scale: factor on the gradients.
+        on_stage: told "reward" before each part.
+
+    Raises:
+        ValueError: for rewards of another shape.
+        RecordingError: for rewards without a gradient.
+    """
+    parts = images.detach().split(size or len(images))
+    are_finite = read([part.isfinite().all() for part in parts])
+    rewards, gradients, start = [], [], 0
+    for part, is_finite in zip(parts, are_finite, strict=True):
+        part = part.requires_grad_()
+        of_part, start = prompts[start : start + len(part)], start + len(part)
+        if not is_finite:
+            # Rewards refuse such images, and a judge would take them for bad ones.
+            rewards.append(widened(part.new_full((len(part),), math.nan)))
+            gradients.append(torch.full_like(part, math.nan))
+            continue
+        on_stage("reward")
+        with torch.enable_grad():
+            scored = reward(part, of_part)
+        checks.check_rewards(checks.name_of_reward(reward), scored, len(part))
+        # Each reward sees its own image only, so the sum's gradient is every reward's own.
+        # It is scaled here and not later: float16 gradients of single pixels would be lost before.
+        (gradient,) = torch.autograd.grad(scored.sum() * gradient_scale, part)
+        rewards.append(scored.detach())
+        gradients.append(gradient)
+    return torch.cat(rewards), torch.cat(gradients)

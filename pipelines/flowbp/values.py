@@ -1,0 +1,43 @@
+# Copyright 2026 The FlowBP for diffusers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""Comparisons of values that stay on the device, and what counts as state."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+_PLAIN_ARGUMENTS = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, type(None))
+
+
+def agree(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Whether two tensors of one shape have the same values wherever both are finite: a scalar flag."""
+    return ((left == right) | ~left.isfinite() | ~right.isfinite()).all()
+
+
+def takes_two_values(tensor: torch.Tensor) -> torch.Tensor:
+    """Whether a tensor holds one number, or two (the second one marks tokens that are given): a scalar flag."""
+    return ((tensor == tensor.amin()) | (tensor == tensor.amax())).all()
+
+
+def holds_state(value: Any) -> bool:
+    """Whether an argument may keep tensors from call to call. An empty cache object does not."""
+    if isinstance(value, (torch.Tensor, *_PLAIN_ARGUMENTS)):
+        return False
+    pending, seen = [value], set()
+    while pending:
+        part = pending.pop()
+        if isinstance(part, _PLAIN_ARGUMENTS) or id(part) in seen:
+            continue
+        seen.add(id(part))
+        if isinstance(part, Mapping):
+            pending += part.values()
+        elif isinstance(part, list | tuple | set | frozenset):
+            pending += part
+        elif callable(part) or isinstance(part, torch.Tensor) or not hasattr(part, "__dict__"):
+            return True
+        else:
+            pending += vars(part).values()
+    return False
