@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .objectives import Objective
     from .rewards import load_reward
     from .surrogate import Leg, Surrogate, Term
+    from .verification import verify
 
 __version__ = "0.1.0"
 
@@ -29,6 +30,7 @@ __all__ = [
     "Term",
     "get_method",
     "load_reward",
+    "verify",
 ]
 
 _WHERE = {
@@ -41,6 +43,7 @@ _WHERE = {
     "Term": "surrogate",
     "get_method": "methods",
     "load_reward": "rewards",
+    "verify": "verification",
 }
 
 if not TYPE_CHECKING:
