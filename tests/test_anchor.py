@@ -14,7 +14,7 @@ import pytest
 import torch
 from brute_force import Sampling, brute_force, relative_difference, sample, surrogate_graph, toy_reward
 from diffusers import StableDiffusion3Pipeline
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from test_gradients import EXACT, PROMPTS, ROWS, drawn_steps, engine, found_gradients
 from tiny_sd3 import tiny_sd3_pipeline
@@ -240,12 +240,13 @@ def test_no_anchor_no_second_pass():
             get_method("flowbp-sparse", num_active=4), torch.Generator().manual_seed(0), velocity_anchor=beta
         )
         sampling = Sampling(PROMPTS, 7, 3.5)
-        with callback.record(pipe):
-            images = pipe(**sampling.call_arguments()).images
         calls = []
         handle = pipe.transformer.register_forward_pre_hook(
             lambda module, args, calls=calls: calls.append(torch.is_grad_enabled())
         )
+        with callback.record(pipe):
+            images = pipe(**sampling.call_arguments()).images
+        calls.clear()
         out = callback.backward(toy_reward, images, list(PROMPTS))
         handle.remove()
         assert len(calls) == passes and sum(calls) == 4
@@ -272,9 +273,12 @@ def test_an_anchor_needs_a_lora():
 
 
 def test_a_fused_lora_is_refused():
-    """Switching it off would take it out of the weights for good."""
+    """Switching it off would take it out of the weights for good; here another one is trained beside it."""
     pipe = lora_pipeline()
-    pipe.transformer.fuse_lora()
+    pipe.transformer.requires_grad_(False)
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["proj_out"]), pipe.transformer, "other")
+    pipe.transformer.fuse_lora(adapter_names=["default"])
+    assert any(layer.merged for layer in pipe.transformer.modules() if isinstance(layer, BaseTunerLayer))
     before = adapter_states(pipe)
     with pytest.raises(ValueError, match="which is fused into the weights; call pipe.unfuse_lora") as caught:
         anchored(pipe, "flowbp-sparse", Sampling(PROMPTS, 7, 3.5))

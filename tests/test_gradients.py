@@ -154,7 +154,7 @@ def engine(
 ) -> tuple[dict[str, torch.Tensor], object, FlowBPCallback]:
     """Records one rollout with the engine and sweeps it.
 
-    `memory` holds `samples_per_decode` and `steps_per_forward`, `backward` further arguments of `callback.backward`.
+    `memory` holds `samples_per_decode`, `backward` further arguments of `callback.backward`.
     Returns the transformer's gradients by name, what `backward` returned, and the callback.
     """
     if zero_grad:
@@ -382,7 +382,7 @@ def test_legs_follow_a_field_that_depends_on_sigma():
         errors = []
         for order in range(1, 7):
             supports = engine_weights.leg_supports("lagrange", start, end, order)
-            weights = engine_weights.leg_weights("lagrange", sigmas, start, end, supports)
+            weights = engine_weights.leg_weights("lagrange", sigmas.tolist(), start, end, supports)
             value = states[start] + sum(w * velocities[step] for w, step in zip(weights, supports, strict=True))
             errors.append(abs(value - states[end]).item())
         # An odd order may be no better than the even one below it, as with Newton and Cotes.
@@ -594,12 +594,12 @@ def test_full_row_is_autograd_through_the_stock_pipeline(
 @pytest.mark.parametrize("unconditional_gradient", [False, True])
 @pytest.mark.parametrize("name", ROWS)
 def test_memory_settings_do_not_change_the_gradient(name: str, unconditional_gradient: bool, guidance_scale: float):
-    """`samples_per_decode` and `steps_per_forward`: same drawn steps, same gradient."""
+    """`samples_per_decode`: same drawn steps, same gradient."""
     pipe = tiny_sd3_pipeline(seed=3, float64_scheduler=True)
     sampling = Sampling(PROMPTS, 8, guidance_scale)
     method = get_method(name, **ROWS[name])
     reference = None
-    for samples_per_decode, steps_per_forward in ((None, 1), (1, 2), (2, 4), (3, 8)):
+    for samples_per_decode in (None, 1, 2, 3):
         gradients, _, _ = engine(
             pipe,
             method,
@@ -607,7 +607,7 @@ def test_memory_settings_do_not_change_the_gradient(name: str, unconditional_gra
             seed=6,
             reward_as_function=True,
             unconditional_gradient=unconditional_gradient,
-            memory={"samples_per_decode": samples_per_decode, "steps_per_forward": steps_per_forward},
+            memory={"samples_per_decode": samples_per_decode},
         )
         if reference is None:
             reference = gradients

@@ -251,10 +251,10 @@ def test_the_conditional_call_comes_first_and_alone_is_computed_again(mode: str)
 @pytest.mark.parametrize(("mode", "unconditional_gradient"), BRANCHES)
 @pytest.mark.parametrize("name", ["full", "flowbp-sparse"])
 def test_memory_settings_do_not_change_the_gradient(name: str, mode: str, unconditional_gradient: bool):
-    """`samples_per_decode` and `steps_per_forward`: same drawn steps, same gradient."""
+    """`samples_per_decode`: same drawn steps, same gradient."""
     pipe = tiny_pipeline(mode, 3)
     sampling = sampling_of(mode, PROMPTS, 8)
-    memory_settings = ({}, {"samples_per_decode": 2, "steps_per_forward": 3})
+    memory_settings = ({}, {"samples_per_decode": 2})
     reference, found = (
         engine(
             pipe,

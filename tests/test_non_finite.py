@@ -32,7 +32,7 @@ from tiny_sd3 import MAX_SEQUENCE_LENGTH, tiny_sd3_pipeline
 
 from flowbp import FlowBPCallback, Objective, Surrogate, Term, get_method
 from flowbp.callback import BackwardOutput
-from flowbp.recording import RecordingError
+from flowbp.checks import RecordingError
 
 PROMPTS = ["a 42", "the 7"]
 Reward = Callable[[torch.Tensor, list[str]], torch.Tensor]
@@ -99,13 +99,14 @@ def train(
 ) -> tuple[dict[str, torch.Tensor], BackwardOutput, int]:
     """Gradients by name, what `backward` returned, and how many forward passes it made."""
     pipe.transformer.zero_grad(set_to_none=True)
-    images = []
+    images, passes = [], []
+    # There before the recording: hooks that come between record and backward are refused.
+    handle = pipe.transformer.register_forward_pre_hook(lambda module, inputs: passes.append(1))
     with callback.record(pipe):
         for _ in range(1 + callback.copies):
             output = pipe(**arguments)
             images.append(output if isinstance(output, torch.Tensor) else output.images)
-    passes = []
-    handle = pipe.transformer.register_forward_pre_hook(lambda module, inputs: passes.append(1))
+    passes.clear()
     try:
         out = callback.backward(reward, torch.cat(images), PROMPTS, objective=Objective(clip=0.55))
     finally:
@@ -178,11 +179,10 @@ def test_parameters_of_nan_end_as_gradients_of_nan(name: str, guidance_scale: fl
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf])
-@pytest.mark.parametrize("steps_per_forward", [1, 3])
-def test_infinite_velocities_end_as_gradients_of_nan(value: float, steps_per_forward: int):
+def test_infinite_velocities_end_as_gradients_of_nan(value: float):
     pipe = tiny_sd3_pipeline(torch.float32)
     pipe.transformer.proj_out.bias.data[0] = value
-    callback = callback_of("flowbp-sparse", steps_per_forward=steps_per_forward)
+    callback = callback_of("flowbp-sparse")
     gradients, out, _ = train(pipe, callback, call())
     assert is_spoiled(gradients) and not out.loss.isfinite()
 
@@ -278,10 +278,9 @@ def test_a_broken_replay_is_refused_after_nan(spoil: Callable[[Any], Any], guida
         train(pipe, callback, call(guidance_scale))
     with callback.record(pipe):
         images = pipe(**call(guidance_scale)).images
-    handle = pipe.transformer.proj_out.register_forward_hook(lambda module, inputs, returned: 1.01 * returned)
+    pipe.transformer.proj_out.weight.data.mul_(1.01)
     with pytest.raises(RecordingError, match="does not reproduce its recorded output"):
         callback.backward(toy_reward, images, PROMPTS)
-    handle.remove()
 
 
 def test_a_broken_replay_of_one_sample_is_refused_beside_a_sample_of_nan():
@@ -290,10 +289,9 @@ def test_a_broken_replay_of_one_sample_is_refused_beside_a_sample_of_nan():
     with broken_sample(pipe):
         with callback.record(pipe):
             images = pipe(**call(1.0)).images
-        handle = pipe.transformer.proj_out.register_forward_hook(lambda module, inputs, returned: 1.01 * returned)
+        pipe.transformer.proj_out.weight.data.mul_(1.01)
         with pytest.raises(RecordingError, match="does not reproduce its recorded output"):
             callback.backward(toy_reward, images, PROMPTS)
-        handle.remove()
 
 
 class WrongLength(FlowMatchEulerDiscreteScheduler):

@@ -46,7 +46,7 @@ from training_scripts import (
 )
 
 from flowbp import METHODS
-from flowbp.recording import RecordingError
+from flowbp.checks import RecordingError
 from flowbp.training_utils import LORA_FILE
 
 NAME = "train_flowbp"

@@ -49,7 +49,7 @@ from training_scripts import (
 from flowbp import METHODS
 from flowbp.arguments import choose_method
 from flowbp.methods import OPTIONS
-from flowbp.recording import RecordingError
+from flowbp.checks import RecordingError
 from flowbp.training_run import TrainingRun
 from flowbp.training_utils import LORA_FILE
 

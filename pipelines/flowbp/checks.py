@@ -148,8 +148,8 @@ def check_adapters(name: str, transformers: Sequence[torch.nn.Module]) -> None:
             trained = _trained_adapters(part)
             if trained and part.merged:
                 raise RecordingError(
-                    f"{name}: the trained adapter {trained[0]} is fused into the weights ({path}), so it would get no "
-                    "gradient; call pipe.unfuse_lora()."
+                    f"{name}: the adapter {part.merged_adapters[0]} is fused into the weights of {path}, so the "
+                    f"trained adapter {trained[0]} would get no gradient; call pipe.unfuse_lora()."
                 )
             if trained and part.disable_adapters:
                 raise RecordingError(

@@ -22,10 +22,10 @@ import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from . import checks
-from .accounting import Accounting, Kind
+from .accounting import Accounting
 from .graph import leaves_of
 from .hooks import Patches
 from .marks import TrainedUses
@@ -226,7 +226,9 @@ class Recorder:
                 f"{len(generator)}."
             )
         noise = randn_tensor(sample.shape, generator, sample.device, torch.float32)
-        sigma = abs(plan.sigmas[plan.last] - plan.sigmas[-1])
+        # As a tensor, so that 1 - sigma is rounded as the scheduler rounds its own.
+        sigmas = self.trajectories[0].sigmas
+        sigma = (sigmas[plan.last] - sigmas[-1]).abs().to(sample.device)
         wide = torch.promote_types(sample.dtype, torch.float32)
         return ((1 - sigma) * sample.to(wide) + sigma * noise.to(wide)).to(sample.dtype)
 
@@ -297,12 +299,16 @@ class Rollout:
         is_active = self._step in self.plan.active
         own = self._outputs if self._latents is None else [*self._outputs, self._latents]
         self.accounting.call_begins(self._step, module, leaves, kwargs, own)
+        # Copies are taken before the call, which may write into its inputs.
+        attached, inputs = self._keep_inputs(leaves) if is_active else ({}, [])
         with self.accounting.computing(self._step, module, self._places, spec, is_active) as kind, torch.no_grad():
             returned = original(*args, **kwargs)
         self._places += 1
         result, outputs = self._cut(returned)
         if is_active:
-            self._calls.append(self._keep_call(kind[0], spec, leaves, outputs, _is_list(returned, outputs)))
+            state, parts = kind[0].state, kind[0].parts
+            is_list = _is_list(returned, outputs)
+            self._calls.append(Call(module, spec, inputs, attached, outputs, is_list, state, parts))
         self._outputs += outputs
         if not self.plan.is_copy:
             self.recorder.keep_stand_in(leaves, returned)
@@ -337,9 +343,8 @@ class Rollout:
                 results[index] = leaf.clone()
         return tree_unflatten(results, spec), outputs
 
-    def _keep_call(
-        self, kind: Kind, spec: TreeSpec, leaves: list[Any], outputs: list[torch.Tensor], is_list: bool
-    ) -> Call:
+    def _keep_inputs(self, leaves: list[Any]) -> tuple[dict[int, torch.Tensor], list[Any]]:
+        """Inputs of a call through which a gradient must return, by index, and copies of all inputs."""
         sources = set(map(id, self._outputs))
         if self._step in self.plan.coupled and self._latents is not None:
             sources.add(id(self._latents))
@@ -353,7 +358,7 @@ class Rollout:
                 kept[index] = attached[index].detach()
             else:
                 kept[index] = self._keep(leaf)
-        return Call(kind.module, spec, kept, attached, outputs, is_list, kind.state, kind.parts)
+        return attached, kept
 
     def _keep(self, tensor: torch.Tensor) -> torch.Tensor:
         """A detached copy; one for all steps where the pipeline passes the same, unchanged tensor again."""
@@ -377,9 +382,8 @@ class Rollout:
         if self.is_finished:
             return _step_result(self.trajectory.endpoint.clone(), as_tuple)
         if self._latents is not None:
-            handed = self._handed[0]
             checks.check_handed_on(
-                name, self._step, sample, handed, self._is_untouched(sample), self.accounting.verdicts
+                name, self._step, sample, self._latents, self._is_untouched(sample), self.accounting.verdicts
             )
         # Skipped steps too: schedulers count their steps, and not all find their place by the timestep.
         with torch.no_grad():

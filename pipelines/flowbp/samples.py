@@ -72,7 +72,9 @@ def chosen_arguments(call: Call, samples: Samples) -> tuple[tuple[Any, ...], dic
         if index not in lists and leaf.ndim > 0 and len(leaf) == call.size:
             leaf = take(leaf, samples)
         if index in call.attached:
-            leaf = inputs[index] = leaf.detach().requires_grad_()
+            inputs[index] = leaf.detach().requires_grad_()
+            # A copy, because a transformer may write into its inputs.
+            leaf = inputs[index].clone()
         chosen[index] = leaf
     args, kwargs = tree_unflatten(chosen, call.spec)
     if lists and samples is not None:
