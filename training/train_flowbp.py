@@ -2,7 +2,7 @@
 #
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""Train a LoRA of any flow-matching pipeline of diffusers that the recorder can prove (README.md has the list).
+"""Train a LoRA of any flow-matching pipeline of diffusers (README.md has the list of those that are verified).
 
     accelerate launch training/train_flowbp.py \
         --pretrained_model_name_or_path Qwen/Qwen-Image --mixed_precision bf16 \
@@ -10,13 +10,14 @@
         --method flowbp-lagrange --reward my_package.my_module:make_reward --prompts prompts.txt
 
 The pipeline's class is the one that the model was saved with, and it is called with prompts, as at inference. What it
-makes may be pictures or videos; of videos the reward scores every frame, and the mean counts. A pipeline that cannot
-be recorded is refused in the first update, with the reason. For Stable Diffusion 3, FLUX.1 and FLUX.2-Klein there are
-scripts of their own, with the paper's defaults. Here options of the method that are left out have those for Stable
-Diffusion 3.5.
+makes may be images or videos; of videos the reward scores every frame, and the mean counts. A pipeline that cannot be
+recorded is refused in the first update, with the reason; of one that is not in the list, `--verify` compares the
+gradient with autograd through its own code. For Stable Diffusion 3, FLUX.1 and FLUX.2-Klein there are scripts of their
+own, with the paper's defaults. Here options of the method that are left out have those for Stable Diffusion 3.5.
 """
 
 import argparse
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ from flowbp.inference import call_arguments, saved_class
 from flowbp.prompt_embeds import group_offload_encoder, text_encoders
 from flowbp.prompts import load_prompts
 from flowbp.rewards import part_means
-from flowbp.training_run import TrainingRun, run_script
+from flowbp.training_run import TrainingRun, run_script, verify_call
 from flowbp.training_utils import (
     LORA_FILE,
     WEIGHT_DTYPES,
@@ -59,6 +60,7 @@ from flowbp.training_utils import (
     seed_rewards,
 )
 from flowbp.validation import score_pictures
+from flowbp.verified_pipelines import VERIFIED_PIPELINES
 
 # The attention layers of most of diffusers' transformers.
 LORA_LAYERS = "to_k,to_q,to_v,to_out.0"
@@ -202,15 +204,27 @@ def main(argv: list[str] | None = None) -> None:
     wrapped = prepare_transformer(accelerator, transformer)
 
     # Every call, in training and validation, is the user's inference.
-    def sample(texts: list[str], generator: torch.Generator | list[torch.Generator]) -> torch.Tensor:
-        arguments = dict(call)
+    def with_prompts(texts: list[str]) -> dict[str, Any]:
+        arguments = {"prompt": texts, **call}
         if isinstance(arguments.get("negative_prompt"), str):
             arguments["negative_prompt"] = [arguments["negative_prompt"]] * len(texts)
-        pictures = pipe(prompt=texts, generator=generator, **arguments)[0]
+        return arguments
+
+    def sample(texts: list[str], generator: torch.Generator | list[torch.Generator]) -> torch.Tensor:
+        pictures = pipe(generator=generator, **with_prompts(texts))[0]
         if pictures.shape[-2:] != (args.height, args.width):
             made = " x ".join(str(size) for size in pictures.shape[-2:])
             raise ValueError(f"{Pipeline.__name__} makes {made} of {args.height} x {args.width}; ask for that size.")
         return pictures
+
+    if args.verify:
+        verify_call(args, method, pipe, with_prompts(prompts[:1]))
+    elif Pipeline.__name__ not in VERIFIED_PIPELINES and accelerator.is_main_process:
+        print(
+            f"{Pipeline.__name__} is not among the verified pipelines of README.md; --verify compares its gradient "
+            "with autograd through its own code before the run.",
+            file=sys.stderr,
+        )
 
     # The file is the same for all pipelines; those without a LoRA loader load it into the transformer.
     has_loader = hasattr(Pipeline, "save_lora_weights") and args.lora_component == "transformer"

@@ -40,7 +40,7 @@ from flowbp.distributed import prepare_transformer
 from flowbp.prompt_embeds import Embeds, prepare_prompt_embeds
 from flowbp.prompts import load_prompts
 from flowbp.rewards import part_means
-from flowbp.training_run import TrainingRun, run_script
+from flowbp.training_run import TrainingRun, run_script, verify_call
 from flowbp.training_utils import (
     WEIGHT_DTYPES,
     add_lora,
@@ -167,6 +167,9 @@ def main(argv: list[str] | None = None) -> None:
         "max_sequence_length": args.max_sequence_length,
         "output_type": "pt",
     }
+
+    if args.verify:
+        verify_call(args, method, pipe, {**prompt_embeds(prompts[:1]), **call})
 
     def save_lora(folder: Path, lora: Mapping[str, torch.Tensor]) -> None:
         Flux2KleinPipeline.save_lora_weights(

@@ -38,7 +38,7 @@ from flowbp.distributed import prepare_transformer
 from flowbp.prompt_embeds import Embeds, prepare_prompt_embeds
 from flowbp.prompts import load_prompts
 from flowbp.rewards import part_means
-from flowbp.training_run import TrainingRun, run_script
+from flowbp.training_run import TrainingRun, run_script, verify_call
 from flowbp.training_utils import (
     WEIGHT_DTYPES,
     add_lora,
@@ -187,6 +187,9 @@ def main(argv: list[str] | None = None) -> None:
     }
     if args.sigmas == "linear":
         call["sigmas"] = torch.linspace(1, 1 / args.num_inference_steps, args.num_inference_steps).tolist()
+
+    if args.verify:
+        verify_call(args, method, pipe, {**prompt_embeds(prompts[:1]), **call})
 
     def save_lora(folder: Path, lora: Mapping[str, torch.Tensor]) -> None:
         StableDiffusion3Pipeline.save_lora_weights(

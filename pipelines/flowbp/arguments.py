@@ -199,6 +199,12 @@ def add_training_arguments(parser: argparse.ArgumentParser, output_dir: str) -> 
     add("--checkpoints_total_limit", type=int, help="How many checkpoints to keep.")
     add("--resume_from_checkpoint", help="latest (the newest whole one), or a checkpoint's name or path.")
     add(
+        "--verify",
+        action="store_true",
+        help="First compare the gradient of a rollout of 2 steps with autograd through the stock pipeline, and stop "
+        "with an error where they differ. Takes the memory of both steps' graphs at once.",
+    )
+    add(
         "--dry_run",
         action="store_true",
         help="One update, then print peak memory and seconds by stage and exit; nothing but the embeddings of "

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from diffusers import DiffusionPipeline
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
@@ -60,11 +60,12 @@ from .rewards import WeightedReward, part_names
 from .run_info import git_commit, hardware, one_line, redact, redact_text, settings, versions, write_run_json
 from .training_utils import LORA_FILE, StageMeter, StopSignals, TrainingError, make_generator
 from .validation import Drawn, draw_pictures
+from .verification import VerificationError, verify
 
 # Options that a resumed run may have of its own without taking another course.
 MAY_CHANGE = (
     "config output_dir resume_from_checkpoint max_train_steps checkpointing_steps checkpoints_total_limit report_to "
-    "logging_dir push_to_hub hub_model_id prompt_embeds_dir dry_run strict select"
+    "logging_dir push_to_hub hub_model_id prompt_embeds_dir dry_run strict select verify"
 ).split()
 # What a picture depends on beside prompt, noise and LoRA.
 OF_PICTURES = (
@@ -82,6 +83,7 @@ USER_ERRORS = (
     SafetensorError,
     TrainingError,
     PushError,
+    VerificationError,
 )
 
 SaveLora = Callable[[Path, Mapping[str, torch.Tensor]], None]
@@ -104,6 +106,32 @@ def run_script(main: Callable[[], None]) -> None:
     except Exception:
         code = redact_text(traceback.format_exc())
     leave(code)
+
+
+def verify_call(args: argparse.Namespace, method: Method, pipe: DiffusionPipeline, call: Mapping[str, Any]) -> None:
+    """`--verify`: compare the engine's gradient of 2 steps with autograd through the stock pipeline, for row `full`.
+
+    Where the run leaves the unconditional branch of guidance out, that is compared too. The main process prints.
+
+    Args:
+        args: of `parse_training_args`.
+        method: the row that trains, for its default of `unconditional_gradient`.
+        pipe: the run's own pipeline, with its LoRA.
+        call: what the run calls it with, for one prompt.
+
+    Raises:
+        TrainingError: where a difference is out of its bound.
+    """
+    steps: dict[str, Any] = {"num_inference_steps": 2}
+    # Of a schedule of the user's the begin and the middle.
+    steps |= {key: [call[key][0], call[key][len(call[key]) // 2]] for key in ("sigmas", "timesteps") if call.get(key)}
+    choice = method.unconditional_gradient if args.unconditional_gradient is None else args.unconditional_gradient
+    for unconditional_gradient in dict.fromkeys((True, choice)):
+        found = verify(pipe, unconditional_gradient=unconditional_gradient, **{**call, **steps})
+        if not found.is_within_bound:
+            raise TrainingError(f"--verify: {found}; train with another call or dtype, and report this pipeline.")
+        if PartialState().is_main_process:
+            print(found)
 
 
 def read_log(path: Path, last: int) -> list[dict[str, Any]]:
