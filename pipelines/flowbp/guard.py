@@ -23,6 +23,8 @@ from typing import Any
 
 import torch
 
+from .host import float64_on_host, read
+
 HIGH_FREQUENCY = 1 / 4  # cycles per pixel: details of 4 pixels and less, of which photographs have little
 GRID_PERIOD = 16  # pixels that a token of the usual transformer covers (patch 2 x VAE 8): its grids repeat with them
 COARSE = 16  # cells across, of which diversity takes the means: they keep composition and colour, not noise
@@ -130,7 +132,8 @@ def diversity(images: torch.Tensor) -> float | None:
     frames = frames[frames.flatten(1).isfinite().all(1)]
     if len(frames) < 2:
         return None
-    coarse = torch.nn.functional.adaptive_avg_pool2d(frames.flatten(0, 1), COARSE).reshape(len(frames), -1).double()
+    coarse = float64_on_host(torch.nn.functional.adaptive_avg_pool2d(frames.flatten(0, 1), COARSE))
+    coarse = coarse.reshape(len(frames), -1)
     return (torch.pdist(coarse) / math.sqrt(coarse.shape[1])).mean().item()
 
 
@@ -192,7 +195,7 @@ class VelocityMeter:
         """
         if not self._values:
             raise RuntimeError("VelocityMeter: expected calls of its modules inside the block, got none; sample there")
-        return statistics.fmean(value.item() for value in self._values)
+        return statistics.fmean(read(self._values))
 
 
 # Alarms.
