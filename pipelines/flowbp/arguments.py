@@ -201,8 +201,8 @@ def add_training_arguments(parser: argparse.ArgumentParser, output_dir: str) -> 
     add(
         "--verify",
         action="store_true",
-        help="First compare the gradient of a rollout of 2 steps with autograd through the stock pipeline, and stop "
-        "with an error where they differ. Takes the memory of both steps' graphs at once.",
+        help="First compare the gradient of a rollout of 3 steps with autograd through the stock pipeline, and stop "
+        "with an error where they differ. Takes the memory of all three steps' graphs at once.",
     )
     add(
         "--dry_run",

@@ -58,8 +58,7 @@ class Difference:
         parameter: the parameter that has it, such as "transformer.proj_out.weight".
         output: relative difference of what the pipeline returned, images or latents.
         coupling: share of the expected gradient that crosses from step to step: `|expected - cut| / |expected|`, where
-            `cut` is the gradient with all couplings set to 0. Where it is small, the comparison says little about
-            couplings.
+            `cut` is the gradient with all couplings set to 0. Below the bound, a lost coupling would not be seen.
         left_out: with `unconditional_gradient=False`, the part of a step's transformer calls whose gradient was left
             out; `None` where no part was.
     """
@@ -115,9 +114,10 @@ class Verification:
         for each in self.differences:
             left_out = f", without {each.left_out}" if each.left_out else ""
             output = "" if each.output <= self.bound else f", output {each.output:.1e}"
+            unseen = ", too small to be tested" if 0 < each.coupling <= self.bound else ""
             parts.append(
                 f"{each.method} {each.whole:.1e} ({each.parameter} {each.largest:.1e}{output}, coupling "
-                f"{each.coupling:.1g}{left_out})"
+                f"{each.coupling:.1g}{unseen}{left_out})"
             )
         failed = ", ".join(each.method for each in self.failed)
         outcome = f"OUT OF THE BOUND ({failed})" if failed else "within the bound"
