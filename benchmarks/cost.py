@@ -36,7 +36,7 @@ from diffusers.utils.logging import set_verbosity_error
 from meters import STAGES, CudaPeak, SavedBytes, Stages, cpu_allocator_peaks, hardware, versions
 from model_sizes import MODELS as ALL_MODELS
 from tqdm.auto import tqdm
-from updates import LORA_RANK, Bench, build_bench, sweep_update
+from updates import LORA_RANK, Bench, build_bench, sweep_update, whole_update
 
 from flowbp import METHODS, Method, Objective, Surrogate, get_method
 from flowbp.objectives import connector_gaps, sample_weights
@@ -158,8 +158,8 @@ def plain_rollout(bench: Bench, case: Case) -> Rollout:
     latents, velocities = [bench.noise], []
     for step in range(surrogate.last_step(len(sigmas) - 1) + 1):
         velocities.append(joint_velocity(bench, case, latents[-1], step))
-        # The scheduler's arithmetic: float32, then the model's dtype.
-        following = latents[-1].float() + (sigmas[step + 1] - sigmas[step]) * velocities[-1].float()
+        # As the scheduler does: the product in the model's dtype, the sum in float32.
+        following = latents[-1].float() + (sigmas[step + 1] - sigmas[step]) * velocities[-1]
         latents.append(following.to(bench.noise.dtype))
     if surrogate.endpoint == "sample":
         return Rollout(latents, velocities, latents[-1])
@@ -242,11 +242,7 @@ UPDATES: Mapping[str, Callable[[Bench, Case, Stages], None]] = {
 
 def update(variant: str, bench: Bench, case: Case, stages: Stages) -> None:
     """One whole update; the gradients stay in `.grad`."""
-    stages.mark("rollout")
-    UPDATES[variant](bench, case, stages)
-    stages.mark("optimizer")
-    bench.optimizer.step()
-    stages.mark(None)
+    whole_update(bench, functools.partial(UPDATES[variant], bench, case), stages)
 
 
 # Measuring.
@@ -606,7 +602,7 @@ def chosen_methods(name: str, num_active: Sequence[int] | None, num_steps: int) 
     for count in num_active or DEFAULT_NUM_ACTIVE:
         try:
             method = get_method(name, **{option: count})
-            method.draw(_sigmas(num_steps), torch.Generator().manual_seed(0))
+            method.draw(stock_sigmas(num_steps), torch.Generator().manual_seed(0))
         except ValueError:
             if num_active is not None:
                 raise
@@ -617,7 +613,8 @@ def chosen_methods(name: str, num_active: Sequence[int] | None, num_steps: int) 
     return methods
 
 
-def _sigmas(num_steps: int) -> torch.Tensor:
+def stock_sigmas(num_steps: int) -> torch.Tensor:
+    """The schedule of Stable Diffusion 3, `(N + 1,)`."""
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     scheduler.set_timesteps(num_steps)
     return scheduler.sigmas
@@ -641,7 +638,7 @@ def build(args: argparse.Namespace) -> Bench:
 
 def draw_cases(args: argparse.Namespace) -> list[Case]:
     """The lines of the table."""
-    sigmas = _sigmas(args.num_inference_steps)
+    sigmas = stock_sigmas(args.num_inference_steps)
     return [
         Case(
             method.draw(sigmas, torch.Generator().manual_seed(args.seed)),

@@ -155,17 +155,21 @@ def peaks_by_stage(events: Iterable[Mapping[str, Any]]) -> dict[str, int]:
 
 
 class CudaPeak:
-    """Peak of `torch.cuda.max_memory_allocated` above what was allocated when this was made."""
+    """Peak of `torch.cuda.max_memory_allocated` above what was allocated when this was made.
+
+    Attributes:
+        base: bytes that were allocated then.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         torch.cuda.synchronize(device)
-        self._base = torch.cuda.memory_allocated(device)
+        self.base = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
 
     def take_peak(self) -> int:
         """Largest number of bytes above the base since the last call."""
-        peak = torch.cuda.max_memory_allocated(self._device) - self._base
+        peak = torch.cuda.max_memory_allocated(self._device) - self.base
         torch.cuda.reset_peak_memory_stats(self._device)
         return peak
 

@@ -5,7 +5,7 @@
 """What an update of the benchmarks needs, and this library's update of it."""
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,10 +78,16 @@ def build_bench(
     num_inference_steps: int | None = None,
     reward: torch.nn.Module | None = None,
     samples_per_decode: int | None = None,
+    prepare: Callable[[torch.nn.Module], None] | None = None,
 ) -> Bench:
-    """A model of `MODELS` with random weights; what is not given is the model's default."""
+    """A model of `MODELS` with random weights; what is not given is the model's default.
+
+    `prepare` is given the transformer before it gets its LoRA.
+    """
     model = MODELS[name]
     pipe = build_pipeline(model, device, dtype)
+    if prepare is not None:
+        prepare(pipe.transformer)
     parameters = add_lora(pipe.transformer, model.lora_layers, LORA_RANK)
     call = call_arguments(
         model, pipe, batch, resolution or model.resolution, num_inference_steps or model.num_inference_steps
@@ -134,3 +140,12 @@ def sweep_update(bench: Bench, method: Method | Surrogate, stages: Stages, **opt
     )
     images = record(bench, callback)
     return callback.backward(bench.reward, images, [""] * len(images))
+
+
+def whole_update(bench: Bench, make_gradients: Callable[[Stages], Any], stages: Stages) -> None:
+    """`make_gradients`, which marks the stages that it enters after "rollout", and the optimizer's step."""
+    stages.mark("rollout")
+    make_gradients(stages)
+    stages.mark("optimizer")
+    bench.optimizer.step()
+    stages.mark(None)

@@ -30,7 +30,7 @@ def _bench(*options):
 
 def _case(method, guidance_scale=3.5, num_steps=10):
     return cost.Case(
-        method.draw(cost._sigmas(num_steps), torch.Generator().manual_seed(1)),
+        method.draw(cost.stock_sigmas(num_steps), torch.Generator().manual_seed(1)),
         guidance_scale,
         method.unconditional_gradient and guidance_scale > 1,
         seed=1,
