@@ -147,8 +147,8 @@ def verify(
     its `no_grad`. The objective is a fixed random projection of the returned images, videos or latents, summed over
     the samples; compared are the gradients of all trainable parameters of the transformers. Afterwards `.grad`, grad
     mode, random number generators, the pipeline and its scheduler are as before, also after an exception; generators
-    among the arguments are copied. Autograd keeps the graphs of the decoder and of all steps, with all branches of
-    guidance: expect the memory of `num_inference_steps` transformer graphs, and choose a small batch and size.
+    among the arguments are copied. What a call itself leaves in the models, such as a cache, stays. Autograd keeps the
+    graphs of the decoder and of all steps with all branches of guidance: choose a small batch and size.
 
     Args:
         pipe: a diffusers pipeline whose transformers have trainable parameters, with a flow-matching Euler scheduler.
