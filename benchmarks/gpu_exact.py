@@ -4,6 +4,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """Gradients on a device against other ways to compute them: the tests' tiny pipelines and their brute force."""
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -35,16 +36,11 @@ class DeviceScheduler(Float64Scheduler):
 
     device = torch.device("cpu")
 
-    def set_timesteps(
-        self,
-        num_inference_steps: int | None = None,
-        device: str | torch.device | None = None,
-        sigmas: list[float] | None = None,
-        mu: float | None = None,
-        timesteps: list[float] | None = None,
-    ) -> None:
+    # Pipelines read the signature.
+    @functools.wraps(Float64Scheduler.set_timesteps)
+    def set_timesteps(self, *args: Any, device: str | torch.device | None = None, **kwargs: Any) -> None:
         """See `Float64Scheduler`."""
-        super().set_timesteps(num_inference_steps, self.device if device is None else device, sigmas, mu, timesteps)
+        super().set_timesteps(*args, device=self.device if device is None else device, **kwargs)
 
 
 @dataclass(frozen=True)

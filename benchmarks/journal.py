@@ -28,19 +28,20 @@ class Journal:
 
     Args:
         path: the file.
-        seconds: limit of everything, from now on.
+        seconds: limit of everything.
         slower: factor on the limits of parts and measurements.
+        began: when the run began, by `time.monotonic`; default: now.
 
     Attributes:
         report: what is written.
     """
 
-    def __init__(self, path: Path, seconds: float, slower: float = 1.0) -> None:
+    def __init__(self, path: Path, seconds: float, slower: float = 1.0, began: float | None = None) -> None:
         self.path = path
         self.slower = slower
         self.report: dict[str, Any] = {"started": time.strftime("%F %T"), "parts": {}}
         self._results: dict[str, Any] = {}
-        self._began = time.monotonic()
+        self._began = time.monotonic() if began is None else began
         self._deadline = self._began + seconds
         self._depth = 0
 
