@@ -811,7 +811,8 @@ class SavedBytes:
         self.live = self.most = 0
 
     def pack(self, tensor: torch.Tensor) -> Saved:
-        holder = Saved(tensor)
+        # Detached: an output that its own node saves would keep the graph alive if no backward pass frees it.
+        holder = Saved(tensor.detach())
         if tensor.untyped_storage().data_ptr() not in self.parameters:
             size = tensor.numel() * tensor.element_size()
             self.live += size
