@@ -52,7 +52,7 @@ MARGIN = 1.5
 # tensors of each (input and output of both branches, latents, velocity, and what the pipeline's code between them
 # saves). During the sweep the images are kept twice: what the pipeline returned, and joined with those of copies.
 ACTIVE_STEPS = 5
-KEPT_PER_STEP = 10
+KEPT_PER_STEP = 8
 KEPT_IMAGES = 2
 
 MODELS = model_sizes.PUBLISHED
