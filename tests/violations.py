@@ -12,9 +12,11 @@ surrogate, so that it uses nothing of the engine but which surrogate was drawn.
 python tests/violations.py [NAME ...]    prints what becomes of each
 """
 
+import argparse
 import contextlib
 import copy
 import functools
+import itertools
 import random
 import re
 import threading
@@ -35,7 +37,7 @@ from families.family import embeddings, ready
 from families.packed import tiny_z_image_parts
 from families.videos import build_wan, wan_prompts
 from peft import LoHaConfig, LoKrConfig, LoraConfig
-from tiny_sd3 import MAX_SEQUENCE_LENGTH, tiny_sd3_pipeline
+from tiny_sd3 import MAX_SEQUENCE_LENGTH, Float64Scheduler, tiny_sd3_pipeline
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrizations, parametrize
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
@@ -62,9 +64,14 @@ METHODS: dict[str, dict[str, Any]] = {
     "flowbp-bridge": {"num_active": 3},
     "flowbp-lagrange": {},
 }
-SOME = ("full", "flowbp-sparse", "draft-k")
+SOME = ("full", "flowbp-sparse")
+WITH_DRAFT = ("full", "flowbp-sparse", "draft-k")
+MANY = ("full", "flowbp-sparse", "draft-k", "drtune", "flowbp-lagrange")
 # Whose oracle is the surrogate's graph; DRaFT-LV's copies have none here.
 JUDGED = tuple(name for name in METHODS if name != "draft-lv")
+
+# The stock pipeline's code without its `no_grad`.
+SD3_CODE = StableDiffusion3Pipeline.__call__.__wrapped__
 
 Must = Literal["refused", "right", "either"]
 Call = Callable[[Any], dict[str, Any]]
@@ -148,7 +155,7 @@ class Violation:
         objective: scalar of the rewards.
         trained: tensors, by name, whose gradients are compared.
         options: of the callback.
-        detached: whether the oracle cuts the unconditional branch, the first half of each call's batch.
+        detached: whether the oracle cuts the unconditional branch, which must come first.
         tolerance: largest relative difference to the oracle.
         is_table: whether it stands in the issue's table of known failures.
     """
@@ -260,7 +267,7 @@ def problem(violation: Violation, method: str, outcome: Outcome) -> str | None:
     if outcome.refused is None:
         if must == "refused":
             return f"accepted, with a relative error of {outcome.difference}"
-        if outcome.difference is None or not outcome.difference < violation.tolerance:
+        if outcome.difference is not None and not outcome.difference < violation.tolerance:
             return f"accepted with a wrong gradient: relative error {outcome.difference}"
         return None
     name = violation.build().__class__.__name__
@@ -316,7 +323,7 @@ def expected(violation: Violation, surrogate: Surrogate | None) -> dict[str, tor
             if surrogate is not None:
                 stack.enter_context(surrogate_steps(pipe, surrogate))
             if violation.detached:
-                stack.enter_context(first_half_detached(pipe))
+                stack.enter_context(unconditional_detached(pipe))
             images = images_of(type(pipe).__call__.__wrapped__(pipe, **arguments))
             violation.in_block(pipe)
         violation.objective(pipe, violation.reward(pipe, images)).backward()
@@ -350,6 +357,9 @@ def surrogate_steps(pipe: Any, surrogate: Surrogate) -> Iterator[None]:
         if surrogate.endpoint != "sample" and surrogate.endpoint[1] == number:
             mean = sample.detach() + (sigmas[-1] - sigmas[number]) * model_output.detach()
             state.endpoint = joined(mean, 1.0)
+            if hasattr(type(pipe), "interrupt"):
+                # A rollout ends where nothing more is needed.
+                pipe._interrupt = True
             return (state.endpoint,)
         if number == len(sigmas) - 2:
             return (joined(following, 1.0),)
@@ -361,16 +371,20 @@ def surrogate_steps(pipe: Any, surrogate: Surrogate) -> Iterator[None]:
         yield
     finally:
         del pipe.scheduler.step
+        pipe._interrupt = False
 
 
 @contextmanager
-def first_half_detached(pipe: Any) -> Iterator[None]:
-    """Stable Diffusion 3's unconditional outputs carry no gradient."""
-    forward = pipe.transformer.forward
+def unconditional_detached(pipe: Any) -> Iterator[None]:
+    """The unconditional outputs carry no gradient: the first half of each batch, or the first of two calls."""
+    forward, is_first = pipe.transformer.forward, itertools.cycle([True, False])
 
     @functools.wraps(forward)
     def detached(*args: Any, **kwargs: Any) -> Any:
-        first, second = forward(*args, **kwargs)[0].chunk(2)
+        output = forward(*args, **kwargs)[0]
+        if len(output) == len(PROMPTS):
+            return (output.detach() if next(is_first) else output,)
+        first, second = output.chunk(2)
         return (torch.cat([first.detach(), second]),)
 
     pipe.transformer.forward = detached
@@ -562,6 +576,39 @@ def adapted(config: Any, is_training: bool = False) -> Callable[[], Any]:
     return changed(sd3(), change)
 
 
+def frozen(pipe: Any) -> None:
+    pipe.transformer.requires_grad_(False)
+
+
+def adapter(config: Any, name: str = "default") -> Callable[[Any], None]:
+    """Adds an adapter with random weights."""
+
+    def change(pipe: Any) -> None:
+        others = {key for key, _ in pipe.transformer.named_parameters()}
+        # PEFT draws its weights from the global generator.
+        torch.manual_seed(len(name))
+        pipe.transformer.add_adapter(config, adapter_name=name)
+        generator = torch.Generator().manual_seed(len(name))
+        for key, parameter in pipe.transformer.named_parameters():
+            if f".{name}" in key and key not in others and "magnitude" not in key:
+                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                parameter.data = parameter.data.double() + 0.2 * noise
+        # What PEFT adds is in training mode.
+        pipe.transformer.to(torch.float64).eval()
+
+    return change
+
+
+def lora(**changes: Any) -> LoraConfig:
+    return LoraConfig(**{"r": 2, "target_modules": ATTENTION, **changes})
+
+
+def both_trained(pipe: Any) -> None:
+    """What adding a LoRA has frozen is trained again."""
+    for parameter in (pipe.transformer.context_embedder.first, pipe.transformer.context_embedder.second):
+        parameter.requires_grad_(True)
+
+
 class Zeros(torch.nn.Module):
     """A trained layer beside a frozen one, `base(x) + scale * (x A) B`, with B = 0 as before training.
 
@@ -606,6 +653,23 @@ def replaced_text_projection(make: Callable[[torch.nn.Module], torch.nn.Module])
     return change
 
 
+class _Doubled(torch.autograd.Function):
+    """Returns its input and doubles the gradient."""
+
+    @staticmethod
+    def forward(context: Any, value: torch.Tensor) -> torch.Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(context: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return 2 * gradient
+
+
+def doubling(module: torch.nn.Module, inputs: Any, output: Any) -> Any:
+    """A forward hook that scales the gradient."""
+    return (_Doubled.apply(output[0]), *output[1:]) if isinstance(output, tuple) else _Doubled.apply(output)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Step callbacks
 # ---------------------------------------------------------------------------------------------------------------------
@@ -621,7 +685,7 @@ def stepping(
             pipe,
             callback_on_step_end=make(pipe),
             callback_on_step_end_tensor_inputs=["latents", *tensor_inputs],
-            **changes,
+            **copy.deepcopy(changes),
         )
 
     return call
@@ -672,13 +736,15 @@ def looking(look: Callable[[Any, torch.Tensor], Any]) -> Callable[[Any], StepCal
 VIOLATIONS: list[Violation] = []
 
 
-def add(name: str, rule: int, build: Callable[[], Any], **changes: Any) -> None:
-    """Add to `VIOLATIONS`; a `PlainLoop` is called as it wants to be."""
-    VIOLATIONS.append(Violation(name, rule, build, **changes))
+def adding(rule: int, cause: str) -> Callable[..., None]:
+    """A function that adds a violation of a rule to `VIOLATIONS`; `cause` is its default."""
 
+    def add(name: str, build: Any, must: Must = "refused", **changes: Any) -> None:
+        if isinstance(build, type):
+            build, changes = loop(build), {"call": loop_call, **changes}
+        VIOLATIONS.append(Violation(name, rule, build, must, **{"cause": cause, **changes}))
 
-def add_loop(name: str, rule: int, pipeline_class: type[PlainLoop], **changes: Any) -> None:
-    add(name, rule, loop(pipeline_class), call=loop_call, **changes)
+    return add
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -887,6 +953,75 @@ class GuidanceInterval(PlainLoop):
         return self.branch(latents, timestep, *self.texts[0])
 
 
+class UsesFeatures(PlainLoop):
+    """A hook keeps what a block computed, and the pipeline's own code uses it."""
+
+    def branch(self, latents: torch.Tensor, timestep: torch.Tensor, *text: torch.Tensor) -> torch.Tensor:
+        handle = self.transformer.transformer_blocks[0].register_forward_hook(self.keep)
+        try:
+            return super().branch(latents, timestep, *text)
+        finally:
+            handle.remove()
+
+    def keep(self, module: torch.nn.Module, inputs: Any, output: tuple[torch.Tensor, torch.Tensor]) -> None:
+        self.feature = output[1].mean((1, 2)).view(-1, 1, 1, 1)
+
+    def velocity(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        return super().velocity(latents, timestep) + 0.5 * self.feature
+
+
+class FeaturesInTheImages(UsesFeatures):
+    def velocity(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        return PlainLoop.velocity(self, latents, timestep)
+
+    def decoded(self, latents: torch.Tensor) -> torch.Tensor:
+        return super().decoded(latents) + 0.5 * self.feature
+
+
+class FeaturesInTheOtherBranch(UsesFeatures):
+    def velocity(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        conditional = self.branch(latents, timestep, *self.texts[0])
+        unconditional = self.branch(latents + 0.5 * self.feature, timestep, *self.texts[1])
+        return unconditional + GUIDANCE * (conditional - unconditional)
+
+
+def on_latents_at(number: int, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Any], StepCallback]:
+    """A callback that gives other latents back after a step."""
+
+    def make(pipe: Any) -> StepCallback:
+        def callback(pipe: Any, step: int, timestep: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+            return {"latents": change(inputs["latents"])} if step == number else {}
+
+        return callback
+
+    return make
+
+
+def keeps_latents(pipe: Any) -> StepCallback:
+    """Keeps what the reward looks at later."""
+    pipe.kept = []
+    return looking(lambda pipe, latents: pipe.kept.append(latents))(pipe)
+
+
+def rewards_the_way(pipe: Any, images: torch.Tensor) -> torch.Tensor:
+    """Rewards what the latents were like on the way, too."""
+    return along_a_direction(pipe, images) + 0.2 * along_a_direction(pipe, pipe.kept[2])
+
+
+def exchanges_transformer(pipe: Any) -> None:
+    pipe.transformer = pipe.second
+
+
+def second_transformer(pipe: Any) -> None:
+    """A copy that is trained, too."""
+    pipe.second = copy.deepcopy(pipe.transformer)
+
+
+def with_second_transformer(pipe: Any) -> dict[str, torch.Tensor]:
+    second = {f"second.{name}": value for name, value in pipe.second.named_parameters()}
+    return {**transformer_parameters(pipe), **second}
+
+
 def halves_gradients(pipe: Any, latents: torch.Tensor) -> None:
     if latents.requires_grad:
         latents.register_hook(lambda gradient: 0.5 * gradient)
@@ -913,88 +1048,111 @@ def weight_penalty(pipe: Any, rewards: torch.Tensor) -> torch.Tensor:
 
 
 ROOT = "latents|earlier step|outside of|endpoint|velocit"
+rule_1 = adding(1, ROOT)
 
-add_loop(
-    "decodes the mean of its last two latents", 1, DecodesMeanOfLastTwo, cause=ROOT, methods=JUDGED, is_table=True
-)
-add_loop(
+rule_1("decodes the mean of its last two latents", DecodesMeanOfLastTwo, methods=JUDGED, is_table=True)
+rule_1(
     "decodes x_N + 0.2 v_last",
-    1,
     DecodesWithLastVelocity,
-    cause=ROOT,
     methods=tuple(METHODS),
     refused_by=("draft-lv",),
     is_table=True,
 )
-add(
+rule_1(
     "step callback averages the last two latents",
-    1,
     sd3(),
-    cause=ROOT,
     call=stepping(at_the_end(lambda pipe, seen: (seen[-1] + seen[-2]) / 2)),
     methods=JUDGED,
     is_table=True,
 )
-add(
+rule_1(
     "step callback blends in early latents that a closure kept",
-    1,
     sd3(),
-    cause=ROOT,
     call=stepping(at_the_end(lambda pipe, seen: 0.7 * seen[-1] + 0.3 * seen[1])),
-    methods=JUDGED,
+    methods=MANY,
 )
-add("step callback returns a moving average", 1, sd3(), cause=ROOT, call=stepping(at_the_end(moving_average)))
-add(
+rule_1("step callback returns a moving average", sd3(), call=stepping(at_the_end(moving_average)))
+rule_1(
     "step callback blends in detached latents",
-    1,
     sd3(),
-    must="either",
-    cause=ROOT,
+    "either",
     call=stepping(at_the_end(lambda pipe, seen: (seen[-1] + seen[-2].detach()) / 2)),
 )
-add_loop("gives the last latents the spread of those before", 1, KeepsPreviousDeviation, cause=ROOT)
-add_loop("blends a decoded early estimate into the images", 1, BlendsAnEarlyEstimate, cause=ROOT, methods=JUDGED)
-add_loop("brightens images by a trained bias", 1, BrightensByATrainedBias, cause="parameter|outside", methods=JUDGED)
+rule_1("gives the last latents the spread of those before", KeepsPreviousDeviation)
+rule_1("blends a decoded early estimate into the images", BlendsAnEarlyEstimate, methods=MANY)
+rule_1("brightens images by a trained bias", BrightensByATrainedBias, cause="parameter|outside", methods=MANY)
 for each, shape in ((GainOfItsOwn, "velocities"), (GainOnTheImages, "images"), (ShiftsTimesteps, "timesteps")):
-    add(
+    rule_1(
         f"trained number of the pipeline's own acts on {shape}",
-        1,
         changed(loop(each), own_gain),
         call=loop_call,
         cause="gradient|trained|outside",
         trained=with_own_gain,
     )
-add(
+rule_1(
     "learned guidance scale",
-    1,
     changed(sd3(), learnable_guidance),
     call=lambda pipe: sd3_call(pipe, guidance_scale=pipe.learned_scale),
     trained=with_learned_scale,
     cause="gradient|trained|guidance",
 )
-add_loop("momentum in a buffer written in place", 1, MomentumInPlace, cause="earlier step|memory", methods=JUDGED)
-add_loop("unconditional branch of the step before", 1, OldUnconditionalBranch, cause="earlier step|memory|call")
-add_loop("pooled text follows the last velocity", 1, PooledTextFollowsVelocity, cause="earlier step|input")
-add_loop("pull towards the latents of step 1", 1, DriftFromTheSecond, cause="earlier step|memory|latents")
-add(
+rule_1("momentum in a buffer written in place", MomentumInPlace, cause="earlier step|memory", methods=MANY)
+rule_1("unconditional branch of the step before", OldUnconditionalBranch, cause="earlier step|memory|call")
+rule_1("pooled text follows the last velocity", PooledTextFollowsVelocity, cause="earlier step|input")
+rule_1("pull towards the latents of step 1", DriftFromTheSecond, cause="earlier step|memory|latents")
+rule_1(
     "step callback hooks the latents' gradient",
-    1,
     sd3(),
-    must="either",
+    "either",
     call=stepping(looking(halves_gradients)),
-    methods=JUDGED,
+    methods=MANY,
     cause="hook",
 )
-add(
-    "objective with a penalty on trained weights",
-    1,
+rule_1(
+    "step callback doubles the latents' gradient, not their values",
     sd3(),
-    must="either",
+    "either",
+    cause="latents|callback|gradient",
+    call=stepping(on_latents_at(2, _Doubled.apply)),
+    methods=MANY,
+)
+rule_1(
+    "step callback detaches latents",
+    sd3(),
+    "either",
+    cause="latents|callback|gradient",
+    call=stepping(on_latents_at(2, torch.Tensor.detach)),
+)
+rule_1(
+    "reward looks at latents that a step callback kept",
+    sd3(),
+    cause="latents|reward|step|endpoint",
+    call=stepping(keeps_latents),
+    reward=rewards_the_way,
+)
+rule_1(
+    "step callback exchanges the transformer",
+    changed(sd3(), second_transformer),
+    "either",
+    cause="transformer",
+    call=stepping(at_step(1, exchanges_transformer)),
+    trained=with_second_transformer,
+)
+for each, where in (
+    (UsesFeatures, "velocity"),
+    (FeaturesInTheImages, "images"),
+    (FeaturesInTheOtherBranch, "other branch's input"),
+):
+    rule_1(f"features that a hook kept reach the {where}", each, cause="outside|hook|feature|inside|" + ROOT)
+rule_1(
+    "objective with a penalty on trained weights",
+    sd3(),
+    "either",
     objective=weight_penalty,
     cause="parameter|trained|weights|endpoint",
 )
-add_loop("calls the transformer under checkpoint", 1, CheckpointsItsCalls, must="either", cause="checkpoint")
-add_loop("guides at some steps only", 1, GuidanceInterval, must="either", cause="guidance|call")
+rule_1("calls the transformer under checkpoint", CheckpointsItsCalls, "either", cause="checkpoint")
+rule_1("guides at some steps only", GuidanceInterval, "either", cause="guidance|call")
 # Look alike.
 for each, name in (
     (RoundsVelocities, "rounds velocities straight through"),
@@ -1006,19 +1164,17 @@ for each, name in (
     (DetachesUnconditionalBranch, "detaches the unconditional branch by itself"),
     (PredictsTheSample, "turns outputs into estimates and back"),
 ):
-    add_loop(name, 1, each, must="right", methods=JUDGED)
-add(
+    rule_1(name, each, "right", methods=MANY)
+rule_1(
     "step callback reverses the last latents' order",
-    1,
     sd3(),
-    must="right",
+    "right",
     call=stepping(at_the_end(lambda pipe, seen: seen[-1].flip(0))),
 )
-add(
+rule_1(
     "step callback retains the latents' gradients",
-    1,
     sd3(),
-    must="right",
+    "right",
     call=stepping(looking(lambda pipe, latents: latents.requires_grad and latents.retain_grad())),
 )
 
@@ -1109,6 +1265,34 @@ def tied_prior(pipe: Any) -> None:
     pipe.prior = prior
 
 
+class TextScaledThroughAView(PlainLoop):
+    """Writes into a part of the text in place."""
+
+    def prepared(self, words: torch.Tensor) -> torch.Tensor:
+        words = words.clone()
+        words[:, :3].mul_(self.transformer.proj_out.weight.norm() / 3)
+        return words
+
+
+@torch.jit.script
+def scripted(words: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return words * weight.norm() / 3
+
+
+class TextThroughAScript(PlainLoop):
+    """A compiled function has the weight as its argument."""
+
+    def prepared(self, words: torch.Tensor) -> torch.Tensor:
+        return scripted(words, self.transformer.proj_out.weight)
+
+
+class TextTimesOwnGain(PlainLoop):
+    """A trained number that belongs to no component, before the loop."""
+
+    def prepared(self, words: torch.Tensor) -> torch.Tensor:
+        return self.gain * words
+
+
 class TextThroughNumpy(PlainLoop):
     def prepared(self, words: torch.Tensor) -> torch.Tensor:
         weight = self.transformer.context_embedder.weight.detach().numpy()
@@ -1142,9 +1326,17 @@ class ReadsDtypes(PlainLoop):
     def prepared(self, words: torch.Tensor) -> torch.Tensor:
         weight = self.transformer.proj_out.weight
         words = words.to(weight.dtype).to(weight.device).to(weight).type_as(weight)
-        zeros = torch.zeros_like(weight).sum() + weight.new_zeros(1) + torch.empty_like(weight).fill_(0).sum()
         dtype = torch.result_type(words, weight)
-        return words.to(torch.promote_types(dtype, weight.dtype)) + zeros * weight.numel() * weight.shape[0]
+        return words.to(torch.promote_types(dtype, weight.dtype)) * (weight.numel() / weight.shape.numel())
+
+
+class MakesTensorsLike(PlainLoop):
+    """Makes tensors of a parameter's dtype, shape and device."""
+
+    def prepared(self, words: torch.Tensor) -> torch.Tensor:
+        weight = self.transformer.proj_out.weight
+        zeros = torch.zeros_like(weight).sum() + weight.new_zeros(1) + torch.empty_like(weight).fill_(0).sum()
+        return words + zeros + torch.full_like(weight, 0.1)[0, 0] + weight.new_tensor([0.1]) + weight.new_ones(1)
 
 
 def partly_trained_vae(pipe: Any) -> None:
@@ -1295,29 +1487,14 @@ def moves(pipe: Any, latents: torch.Tensor) -> None:
 
 
 ELSEWHERE = "outside of|elsewhere|trained|shares|before the|parameter"
+rule_2 = adding(2, ELSEWHERE)
 ALL = tuple(METHODS)
 
-add_loop(
-    "text through to_q before the loop",
-    2,
-    TextThroughToQ,
-    cause=ELSEWHERE,
-    methods=ALL,
-    refused_by=ALL[1:],
-    is_table=True,
-)
-add_loop(
-    "text through to_q under no_grad before the loop",
-    2,
-    TextThroughToQWithoutGradients,
-    must="either",
-    cause=ELSEWHERE,
-)
-add(
+rule_2("text through to_q before the loop", TextThroughToQ, methods=ALL, refused_by=ALL[1:], is_table=True)
+rule_2("text through to_q under no_grad before the loop", TextThroughToQWithoutGradients, "either")
+rule_2(
     "Z-Image's control network shares refiners with a LoRA",
-    2,
     tiny_z_image_control,
-    cause=ELSEWHERE,
     call=z_image_call,
     methods=("full", "draft-k", "flowbp-sparse", "drtune", "draft-lv"),
     refused_by=("draft-k", "flowbp-sparse", "drtune", "draft-lv"),
@@ -1327,9 +1504,8 @@ for each, name, component in (
     (text_encoder_lora, "text encoder with a trainable LoRA", "text_encoder"),
     (partly_trained_vae, "VAE that is trainable in part", "vae"),
 ):
-    add(
+    rule_2(
         name,
-        2,
         changed(sd3(lora_rank=2), each),
         cause=component,
         methods=ALL,
@@ -1338,9 +1514,8 @@ for each, name, component in (
         is_table=True,
     )
 for name in ("prompt_embeds", "latents", "pooled_prompt_embeds", "negative_prompt_embeds"):
-    add(
+    rule_2(
         f"user's {name} require a gradient",
-        2,
         changed(sd3(), requiring(name)),
         cause=name.removeprefix("negative_") + "|embed",
         call=call_with_user_s,
@@ -1349,16 +1524,14 @@ for name in ("prompt_embeds", "latents", "pooled_prompt_embeds", "negative_promp
         trained=with_user_s(name),
         is_table=name in ("prompt_embeds", "latents"),
     )
-add(
+rule_2(
     "textual inversion beside the transformer",
-    2,
     changed(sd3(lora_rank=2), partly_trained_text_encoder),
     cause="text_encoder",
     trained=with_component("text_encoder"),
 )
-add(
+rule_2(
     "user's embeddings come from a trained part",
-    2,
     changed(sd3(), embeddings_from_a_trained_part),
     cause="prompt_embeds|embed|" + ELSEWHERE,
     call=call_with_user_s,
@@ -1370,66 +1543,69 @@ for each, name in (
     (TextTimesVectorOfAll, "text times the size of all weights as a vector"),
     (TextThroughFunctionalCall, "text through a part with its parameters as arguments"),
     (NoiseThroughPatchEmbedding, "noise through the patch embedding"),
+    (TextScaledThroughAView, "a slice of the text times a weight's norm, in place"),
+    (TextThroughAScript, "text and a weight through a scripted function"),
 ):
-    add_loop(name, 2, each, cause=ELSEWHERE)
-add(
-    "text through a LoRA's product by hand",
-    2,
-    loop(TextThroughLoraByHand, lora_rank=2),
-    cause=ELSEWHERE,
-    call=loop_call,
-)
-add(
+    rule_2(name, each)
+rule_2("text through a LoRA's product by hand", loop(TextThroughLoraByHand, lora_rank=2), call=loop_call)
+rule_2(
     "text through a view of a weight that was made before",
-    2,
     changed(loop(TextThroughOldView), old_view),
     cause=ELSEWHERE + "|gradient",
     call=loop_call,
 )
-add(
-    "text through a module that shares a weight",
-    2,
-    changed(loop(TextThroughTiedModule), tied_prior),
-    cause=ELSEWHERE,
+rule_2("text through a module that shares a weight", changed(loop(TextThroughTiedModule), tied_prior), call=loop_call)
+rule_2(
+    "text times a trained number of the pipeline's own",
+    changed(loop(TextTimesOwnGain), own_gain),
+    cause=ELSEWHERE + "|gradient",
     call=loop_call,
+    trained=with_own_gain,
 )
-add(
-    "step callback adds a trained bias to the last latents",
-    2,
-    sd3(),
-    cause=ELSEWHERE,
-    call=stepping(at_the_end(adds_trained_bias)),
-)
-add("reward asks the transformer", 2, sd3(), must="either", cause="reward|" + ELSEWHERE, reward=transformer_reward)
+rule_2("step callback adds a trained bias to the last latents", sd3(), call=stepping(at_the_end(adds_trained_bias)))
+rule_2("reward asks the transformer", sd3(), "either", cause="reward|" + ELSEWHERE, reward=transformer_reward)
 # Autograd's own answer is that these carry no gradient.
 for each, name in (
     (TextThroughNumpy, "text through a weight as a numpy array"),
     (TextTimesDataNorm, "text times the norm of a weight's data"),
     (VelocityTimesWeightNorm, "velocity times a weight's norm under no_grad"),
 ):
-    add_loop(name, 2, each, must="either", cause=ELSEWHERE)
+    rule_2(name, each, "either")
 # Look alike.
-add(
+rule_2(
     "VAE and text encoders at PyTorch's default",
-    2,
     changed(sd3(lora_rank=2), everything_at_its_default),
-    must="right",
-    methods=JUDGED,
+    "right",
+    methods=MANY,
 )
-add_loop("reads dtypes, shapes and devices of weights", 2, ReadsDtypes, must="right")
+rule_2("reads dtypes, shapes and devices of weights", ReadsDtypes, "right")
+rule_2("makes tensors like a weight", MakesTensorsLike, "right")
 for look, name in (
     (logs_norms, "logs norms of weights"),
     (counts_parameters, "counts parameters"),
     (copies_state, "copies the state"),
     (moves, "moves models to where they are"),
 ):
-    add(f"step callback {name}", 2, sd3(), must="right", call=stepping(looking(look)))
-add(
+    rule_2(f"step callback {name}", sd3(), "right", call=stepping(looking(look)))
+rule_2(
     "step callback updates a moving average of weights",
-    2,
     changed(sd3(), with_moving_average),
-    must="right",
+    "right",
     call=stepping(looking(updates_moving_average)),
+)
+
+
+def overwrites_embeddings(pipe: Any) -> None:
+    for value in pipe.user.values():
+        value.mul_(-1)
+
+
+rule_2(
+    "user overwrites the embeddings after recording",
+    changed(sd3(), user_embeddings),
+    "right",
+    call=call_with_user_s,
+    before_backward=overwrites_embeddings,
 )
 
 
@@ -1544,6 +1720,48 @@ class KeptMerge(Zeros):
         return torch.nn.functional.linear(x, self.merged, self.base.bias)
 
 
+class ReturnsWhatItStored(Wrapped):
+    """Computes at every call and returns what it computed at the first."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.kept.setdefault("output", self.inner(x))
+        return self.kept["output"]
+
+
+class KeptCast(torch.nn.Module):
+    """Keeps a copy of its weight in the dtype that it computes in."""
+
+    def __init__(self, linear: torch.nn.Linear) -> None:
+        super().__init__()
+        self.linear = linear
+        self.weight = linear.weight
+        self.kept: torch.Tensor | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.kept is None:
+            self.kept = self.weight.to(torch.float32).to(x.dtype)
+        return torch.nn.functional.linear(x, self.kept, self.linear.bias)
+
+
+class KeptBetweenBranches(PlainLoop):
+    """Embeds the latents once in each step, for both branches; the unconditional one comes first."""
+
+    def velocity(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        unconditional, conditional = (self.branch(latents, timestep, *text) for text in reversed(self.texts))
+        return unconditional + GUIDANCE * (conditional - unconditional)
+
+
+class KeptUntilLatentsChange(Wrapped):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if "x" not in self.kept or not torch.equal(self.kept["x"], x):
+            self.kept = {"x": x.detach().clone(), "output": self.inner(x)}
+        return self.kept["output"]
+
+
+def embedding_kept(pipe: Any) -> None:
+    pipe.transformer.pos_embed = KeptUntilLatentsChange(pipe.transformer.pos_embed)
+
+
 def weight_norm(pipe: Any) -> None:
     pipe.transformer.proj_out = parametrizations.weight_norm(pipe.transformer.proj_out)
 
@@ -1553,99 +1771,87 @@ def checkpointed(pipe: Any) -> None:
 
 
 SAME = "cache|stored|kept|computation|trained part|does not reproduce|gradient"
+rule_3 = adding(3, SAME)
 SKIPPING = {"skip_guidance_layers": [1], "skip_layer_guidance_start": -0.1, "skip_layer_guidance_stop": 0.5}
 
-add(
+rule_3(
     "text projection returns what it stored at step 0",
-    3,
     changed(sd3(), replaced_text_projection(Wrapped)),
-    cause=SAME,
     methods=ALL,
     refused_by=ALL[1:],
     is_table=True,
 )
-add("time embedding cached by timestep", 3, changed(sd3(), cached_times), cause=SAME, methods=JUDGED)
-add("residual of a block reused at every second step", 3, changed(sd3(), cached_block), cause=SAME, methods=JUDGED)
-add(
-    "whole transformer remembers its last call",
-    3,
-    changed(sd3(), last_call_kept),
-    must="either",
-    cause=SAME,
-    methods=JUDGED,
+rule_3("time embedding cached by timestep", changed(sd3(), cached_times), methods=MANY)
+rule_3("residual of a block reused at every second step", changed(sd3(), cached_block), methods=MANY)
+rule_3("whole transformer remembers its last call", changed(sd3(), last_call_kept), "either", methods=MANY)
+rule_3("keys and values of the text cached", changed(build_wan, cached_text_keys), call=wan_call)
+rule_3("merged weight of an own adapter kept", with_zeros(KeptMerge))
+rule_3(
+    "merged weight of an own adapter kept, beside a LoRA",
+    changed(with_zeros(KeptMerge), adapter(LoraConfig(r=2, target_modules=ATTENTION)), both_trained),
 )
-add("keys and values of the text cached", 3, changed(build_wan, cached_text_keys), cause=SAME, call=wan_call)
-add("merged weight of an own adapter kept", 3, with_zeros(KeptMerge), cause=SAME)
-add(
+rule_3(
+    "text projection computes and returns what it stored",
+    changed(sd3(), replaced_text_projection(ReturnsWhatItStored)),
+)
+rule_3("cast of a weight kept", changed(sd3(), replaced_text_projection(KeptCast)))
+rule_3(
+    "patch embedding kept from branch to branch",
+    changed(loop(KeptBetweenBranches), embedding_kept),
+    "either",
+    call=loop_call,
+)
+rule_3(
+    "patch embedding kept from branch to branch, conditional branch alone",
+    changed(loop(KeptBetweenBranches), embedding_kept),
+    "either",
+    call=loop_call,
+    options={"unconditional_gradient": False},
+    detached=True,
+)
+rule_3(
     "weight normalisation cached from record to backward",
-    3,
     changed(sd3(), weight_norm),
-    must="either",
-    cause=SAME,
+    "either",
     around=lambda pipe: parametrize.cached(),
 )
-add(
+rule_3(
     "one autocast around record and backward, which caches weights",
-    3,
     lambda: tiny_sd3_pipeline(torch.float32, lora_rank=2),
-    must="either",
+    "either",
     cause="autocast",
     around=lambda pipe: torch.autocast("cpu", torch.bfloat16),
     tolerance=0.1,
 )
-add(
-    "text projection cached by the tensor's identity",
-    3,
-    changed(sd3(), replaced_text_projection(KeptByTensor)),
-    must="either",
-    cause=SAME,
+rule_3(
+    "text projection cached by the tensor's identity", changed(sd3(), replaced_text_projection(KeptByTensor)), "either"
 )
 # Look alike.
-add(
+rule_3(
     "text projection cached where no gradient is needed",
-    3,
     changed(sd3(), replaced_text_projection(KeptWithoutGradients)),
-    must="right",
+    "right",
 )
-add(
+rule_3(
     "frozen text projection cached",
-    3,
     changed(sd3(lora_rank=2), replaced_text_projection(Wrapped)),
-    must="right",
-    methods=JUDGED,
+    "right",
+    methods=MANY,
 )
-add("skip-layer guidance", 3, sd3(), must="right", call=lambda pipe: sd3_call(pipe, **SKIPPING), methods=JUDGED)
-add("gradient checkpointing", 3, changed(sd3(), checkpointed), must="right", methods=JUDGED)
-add(
+rule_3("skip-layer guidance", sd3(), "right", call=lambda pipe: sd3_call(pipe, **SKIPPING), methods=MANY)
+rule_3("gradient checkpointing", changed(sd3(), checkpointed), "right", methods=MANY)
+rule_3(
     "weight normalisation cached around record only",
-    3,
     changed(sd3(), weight_norm),
-    must="right",
+    "right",
     around_record=lambda pipe: parametrize.cached(),
 )
-add("weight normalisation", 3, changed(sd3(), weight_norm), must="right")
+rule_3("weight normalisation", changed(sd3(), weight_norm), "right")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Rule 4: a replay is made in the same state
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-class _Doubled(torch.autograd.Function):
-    """Returns its input and doubles the gradient."""
-
-    @staticmethod
-    def forward(context: Any, value: torch.Tensor) -> torch.Tensor:
-        return value.view_as(value)
-
-    @staticmethod
-    def backward(context: Any, gradient: torch.Tensor) -> torch.Tensor:
-        return 2 * gradient
-
-
-def doubling(module: torch.nn.Module, inputs: Any, output: Any) -> Any:
-    """A forward hook that scales the gradient."""
-    return (_Doubled.apply(output[0]), *output[1:]) if isinstance(output, tuple) else _Doubled.apply(output)
 
 
 def doubling_inputs(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -1794,6 +2000,88 @@ def own_buffer(pipe: Any) -> None:
     pipe.transformer.context_embedder.scale.fill_(0.25)
 
 
+class DrawsAside(Zeros):
+    """Draws in a fork of the global generator, which is then as before."""
+
+    def masked(self, hidden: torch.Tensor) -> torch.Tensor:
+        with torch.random.fork_rng(devices=[]):
+            return hidden * torch.rand_like(hidden)
+
+
+class Remembers(Zeros):
+    """A gate, zero as before training, on what the call before computed."""
+
+    def __init__(self, base: torch.nn.Linear) -> None:
+        super().__init__(base)
+        self.before: torch.Tensor | float = 1.0
+
+    def added(self, x: torch.Tensor) -> torch.Tensor:
+        added = super().added(x) * self.before
+        self.before = self.base(x).square().mean() * (1 if isinstance(self.before, float) else 2 + self.before)
+        return added
+
+
+class CountsCalls(Zeros):
+    """Its scale falls from call to call."""
+
+    def masked(self, hidden: torch.Tensor) -> torch.Tensor:
+        self.scale *= 0.5
+        return hidden
+
+
+def exchanges_part(pipe: Any) -> None:
+    """Another adapter of the same class, with weights of its own."""
+    pipe.transformer.context_embedder = pipe.second
+
+
+def second_part(pipe: Any) -> None:
+    pipe.second = Zeros(pipe.transformer.context_embedder.base)
+    pipe.second.first.data.mul_(-3)
+
+
+def with_second_part(pipe: Any) -> dict[str, torch.Tensor]:
+    own = [("second.first", pipe.second.first), ("second.second", pipe.second.second)]
+    return {**transformer_parameters(pipe), **dict(own)}
+
+
+def exchanges_processor_weights(pipe: Any) -> None:
+    """Others of the same class, with weights of their own."""
+    for attn in [part for part in pipe.transformer.modules() if isinstance(getattr(part, "processor", None), Branch)]:
+        other = copy.deepcopy(attn.processor)
+        other.first.weight.data.mul_(-3)
+        attn.set_processor(other)
+
+
+def global_hook(pipe: Any) -> None:
+    first = pipe.transformer.proj_out
+
+    def hook(module: torch.nn.Module, inputs: Any, output: Any) -> Any:
+        return doubling(module, inputs, output) if module is first else None
+
+    pipe.handle = torch.nn.modules.module.register_module_forward_hook(hook)
+
+
+@contextmanager
+def globally_hooked(pipe: Any) -> Iterator[None]:
+    global_hook(pipe)
+    try:
+        yield
+    finally:
+        pipe.handle.remove()
+
+
+def lowers_scale_argument(pipe: Any) -> None:
+    pipe._joint_attention_kwargs["scale"] = 0.25
+
+
+class ComputesInBFloat16(PlainLoop):
+    """Has an autocast of its own around the transformer's calls."""
+
+    def branch(self, latents: torch.Tensor, timestep: torch.Tensor, *text: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return super().branch(latents, timestep, *text).float()
+
+
 class Normalised(torch.nn.Sequential):
     """A linear layer and batch normalisation of its features."""
 
@@ -1874,6 +2162,7 @@ def bf16(pipe: Any) -> AbstractContextManager[Any]:
 
 
 STATE = "adapter|scal|merge|fuse|state|changed|exchanged|hook|processor|does not reproduce|between record and backward"
+rule_4 = adding(4, STATE)
 RANDOM = "random|dropout|training mode|eval"
 
 for build_hook, name in (
@@ -1883,30 +2172,23 @@ for build_hook, name in (
     (hooked_by_accelerate, "hook of accelerate that scales the gradient"),
     (hooked_part, "forward hook on a part that scales the gradient"),
 ):
-    add(f"user's {name}", 4, changed(sd3(), build_hook), must="right", is_table=build_hook is hooked_transformer)
-add("user's masks on gradients", 4, changed(sd3(), masked_gradients), must="right")
-add(
-    "optimizer steps within the backward pass",
-    4,
-    changed(sd3(), optimizer_in_backward),
-    cause="optimizer|hook|changed",
+    rule_4(f"user's {name}", changed(sd3(), build_hook), "right", is_table=build_hook is hooked_transformer)
+rule_4("user's masks on gradients", changed(sd3(), masked_gradients), "right")
+rule_4(
+    "optimizer steps within the backward pass", changed(sd3(), optimizer_in_backward), cause="optimizer|hook|changed"
 )
-add(
+rule_4(
     "step callback sets a LoRA's weight from 1 to 0",
-    4,
     fresh,
-    must="either",
-    cause=STATE,
+    "either",
     call=stepping(at_step(SWITCH, weighs(0.0))),
     methods=JUDGED,
     is_table=True,
 )
-add(
+rule_4(
     "step callback fades from one LoRA to another",
-    4,
     changed(fresh, second_adapter),
-    must="either",
-    cause=STATE,
+    "either",
     call=stepping(at_step(SWITCH, weighs(0.0, 1.0))),
     trained=all_loras,
 )
@@ -1920,146 +2202,164 @@ for change, name in (
     (replaces_parameters, "puts new parameters in place of the LoRA's"),
     (fuses_projections, "fuses the projections"),
 ):
-    add(f"{name} between record and backward", 4, fresh, must="either", cause=STATE, before_backward=change)
+    rule_4(f"{name} between record and backward", fresh, "either", before_backward=change)
 for change, name in ((fuses_lora, "fuses the LoRA"), (disables, "disables the LoRA")):
-    add(f"step callback {name}", 4, fresh, must="either", cause=STATE, call=stepping(at_step(SWITCH, change)))
+    rule_4(f"step callback {name}", fresh, "either", call=stepping(at_step(SWITCH, change)))
 for config, name in (
     (LoraConfig(r=2, lora_dropout=0.5, target_modules=ATTENTION), "LoRA with lora_dropout"),
     (LoHaConfig(r=2, rank_dropout=0.5, target_modules=ATTENTION), "LoHa with rank_dropout"),
     (LoKrConfig(r=2, module_dropout=0.5, target_modules=ATTENTION), "LoKr with module_dropout"),
 ):
     is_loha = isinstance(config, LoHaConfig)
-    add(
+    rule_4(
         f"fresh {name} in training mode",
-        4,
         adapted(config, True),
         cause=RANDOM,
         methods=JUDGED if is_loha else SOME,
         refused_by=JUDGED[1:] if is_loha else (),
         is_table=is_loha,
     )
-add(
+rule_4(
     "training mode between record and backward, with lora_dropout",
-    4,
     adapted(LoraConfig(r=2, lora_dropout=0.5, target_modules=ATTENTION)),
-    must="either",
+    "either",
     cause=RANDOM + "|" + STATE,
     before_backward=trains,
 )
-add(
+rule_4(
+    "evaluation mode between record and backward",
+    changed(fresh, trains),
+    "either",
+    cause="mode",
+    before_backward=evaluates,
+)
+rule_4(
     "LoHa in training mode without dropout, which draws numbers",
-    4,
     adapted(LoHaConfig(r=2, target_modules=ATTENTION), True),
-    must="either",
+    "either",
     cause=RANDOM,
 )
-add(
-    "own layer with functional dropout in training mode",
-    4,
-    changed(with_zeros(FunctionalDropout), trains),
-    cause=RANDOM,
+rule_4(
+    "own layer with functional dropout in training mode", changed(with_zeros(FunctionalDropout), trains), cause=RANDOM
 )
-add("own layer that is random in evaluation mode", 4, with_zeros(AlwaysNoisy), cause=RANDOM)
+rule_4(
+    "own layer that draws in a fork of the generator",
+    with_zeros(DrawsAside),
+    "either",
+    cause=RANDOM,
+    before_backward=lambda pipe: torch.manual_seed(9),
+)
+rule_4(
+    "own layer with a gate on what the last call computed",
+    with_zeros(Remembers),
+    "either",
+    cause=STATE + "|earlier|call",
+)
+rule_4("own layer that counts its calls", with_zeros(CountsCalls), "either", cause=STATE + "|attribute|call")
+rule_4(
+    "step callback exchanges a part for another with other weights",
+    changed(with_zeros(), second_part),
+    "either",
+    cause=STATE + "|part",
+    call=stepping(at_step(SWITCH, exchanges_part)),
+    trained=with_second_part,
+)
+rule_4(
+    "step callback exchanges attention processors' weights",
+    changed(sd3(), with_branches),
+    "either",
+    cause=STATE + "|part",
+    call=stepping(at_step(SWITCH, exchanges_processor_weights)),
+)
+rule_4("global hook that scales gradients around record only", sd3(), "either", around_record=globally_hooked)
+rule_4(
+    "step callback changes the LoRA scale among the arguments",
+    fresh,
+    "either",
+    call=stepping(at_step(SWITCH, lowers_scale_argument), joint_attention_kwargs={"scale": 0.5}),
+)
+rule_4("own layer that is random in evaluation mode", with_zeros(AlwaysNoisy), cause=RANDOM)
 for call, before, name in (
     (stepping(at_step(SWITCH, own_scale(0.0))), nothing, "step callback changes an own layer's scale"),
     (sd3_call, own_scale(3.0), "changes an own layer's scale between record and backward"),
 ):
-    add(name, 4, with_zeros(), must="either", cause=STATE + "|attribute", call=call, before_backward=before)
-add(
+    rule_4(name, with_zeros(), "either", cause=STATE + "|attribute", call=call, before_backward=before)
+rule_4(
     "step callback writes into an own layer's buffer",
-    4,
     with_zeros(BufferScaled),
-    must="either",
+    "either",
     cause=STATE + "|buffer",
     call=stepping(at_step(SWITCH, own_buffer)),
 )
-add(
+rule_4(
     "step callback scales an attention processor's branch",
-    4,
     changed(sd3(), with_branches),
-    must="either",
-    cause=STATE,
+    "either",
     call=stepping(at_step(SWITCH, branch_scale(0.0))),
-    methods=JUDGED,
+    methods=MANY,
 )
-add(
+rule_4(
     "step callback exchanges attention processors for others of the same class",
-    4,
     changed(sd3(), with_branches),
-    must="either",
-    cause=STATE,
+    "either",
     call=stepping(at_step(SWITCH, exchanges_processors)),
 )
-add(
+rule_4(
     "diffusers' callback that cuts an IP-adapter's scale to 0",
-    4,
     changed(sd3(), with_ip_adapter),
-    must="either",
-    cause=STATE,
+    "either",
     call=ip_adapter_call,
 )
-add(
+rule_4(
     "removes a hook that scales gradients between record and backward",
-    4,
     changed(sd3(), hooked_part),
-    must="either",
-    cause=STATE,
+    "either",
     before_backward=unhooked,
 )
-add(
+rule_4(
     "step callback removes a hook that scales gradients",
-    4,
     changed(sd3(), hooked_part),
-    must="either",
-    cause=STATE,
+    "either",
     call=stepping(at_step(SWITCH, unhooked)),
 )
-add(
-    "step callback puts up a hook that scales gradients",
-    4,
-    sd3(),
-    must="either",
-    cause=STATE,
-    call=stepping(at_step(SWITCH, hooked_part)),
+rule_4(
+    "step callback puts up a hook that scales gradients", sd3(), "either", call=stepping(at_step(SWITCH, hooked_part))
 )
 for name, where in (("record", "around_record"), ("backward", "around_backward")):
-    add(
-        f"autocast around {name} only",
-        4,
-        float32_lora,
-        must="either",
-        cause="autocast",
-        tolerance=0.1,
-        **{where: bf16},
-    )
-add(
+    rule_4(f"autocast around {name} only", float32_lora, "either", cause="autocast", tolerance=0.1, **{where: bf16})
+rule_4(
     "kernels of attention chosen around record only",
-    4,
     sd3(),
-    must="either",
+    "either",
     cause="kernel|does not reproduce|rounding",
     around_record=lambda pipe: sdpa_kernel(SDPBackend.MATH),
 )
-add("backward under no_grad", 4, sd3(), must="either", cause="no_grad", around_backward=lambda pipe: torch.no_grad())
-add(
+rule_4("backward under no_grad", sd3(), "either", cause="no_grad", around_backward=lambda pipe: torch.no_grad())
+rule_4(
     "batch normalisation in training mode",
-    4,
     changed(sd3(), replaced_text_projection(Normalised), trains),
-    must="either",
+    "either",
     cause="training mode|buffer|" + STATE,
 )
 # Look alike.
-add("evaluation mode between record and backward", 4, changed(fresh, trains), must="right", before_backward=evaluates)
-add("checkpointing switched on between record and backward", 4, sd3(), must="right", before_backward=checkpointed)
-add(
+rule_4("checkpointing switched on between record and backward", sd3(), "right", before_backward=checkpointed)
+rule_4(
     "LoRA scale as an argument",
-    4,
     fresh,
-    must="right",
+    "right",
     call=lambda pipe: sd3_call(pipe, joint_attention_kwargs={"scale": 0.5}),
 )
-add("weight-decomposed LoRA", 4, adapted(LoraConfig(r=2, use_dora=True, target_modules=ATTENTION)), must="right")
-add("attention processors with a branch", 4, changed(sd3(), with_branches), must="right")
+rule_4(
+    "pipeline with an autocast of its own",
+    loop(ComputesInBFloat16, dtype=torch.float32, lora_rank=2),
+    "right",
+    call=loop_call,
+    tolerance=0.1,
+)
+rule_4("global hook that scales gradients", sd3(), "right", around=globally_hooked)
+rule_4("activations kept on the CPU", sd3(), "right", around_backward=lambda pipe: torch.autograd.graph.save_on_cpu())
+rule_4("weight-decomposed LoRA", adapted(LoraConfig(r=2, use_dora=True, target_modules=ATTENTION)), "right")
+rule_4("attention processors with a branch", changed(sd3(), with_branches), "right")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2120,14 +2420,9 @@ def calls_transformer_in_a_thread(pipe: Any, latents: torch.Tensor) -> None:
     assert torch.equal(found[0], pipe.references[0]), "another output than without recording"
 
 
-def calls_with_the_scheduler(pipe: Any, latents: torch.Tensor) -> None:
-    """`from_pipe` shares the scheduler, so the other pipeline moves this one's place in its steps."""
-    pipe.other.scheduler = pipe.scheduler
-    other_images(pipe)
-
-
-def calls_itself(pipe: Any, latents: torch.Tensor) -> None:
-    pipe(**sd3_call(pipe, num_inference_steps=2))
+def goes_back(pipe: Any) -> None:
+    """The next step has the sigmas of this one again."""
+    pipe.scheduler._step_index -= 1
 
 
 def trains_otherwise(pipe: Any) -> None:
@@ -2174,8 +2469,7 @@ class DraftsWithGradients(PlainLoop):
     """The same, by the code of the other pipeline without its decorator."""
 
     def started(self, latents: torch.Tensor) -> torch.Tensor:
-        call = StableDiffusion3Pipeline.__call__.__wrapped__
-        drafted = call(self.other, **sd3_call(self, num_inference_steps=2, output_type="latent")).images
+        drafted = SD3_CODE(self.other, **sd3_call(self, num_inference_steps=2, output_type="latent")).images
         return 0.9 * latents + 0.1 * drafted
 
 
@@ -2212,6 +2506,7 @@ class WarmsUp(PlainLoop):
 
 
 USES = "other|another|outside|after the last|call|twice|second|loop"
+rule_5 = adding(5, USES)
 
 for use, name in (
     (calls_other_pipeline, "another pipeline with the same transformer is called"),
@@ -2219,62 +2514,49 @@ for use, name in (
     (calls_transformer_with_gradients, "the transformer is called with gradients"),
 ):
     is_table = use is not calls_transformer_with_gradients
-    add(
+    rule_5(
         f"after the rollout {name}",
-        5,
         sd3(),
-        must="right",
+        "right",
         prepare=with_references,
         in_block=use,
         methods=("full", "draft-k", "refl"),
         is_table=is_table,
     )
-    add(f"in a step callback {name}", 5, sd3(), must="right", prepare=with_references, call=stepping(looking(use)))
-add("another loss is differentiated after the rollout", 5, sd3(), must="right", in_block=trains_otherwise)
-add(
+    rule_5(f"in a step callback {name}", sd3(), "right", prepare=with_references, call=stepping(looking(use)))
+rule_5("another loss is differentiated after the rollout", sd3(), "right", in_block=trains_otherwise)
+rule_5(
     "in a step callback a thread calls the transformer",
-    5,
     sd3(),
-    must="right",
+    "right",
     prepare=with_references,
     call=stepping(looking(calls_transformer_in_a_thread)),
 )
-add(
-    "in a step callback another pipeline uses the same scheduler",
-    5,
-    sd3(),
-    must="refused",
-    cause=USES + "|scheduler",
-    prepare=with_references,
-    call=stepping(looking(calls_with_the_scheduler)),
+rule_5(
+    "step callback sets the scheduler back a step", sd3(), cause="step|scheduler", call=stepping(at_step(1, goes_back))
 )
-add("in a step callback the pipeline calls itself", 5, sd3(), cause=USES, call=stepping(looking(calls_itself)))
-add_loop("another pipeline drafts the noise", 5, DraftsItsNoise, must="either", cause=USES, prepare=with_references)
-add_loop("another pipeline's code drafts the noise", 5, DraftsWithGradients, cause=USES, prepare=with_references)
-add_loop("the transformer refines after the loop", 5, Refines, must="either", cause=USES)
-add_loop(
-    "forward is called itself for one branch", 5, ForwardForTheUnconditional, must="either", cause="forward|" + USES
-)
-add_loop("the transformer is warmed up before the loop", 5, WarmsUp, must="either", cause=USES)
+rule_5("another pipeline drafts the noise", DraftsItsNoise, "either", prepare=with_references)
+rule_5("another pipeline's code drafts the noise", DraftsWithGradients, prepare=with_references)
+rule_5("the transformer refines after the loop", Refines, "either")
+rule_5("forward is called itself for one branch", ForwardForTheUnconditional, "either", cause="forward|" + USES)
+rule_5("the transformer is warmed up before the loop", WarmsUp, "either")
 for look, name in (
     (previews_without_gradients, "shows a preview under no_grad"),
     (previews_detached, "shows a preview of detached latents"),
     (logs_as_numbers, "logs latents as numbers"),
 ):
-    add(f"step callback {name}", 5, sd3(), must="right", call=stepping(looking(look)))
-add(
+    rule_5(f"step callback {name}", sd3(), "right", call=stepping(looking(look)))
+rule_5(
     "step callback shows a preview while decoding is in parts",
-    5,
     sd3(),
-    must="right",
+    "right",
     call=stepping(looking(previews_without_gradients)),
     options={"samples_per_decode": 1},
 )
-add(
+rule_5(
     "step callback shows a preview as it is written for inference",
-    5,
     sd3(),
-    must="either",
+    "either",
     cause="preview|callback.*(detach|no_grad)",
     call=stepping(looking(previews_as_they_are)),
 )
@@ -2315,57 +2597,48 @@ def sets_scale(scale: float) -> Callable[[Any], None]:
     return change
 
 
-def added_rule_6(name: str, must: Must, call: Call, **changes: Any) -> None:
-    """Add a call of `AlwaysGuided` with gradients through the conditional branch alone."""
-    options = {"unconditional_gradient": False}
-    changes = {"cause": "guidance|unconditional", "options": options, "detached": True, **changes}
-    add(name, 6, as_class(AlwaysGuided), must=must, call=call, **changes)
+rule_6 = adding(6, "guidance|unconditional")
+# Gradients through the conditional branch alone.
+conditional = functools.partial(rule_6, options={"unconditional_gradient": False}, detached=True)
+guided_always = as_class(AlwaysGuided)
+TENSOR = torch.tensor(-2.0, dtype=torch.float64)
 
-
-CONDITIONAL = ("full", "draft-k", "flowbp-sparse")
-added_rule_6(
-    "guidance scale of -2", "refused", guided(-2.0), methods=CONDITIONAL, refused_by=CONDITIONAL[1:], is_table=True
+conditional(
+    "guidance scale of -2", guided_always, call=guided(-2.0), methods=WITH_DRAFT, refused_by=WITH_DRAFT, is_table=True
 )
-added_rule_6("guidance scale of -2 as a tensor", "refused", guided(torch.tensor(-2.0, dtype=torch.float64)))
-added_rule_6("guidance scale of -2 as numpy's number", "refused", guided(np.float64(-2.0)))
-added_rule_6(
+conditional("guidance scale of -2 as a tensor", guided_always, call=guided(TENSOR))
+conditional("guidance scale of -2 as numpy's number", guided_always, call=guided(np.float64(-2.0)))
+conditional(
     "guidance scale for each sample, one of them negative",
-    "refused",
-    guided(torch.tensor([GUIDANCE, -2.0], dtype=torch.float64).view(2, 1, 1, 1)),
+    guided_always,
+    call=guided(torch.tensor([GUIDANCE, -2.0], dtype=torch.float64).view(2, 1, 1, 1)),
 )
-added_rule_6("step callback turns guidance negative", "refused", stepping(at_step(SWITCH, sets_scale(-2.0))))
-added_rule_6(
+conditional("step callback turns guidance negative", guided_always, call=stepping(at_step(SWITCH, sets_scale(-2.0))))
+conditional(
     "step callback hides that guidance was negative",
-    "refused",
-    stepping(at_step(STEPS - 1, sets_scale(GUIDANCE)), guidance_scale=-2.0),
+    guided_always,
+    call=stepping(at_step(STEPS - 1, sets_scale(GUIDANCE)), guidance_scale=-2.0),
 )
-add(
-    "guides away from two prompts, conditional branch alone",
-    6,
-    loop(TwoNegatives),
-    cause="unconditional",
-    call=loop_call,
-    options={"unconditional_gradient": False},
+rule_6(
+    "guides away from two prompts, conditional branch alone", TwoNegatives, options={"unconditional_gradient": False}
 )
 for scale in (0.5, 1.0):
-    added_rule_6(f"guidance scale of {scale}, conditional branch alone", "either", guided(scale))
-add(
+    conditional(f"guidance scale of {scale}, conditional branch alone", guided_always, "either", call=guided(scale))
+rule_6(
     "diffusers' callback that cuts guidance off",
-    6,
     sd3(),
-    must="either",
-    cause="guidance",
+    "either",
     call=lambda pipe: sd3_call(
         pipe,
         prompt=PROMPTS[:1],
         callback_on_step_end=SD3CFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=1),
     ),
-    methods=JUDGED,
+    methods=MANY,
 )
 # Look alike.
-added_rule_6("guidance scale of 3.5, conditional branch alone", "right", guided(GUIDANCE), methods=JUDGED)
-added_rule_6("scale is set after the rollout", "right", sd3_call, in_block=sets_scale(-2.0))
-add("guidance scale of -2, both branches", 6, as_class(AlwaysGuided), must="right", call=guided(-2.0))
+conditional("guidance scale of 3.5, conditional branch alone", guided_always, "right", methods=MANY)
+conditional("scale is set after the rollout", guided_always, "right", in_block=sets_scale(-2.0))
+rule_6("guidance scale of -2, both branches", guided_always, "right", call=guided(-2.0))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2431,32 +2704,6 @@ def expected_anchor(anchored: Anchored) -> tuple[float, dict[str, torch.Tensor]]
     anchor = BETA * sum(penalties)
     (minus_mean(pipe, along_a_direction(pipe, images)) + anchor).backward()
     return anchor.item(), gradients(trained)
-
-
-def frozen(pipe: Any) -> None:
-    pipe.transformer.requires_grad_(False)
-
-
-def adapter(config: Any, name: str = "default") -> Callable[[Any], None]:
-    """Adds an adapter with random weights."""
-
-    def change(pipe: Any) -> None:
-        others = {key for key, _ in pipe.transformer.named_parameters()}
-        # PEFT draws its weights from the global generator.
-        torch.manual_seed(len(name))
-        pipe.transformer.add_adapter(config, adapter_name=name)
-        generator = torch.Generator().manual_seed(len(name))
-        for key, parameter in pipe.transformer.named_parameters():
-            if f".{name}" in key and key not in others and "magnitude" not in key:
-                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-                parameter.data = parameter.data.double() + 0.2 * noise
-        pipe.transformer.to(torch.float64)
-
-    return change
-
-
-def lora(**changes: Any) -> LoraConfig:
-    return LoraConfig(**{"r": 2, "target_modules": ATTENTION, **changes})
 
 
 def trained_bias(pipe: Any) -> None:
@@ -2532,7 +2779,7 @@ class KnowsItIsCalled(StableDiffusion3Pipeline):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.inside["factor"] = 1.0
         try:
-            return StableDiffusion3Pipeline.__call__.__wrapped__(self, *args, **kwargs)
+            return SD3_CODE(self, *args, **kwargs)
         finally:
             self.inside["factor"] = 0.25
 
@@ -2590,7 +2837,19 @@ class OwnGenerator(Zeros):
         return hidden * torch.rand(hidden.shape, generator=self.generator, dtype=hidden.dtype)
 
 
+class ScalesGradients(Float64Scheduler):
+    """Its steps double the velocity's gradient."""
+
+    def step(self, model_output: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor]:
+        return super().step(_Doubled.apply(model_output), *args, **kwargs)
+
+
+def scaling_scheduler(pipe: Any) -> None:
+    pipe.scheduler = ScalesGradients.from_config(pipe.scheduler.config)
+
+
 UNSEEN = [
+    Violation("scheduler that scales gradients", 8, changed(sd3(), scaling_scheduler)),
     Violation("scale in a closure that the call sets", 8, changed(as_class(KnowsItIsCalled), scale_in_a_closure)),
     Violation(
         "gradient's factor in a closure that the call sets",
@@ -2601,3 +2860,27 @@ UNSEEN = [
     Violation("dropout that Python draws", 8, with_zeros(PythonDropout)),
     Violation("mask from a generator of the layer's own", 8, with_zeros(OwnGenerator)),
 ]
+
+
+def main() -> None:
+    """Print what becomes of each violation."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help="part of a violation's name; all by default")
+    names = parser.parse_args().names
+    torch.set_num_threads(1)
+    for violation in [*VIOLATIONS, *UNSEEN]:
+        for method in violation.methods:
+            if names and not any(name in violation.name for name in names):
+                continue
+            try:
+                outcome = run(violation, method)
+            except Exception as error:
+                found = state = f"{type(error).__name__}: {error}"
+            else:
+                found = problem(violation, method, outcome)
+                state = outcome.refused or f"accepted, relative error {outcome.difference}"
+            print(f"{'BAD' if found else 'ok '} {violation.rule} {violation.name} [{method}]: {state}")
+
+
+if __name__ == "__main__":
+    main()
