@@ -15,7 +15,7 @@ from torch.utils._pytree import TreeSpec, tree_leaves
 from . import checks
 from .marks import TrainedUses
 from .plan import Plan
-from .state import ModelState, parts_that_run, random_states
+from .state import ModelState, parameters_of, parts_that_run, random_states
 
 
 @dataclass(eq=False)
@@ -64,9 +64,9 @@ class Accounting:
         self.name = name
         self.uses = uses
         self.verdicts = checks.Verdicts()
-        trained = {id(parameter) for module in transformers for parameter in module.parameters()}
+        trained = {id(parameter) for module in transformers for parameter in parameters_of(module)}
         # Those of a VAE at PyTorch's default, for example, whose gradient nobody wants.
-        self._ignored = {id(parameter) for module in others.values() for parameter in module.parameters()} - trained
+        self._ignored = {id(parameter) for module in others.values() for parameter in parameters_of(module)} - trained
         self._kinds: list[Kind] = []
         # Of each call of this step and of the one before: inputs without a graph, with their versions.
         self._inputs: list[list[Any]] = []
@@ -126,20 +126,18 @@ class Accounting:
         result: list[Kind] = []
         kind = next((known for known in self._kinds if known.is_like(module, place, spec)), None)
         if kind is not None and not is_active:
-            with self.uses.suspended():
-                yield result
+            yield result
             return
         state, random = ModelState.of(module), random_states(module)
         alike = [known for known in self._kinds if known.is_like(module, place, spec)]
         kind = next((known for known in alike if known.state.parts == state.parts), None)
-        with self.uses.suspended():
-            if kind is None:
-                with parts_that_run(module) as ran:
-                    yield result
-                kind = Kind(module, place, spec, state, frozenset(ran))
-                self._kinds.append(kind)
-            else:
+        if kind is None:
+            with parts_that_run(module) as ran:
                 yield result
+            kind = Kind(module, place, spec, state, frozenset(ran))
+            self._kinds.append(kind)
+        else:
+            yield result
         checks.check_random(self.name, step, module, random, random_states(module))
         result.append(Kind(module, place, spec, state, kind.parts))
 

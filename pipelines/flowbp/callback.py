@@ -29,7 +29,7 @@ from .observers import GradientNorms, VelocityAnchor
 from .recording import Recorder
 from .replay import Replay
 from .scoring import Reward, check_images, prompts_of_images, score
-from .state import is_sharded
+from .state import is_sharded, without_autocast
 from .surrogate import Surrogate
 from .sweep import sweep
 from .trajectory import Trajectory
@@ -299,7 +299,8 @@ class FlowBPCallback:
                 for call in step.calls:
                     replay.check_whole(step.number, call)
         scaled = [widened(each) * (1 if is_scaled else gradient_scale) for each in adjoints]
-        sweep(trajectories, scaled, kept, replay, anchor, norms)
+        with without_autocast(adjoints[0].device.type):
+            sweep(trajectories, scaled, kept, replay, anchor, norms)
         value = torch.as_tensor(0.0 if anchor is None else anchor.value, device=adjoints[0].device)
         return SweepOutput(value, {} if norms is None else norms.found)
 
@@ -321,12 +322,13 @@ class FlowBPCallback:
     ) -> list[torch.Tensor]:
         self.on_stage("decode")
         endpoints = [trajectory.endpoint for trajectory in self.trajectories]
-        if of_images is None:
-            gradients = torch.autograd.grad(loss * gradient_scale, endpoints, allow_unused=True)
-        else:
-            (of_rewards,) = torch.autograd.grad(loss, rewards)
-            shape = (-1, *[1] * (images.ndim - 1))
-            cotangent = (of_images * of_rewards.to(of_images).view(shape)).to(images.dtype)
-            gradients = torch.autograd.grad(images, endpoints, cotangent, allow_unused=True)
+        with without_autocast(endpoints[0].device.type):
+            if of_images is None:
+                gradients = torch.autograd.grad(loss * gradient_scale, endpoints, allow_unused=True)
+            else:
+                (of_rewards,) = torch.autograd.grad(loss, rewards)
+                shape = (-1, *[1] * (images.ndim - 1))
+                cotangent = (of_images * of_rewards.to(of_images).view(shape)).to(images.dtype)
+                gradients = torch.autograd.grad(images, endpoints, cotangent, allow_unused=True)
         checks.check_endpoint_reached(self._recorder.name, gradients)
         return list(gradients)

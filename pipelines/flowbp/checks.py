@@ -22,7 +22,7 @@ from .graph import leaves_of, passes_gradient
 from .hooks import is_patched
 from .host import read, widened
 from .marks import mark_of
-from .state import ModelState
+from .state import ModelState, name_of, parameters_of, parts_of
 from .trajectory import ActiveStep, Trajectory
 from .values import agree, holds_state, takes_two_values
 
@@ -93,13 +93,13 @@ def check_offloading(name: str, pipe: Any, recorded: Mapping[str, torch.nn.Modul
             "pipe.remove_all_hooks() and keep the pipeline loaded."
         )
     for component, module in recorded.items():
-        hooks = (vars(part).get("_diffusers_hook") for part in module.modules())
+        hooks = (vars(part).get("_diffusers_hook") for part in parts_of(module))
         if any("group_offloading" in hook.hooks for hook in hooks if hook is not None):
             raise RecordingError(
                 f"{name}: group offloading of {component} takes weights away that its backward pass needs; use it on "
                 "the text encoders only, and quantise the transformer where memory is short."
             )
-        if component != "vae" and any(parameter.is_meta for parameter in module.parameters()):
+        if component != "vae" and any(parameter.is_meta for parameter in parameters_of(module)):
             raise RecordingError(
                 f"{name}: sequential CPU offload replaces the transformer's parameters at every call, so their "
                 "gradients would be lost; call pipe.remove_all_hooks() and keep the transformer loaded."
@@ -117,7 +117,7 @@ def check_cache(name: str, transformers: Sequence[torch.nn.Module]) -> None:
 
 def check_dropout(name: str, transformers: Sequence[torch.nn.Module]) -> None:
     """A replay would draw another mask. `check_random` finds what this does not know by type, at the first call."""
-    for module in (module for transformer in transformers for module in transformer.modules()):
+    for module in (part for transformer in transformers for part in parts_of(transformer)):
         if isinstance(module, torch.nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
             raise RecordingError(
                 f"{name}: the transformer has dropout {module.p:g} switched on, expected none: a replay would draw "
@@ -129,37 +129,38 @@ def check_other_components(name: str, others: Mapping[str, torch.nn.Module]) -> 
     """Only transformers are trained. A component whose parameters all require a gradient is at PyTorch's default."""
     for component, module in others.items():
         # Quantised weights are integers, which cannot require a gradient.
-        parameters = [each for each in module.named_parameters() if each[1].is_floating_point()]
-        trained = [parameter_name for parameter_name, parameter in parameters if parameter.requires_grad]
-        has_adapter = any(isinstance(part, BaseTunerLayer) for part in module.modules())
+        parameters = [parameter for parameter in parameters_of(module) if parameter.is_floating_point()]
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
+        has_adapter = any(isinstance(part, BaseTunerLayer) for part in parts_of(module))
         if trained and (has_adapter or len(trained) < len(parameters)):
             raise RecordingError(
-                f"{name}: {component}.{trained[0]} requires a gradient and others of {component} do not, so it seems "
-                f"meant for training, but only transformers are trained; call pipe.{component}.requires_grad_(False)."
+                f"{name}: {component}.{name_of([module], trained[0])} requires a gradient and others do not, so it "
+                f"seems meant for training, but only transformers are trained; call pipe.{component}.requires_grad_(False)."
             )
 
 
 def check_adapters(name: str, transformers: Sequence[torch.nn.Module]) -> None:
     """A trained adapter that is fused, disabled or not active would get no gradient."""
     for transformer in transformers:
-        for path, part in transformer.named_modules():
-            if not isinstance(part, BaseTunerLayer):
+        for part in parts_of(transformer):
+            trained = _trained_adapters(part) if isinstance(part, BaseTunerLayer) else []
+            if not trained:
                 continue
-            trained = _trained_adapters(part)
-            if trained and part.merged:
-                raise RecordingError(
-                    f"{name}: the adapter {part.merged_adapters[0]} is fused into the weights of {path}, so the "
-                    f"trained adapter {trained[0]} would get no gradient; call pipe.unfuse_lora()."
-                )
-            if trained and part.disable_adapters:
-                raise RecordingError(
-                    f"{name}: the trained adapter {trained[0]} is disabled ({path}), so it would get no gradient; "
-                    "call pipe.enable_lora()."
-                )
             idle = [adapter for adapter in trained if adapter not in part.active_adapters]
+            if part.merged:
+                raise RecordingError(
+                    f"{name}: the adapter {part.merged_adapters[0]} is fused into the weights of "
+                    f"{name_of([transformer], part)}, so the trained adapter {trained[0]} would get no gradient; call "
+                    "pipe.unfuse_lora()."
+                )
+            if part.disable_adapters:
+                raise RecordingError(
+                    f"{name}: the trained adapter {trained[0]} is disabled ({name_of([transformer], part)}), so it "
+                    "would get no gradient; call pipe.enable_lora()."
+                )
             if idle:
                 raise RecordingError(
-                    f"{name}: the trained adapter {idle[0]} is not active ({path}; active: "
+                    f"{name}: the trained adapter {idle[0]} is not active ({name_of([transformer], part)}; active: "
                     f"{', '.join(part.active_adapters) or 'none'}), so it would get no gradient; call "
                     "pipe.transformer.set_adapters, or freeze it."
                 )
@@ -348,10 +349,12 @@ def check_drift(name: str, step: int, index: int, now: torch.Tensor, before: Any
     else:
         # A smaller batch grows again, or the call is of another kind: nothing to compare with.
         return
+    # The message must not keep the input alive until the verdicts are read.
+    shape = tuple(now.shape)
     verdicts.add(
         has_changed & ~takes_two_values(now),
         lambda: (
-            f"{name}: transformer input {index} of shape {tuple(now.shape)} changed from step {step - 1} to step "
+            f"{name}: transformer input {index} of shape {shape} changed from step {step - 1} to step "
             f"{step}, and neither the latents nor a timestep explain it; its gradient would be lost, so this "
             "pipeline is not supported."
         ),
@@ -382,7 +385,13 @@ def check_loop_has_begun(name: str, has_begun: bool) -> None:
 
 
 def check_handed_on(
-    name: str, step: int, sample: torch.Tensor, handed: torch.Tensor, is_untouched: bool, verdicts: Verdicts
+    name: str,
+    step: int,
+    sample: torch.Tensor,
+    handed: torch.Tensor,
+    is_untouched: bool,
+    dtypes: Sequence[torch.dtype],
+    verdicts: Verdicts,
 ) -> None:
     """The latents of a step must be those that the step before returned.
 
@@ -392,6 +401,7 @@ def check_handed_on(
         sample: the latents that the scheduler was given.
         handed: the latents that it returned.
         is_untouched: whether these are one tensor that nobody has written into; then nothing is compared.
+        dtypes: of the step's transformer outputs, to which a pipeline may round its latents.
         verdicts: where it is noted if the values differ.
     """
 
@@ -405,7 +415,12 @@ def check_handed_on(
         return
     if sample.shape != handed.shape:
         raise RecordingError(message())
-    verdicts.add(~agree(sample.detach(), handed.detach()), message)
+    sample, handed = sample.detach(), handed.detach()
+    is_same = agree(sample, handed)
+    for dtype in dict.fromkeys(dtypes):
+        if dtype.itemsize < sample.dtype.itemsize:
+            is_same = is_same | agree(sample, handed.to(dtype).to(sample.dtype))
+    verdicts.add(~is_same, message)
 
 
 def check_place(name: str, step: int, scheduler: Any) -> None:

@@ -38,7 +38,7 @@ def passes_gradient(tensors: Sequence[torch.Tensor], leaf: torch.Tensor) -> torc
     """Whether a gradient other than 0 reaches `leaf` from `tensors`: a scalar flag on the leaf's device.
 
     A path may exist along which every gradient is exactly 0, for example where latents are overwritten in place.
-    Gradients that are not finite prove nothing and do not count.
+    Gradients that are not finite decide nothing and do not count.
     """
     tensors = [tensor for tensor in tensors if tensor.requires_grad]
     # Random cotangents, so that nothing cancels; their own generator, so that the user's noise stays the same.

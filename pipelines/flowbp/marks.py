@@ -35,7 +35,8 @@ class TrainedUses(TorchFunctionMode):
     """While active, marks the results of operations on trained parameters, and on what is marked.
 
     Args:
-        trained: `{id of a trained parameter: its name}`.
+        trained: parameters.
+        name_of: what to call one of them in a message.
 
     Attributes:
         in_callback: whether a step callback of the user's runs. There numpy gets what it asks for, as it would outside
@@ -43,11 +44,12 @@ class TrainedUses(TorchFunctionMode):
         has_left_torch: whether a tensor that carries a gradient became a numpy array inside a step callback.
     """
 
-    def __init__(self, trained: Mapping[int, str]) -> None:
+    def __init__(self, trained: Sequence[torch.nn.Parameter], name_of: Callable[[torch.nn.Parameter], str]) -> None:
         super().__init__()
         self.in_callback = False
         self.has_left_torch = False
-        self._trained = trained
+        self._trained = set(map(id, trained))
+        self._name_of = name_of
         self._is_suspended = False
         # Nothing needs to be passed on until something is marked.
         self._has_marks = False
@@ -82,8 +84,8 @@ class TrainedUses(TorchFunctionMode):
     def _origin(self, values: Sequence[Any]) -> str | None:
         for value in values:
             if isinstance(value, torch.Tensor):
-                name = self._trained.get(id(value))
-                if name is not None:
+                if id(value) in self._trained:
+                    name = self._name_of(value)
                     return f"the trained parameter {name}, used outside of the transformer's recorded calls"
                 if self._has_marks and (origin := mark_of(value)) is not None:
                     return origin

@@ -31,6 +31,7 @@ from .hooks import Patches
 from .marks import TrainedUses
 from .methods import Method
 from .plan import Plan
+from .state import name_of, parameters_of
 from .surrogate import Surrogate
 from .trajectory import ActiveStep, Call, Trajectory
 
@@ -85,7 +86,7 @@ class Recorder:
         self._patches = Patches()
         self._rollout: Rollout | None = None
         # Shapes that stand in for transformer outputs that nobody needs, from rollout to copy.
-        self._stand_ins: dict[tuple[int, int], Any] = {}
+        self._stand_ins: dict[tuple[torch.Size, ...], Any] = {}
 
     def __enter__(self) -> "Recorder":
         patched = {type(self.pipe): "__call__", type(self.scheduler): "step"}
@@ -117,9 +118,8 @@ class Recorder:
         holders = [call.arguments, *_keyword_holders(call)]
         for arguments in holders:
             checks.check_user_tensors(self.name, arguments)
-        uses = TrainedUses(
-            {id(p): name for each in self.transformers for name, p in each.named_parameters() if p.requires_grad}
-        )
+        trained = [p for each in self.transformers for p in parameters_of(each) if p.requires_grad]
+        uses = TrainedUses(trained, functools.partial(name_of, self.transformers))
         rollout = Rollout(self, Accounting(self.name, self.transformers, self.others, uses))
         for arguments in holders:
             _wrap_callback(arguments, rollout)
@@ -157,12 +157,14 @@ class Recorder:
     ) -> Any:
         if self._rollout is None or not any(module is each for each in self.transformers):
             return original(module, *args, **kwargs)
-        return self._rollout.transformer_call(module, functools.partial(original, module), args, kwargs)
+        with self._rollout.accounting.uses.suspended():
+            return self._rollout.transformer_call(module, functools.partial(original, module), args, kwargs)
 
     def _scheduler_step(self, original: Callable[..., Any], scheduler: Any, *args: Any, **kwargs: Any) -> Any:
         if self._rollout is None or scheduler is not self.scheduler or self._rollout.is_in_callback:
             return original(scheduler, *args, **kwargs)
-        return self._rollout.scheduler_step(functools.partial(original, scheduler), args, kwargs)
+        with self._rollout.accounting.uses.suspended():
+            return self._rollout.scheduler_step(functools.partial(original, scheduler), args, kwargs)
 
     def _scheduler_set_timesteps(self, original: Callable[..., Any], scheduler: Any, *args: Any, **kwargs: Any) -> Any:
         if scheduler is self.scheduler and self._rollout is not None and not self._rollout.is_in_callback:
@@ -320,7 +322,7 @@ class Rollout:
 
     def _unrecorded_call(self, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Compute as if nothing were recorded; where the result goes on towards the loss, it is found by its mark."""
-        with torch.no_grad(), self.accounting.uses.suspended():
+        with torch.no_grad():
             returned = original(*args, **kwargs)
         return self._marked(returned)
 
@@ -382,8 +384,10 @@ class Rollout:
         if self.is_finished:
             return _step_result(self.trajectory.endpoint.clone(), as_tuple)
         if self._latents is not None:
+            is_untouched = self._is_untouched(sample)
+            dtypes = [output.dtype for output in self._outputs]
             checks.check_handed_on(
-                name, self._step, sample, self._latents, self._is_untouched(sample), self.accounting.verdicts
+                name, self._step, sample, self._latents, is_untouched, dtypes, self.accounting.verdicts
             )
         # Skipped steps too: schedulers count their steps, and not all find their place by the timestep.
         with torch.no_grad():
@@ -476,9 +480,9 @@ def _wrap_callback(arguments: dict[str, Any], rollout: Rollout) -> None:
     arguments["callback_on_step_end"] = functools.partial(rollout.step_callback, callback)
 
 
-def _layout(leaves: list[Any]) -> tuple[int, int]:
-    """What tells calls of other batches apart: how many arguments, and the first matrix' length."""
-    return len(leaves), next((len(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.ndim > 1), 0)
+def _layout(leaves: list[Any]) -> tuple[torch.Size, ...]:
+    """What tells calls of other branches and batches apart."""
+    return tuple(leaf.shape for leaf in leaves if isinstance(leaf, torch.Tensor))
 
 
 def _is_list(result: Any, outputs: list[torch.Tensor]) -> bool:

@@ -21,10 +21,11 @@ from .trajectory import Call
 logger = logging.get_logger(__name__)
 
 # Largest relative difference (2-norm of a sample's output) between a recorded call and a replay that may run other
-# kernels: for fewer samples, or to keep what backward needs. On a CPU a whole replay must be equal bit for bit. Measured with 2 to 57 blocks: benchmarks/README.md, "How far replays differ".
+# kernels: for fewer samples, or to keep what backward needs. On a CPU a whole replay must be equal bit for bit.
+# Measured with 2 to 57 blocks: benchmarks/README.md, "How far replays differ".
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 
-# Transformers whose samples proved not to stand alone; they are called whole from then on.
+# Transformers whose samples do not stand alone, as one replay has shown; they are called whole from then on.
 _called_whole: "weakref.WeakSet[torch.nn.Module]" = weakref.WeakSet()
 
 
@@ -98,7 +99,8 @@ class Replayed:
     def forward(self) -> list[torch.Tensor]:
         """The outputs of one more call with the same arguments; where gradients are off, without a graph."""
         args, kwargs, _ = chosen_arguments(self.call, self.computed)
-        return floating_outputs(self.module(*args, **kwargs))
+        with self.call.state.under_autocast():
+            return floating_outputs(self.module(*args, **kwargs))
 
 
 class Replay:
@@ -132,7 +134,6 @@ class Replay:
             if not synchronises:
                 stack.enter_context(_no_exchange(module))
             stack.enter_context(torch.enable_grad())
-            stack.enter_context(call.state.under_autocast())
             yield self._verified(step, call, samples, module)
 
     def check_whole(self, step: int, call: Call) -> None:
@@ -171,7 +172,7 @@ class Replay:
 
         on_part = None if call.module in self._gradients_checked else check_gradients
         try:
-            with parts_that_run(call.module, on_part) as ran:
+            with parts_that_run(call.module, on_part) as ran, call.state.under_autocast():
                 outputs = floating_outputs(module(*args, **kwargs))
         except torch.OutOfMemoryError:
             raise

@@ -11,6 +11,7 @@ import torch
 
 from . import checks
 from .host import read, widened
+from .state import without_autocast
 
 Reward = Callable[[torch.Tensor, Sequence[str]], torch.Tensor]
 
@@ -93,7 +94,8 @@ def score(
         checks.check_rewards(checks.name_of_reward(reward), scored, len(part))
         # Each reward sees its own image only, so the sum's gradient is every reward's own.
         # It is scaled here and not later: float16 gradients of single pixels would be lost before.
-        (gradient,) = torch.autograd.grad(scored.sum() * gradient_scale, part)
+        with without_autocast(part.device.type):
+            (gradient,) = torch.autograd.grad(scored.sum() * gradient_scale, part)
         rewards.append(scored.detach())
         gradients.append(gradient)
     return torch.cat(rewards), torch.cat(gradients)

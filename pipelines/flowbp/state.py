@@ -9,7 +9,7 @@ a part of the gradient (an adapter that is fresh changes no value). So states an
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -39,10 +39,10 @@ class ModelState:
     @classmethod
     def of(cls, module: torch.nn.Module) -> "ModelState":
         """The state of `module` now. Take it before hooks of one's own are placed."""
-        parameters = list(module.parameters())
+        parts, parameters = parts_of(module), parameters_of(module)
         device_type = parameters[0].device.type if parameters else "cpu"
         return cls(
-            tuple(_facts(part) for part in module.modules()),
+            tuple(map(_facts, parts)),
             tuple(parameter._version for parameter in parameters if parameter.requires_grad),
             (device_type, torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)),
         )
@@ -50,9 +50,9 @@ class ModelState:
     def under_autocast(self) -> AbstractContextManager[Any]:
         """A context with the recorded autocast settings."""
         device_type, is_enabled, dtype = self.autocast
-        if not is_enabled and not torch.is_autocast_enabled(device_type):
-            return nullcontext()
-        return torch.autocast(device_type, dtype=dtype, enabled=is_enabled)
+        if not is_enabled:
+            return without_autocast(device_type)
+        return torch.autocast(device_type, dtype=dtype)
 
     def change(self, module: torch.nn.Module, now: "ModelState") -> str | None:
         """In words, the first part of `module` that differs from this state; `None` if none does.
@@ -61,17 +61,48 @@ class ModelState:
         """
         if self.parts == now.parts:
             return None
-        names = [name for name, _ in module.named_modules()]
-        for name, before, after in zip(names, self.parts, now.parts, strict=False):
+        for part, before, after in zip(parts_of(module), self.parts, now.parts, strict=False):
             if before != after:
-                return f"{name or type(module).__name__}: {_difference(before, after)}"
+                return f"{name_of([module], part)}: {_difference(before, after)}"
         return f"{len(self.parts)} parts, now {len(now.parts)}"
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """A context for backward passes, whose matrix products autocast would round once more."""
+    if not torch.is_autocast_enabled(device_type):
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)
+
+
+def parts_of(module: torch.nn.Module) -> list[torch.nn.Module]:
+    """All parts of a model, itself among them, each once: `module.modules()`, but fast enough for every update."""
+    found, pending = {}, [module]
+    while pending:
+        part = pending.pop()
+        if part is not None and part not in found:
+            found[part] = None
+            pending += part._modules.values()
+    return list(found)
+
+
+def parameters_of(module: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """All parameters of a model; one that parts share comes once for each of them."""
+    return [each for part in parts_of(module) for each in part._parameters.values() if each is not None]
+
+
+def name_of(modules: Sequence[torch.nn.Module], wanted: torch.nn.Module | torch.nn.Parameter) -> str:
+    """What a part or a parameter of one of these models is called in it; for messages."""
+    for module in modules:
+        for name, found in (*module.named_modules(), *module.named_parameters()):
+            if found is wanted:
+                return name or type(module).__name__
+    return type(wanted).__name__
 
 
 def _facts(part: torch.nn.Module) -> tuple[Any, ...]:
     attributes = part.__dict__
-    hooks = tuple(tuple(map(id, attributes[name].values())) if attributes[name] else () for name in _HOOKS)
-    facts: tuple[Any, ...] = (part.training, hooks, id(attributes.get("forward")))
+    hooks = [tuple(map(id, attributes[name].values())) for name in _HOOKS if attributes[name]]
+    facts: tuple[Any, ...] = (part.training, tuple(hooks), id(attributes.get("forward")))
     processor = attributes.get("processor") or attributes["_modules"].get("processor")
     if processor is not None:
         facts += ("processor", type(processor).__name__, _plain_attributes(processor))
@@ -120,7 +151,8 @@ def observable_parts(module: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Mo
         if part._compiled_call_impl is not None or "_orig_mod" in part._modules:
             continue
         yield name, part
-        pending += [(f"{name}.{child}" if name else child, each) for child, each in part.named_children()]
+        children = part._modules.items()
+        pending += [(f"{name}.{child}" if name else child, each) for child, each in children if each is not None]
 
 
 @contextmanager
