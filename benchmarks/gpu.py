@@ -82,6 +82,8 @@ class Run:
         loaded = []
 
         def build() -> dict[str, Any]:
+            # Models that are gone may still be in memory.
+            gc.collect()
             torch.manual_seed(0)
             reward = measures.ClipReward(self.device, self.is_tiny)
             bench = build_bench(self._size(name), self.device, torch.bfloat16, batch, reward=reward, prepare=prepare)
