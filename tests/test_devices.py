@@ -34,7 +34,7 @@ from tiny_sd3 import MAX_SEQUENCE_LENGTH, tiny_sd3_pipeline
 from toy_reward import make_reward
 from training_scripts import PROMPTS, SHARED_ARGUMENTS, command_line, log_of, write_prompts
 
-from flowbp import FlowBPCallback, Surrogate, Term, get_method, verify
+from flowbp import METHODS, FlowBPCallback, Surrogate, Term, get_method, verify
 from flowbp.callback import BackwardOutput
 from flowbp.checks import RecordingError
 from flowbp.guard import diversity, high_frequency_energy, saturated_share
@@ -195,6 +195,16 @@ def test_an_update_computes_nothing_in_float64(name: str, dtype: torch.dtype):
                 out = update(pipe, callback, is_function=is_function, guidance_scale=guidance_scale)
             assert not any(map(device.is_on_host, (out.rewards, out.loss, out.anchor, *out.gaps.values())))
             assert out.rewards.dtype == dtype
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_draws_move_to_the_host_first(name: str):
+    sigmas = torch.linspace(1, 0, 26)
+    method = get_method(name)
+    expected = method.draw(sigmas, generator())
+    with PretendedDevice() as device:
+        assert method.draw(sigmas, generator()) == expected
+    assert len(device.reads) == 1
 
 
 def test_numbers_of_pictures_and_videos_are_computed_without_float64_on_the_device():
