@@ -4,9 +4,12 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """What the documents say: code that runs, links that lead somewhere, options that there are."""
 
+import ast
+import importlib
 import importlib.util
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -70,3 +73,89 @@ def test_options_in_the_documents_are_options() -> None:
     for document in DOCUMENTS:
         found = set(re.findall(r"(?<![\w-])(--[a-z][\w-]+)", document.read_text(encoding="utf-8")))
         assert found <= known | others, (document, found - known - others)
+
+
+# docs/life_of_a_gradient.md: the update that it follows, and the names that it mentions.
+
+LIFE = ROOT / "docs" / "life_of_a_gradient.md"
+PACKAGE = ROOT / "pipelines" / "flowbp"
+ENGINE_MODULES = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
+
+
+def rows_of_tables(text: str) -> dict[str, list[str]]:
+    """`{first cell: other cells}` of all tables."""
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in re.findall(r"^\|.*\|$", text, re.MULTILINE)
+    ]
+    return {row[0]: row[1:] for row in rows}
+
+
+def test_the_update_that_the_page_follows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    text = LIFE.read_text(encoding="utf-8")
+    names: dict[str, Any] = {}
+    exec(compile(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], LIFE.name, "exec"), names)
+    gradients = [parameter.grad for parameter in names["pipe"].transformer.parameters() if parameter.requires_grad]
+    assert gradients and all(gradient is not None for gradient in gradients)
+    trajectory, rows = names["callback"].trajectory, rows_of_tables(text)
+    terms = trajectory.surrogate.terms
+    assert rows["step"] == [str(term.step) for term in terms]
+    assert rows["weight"] == [f"{term.weight:.3f}" for term in terms]
+    assert rows["coupling"] == [f"{term.coupling:g}" for term in terms]
+    with_latents = [number for number, step in trajectory.steps.items() if step.latents is not None]
+    for name, steps in (
+        ("`Trajectory.latents`", trajectory.latents),
+        ("`Trajectory.velocities`", trajectory.velocities),
+        ("`Trajectory.steps`", trajectory.steps),
+        ("`ActiveStep.latents`", with_latents),
+    ):
+        assert rows[name][0] == ", ".join(map(str, sorted(steps))), name
+
+
+def test_the_page_quotes_the_code() -> None:
+    text = LIFE.read_text(encoding="utf-8")
+    quoted = re.findall(r"```python\n# (pipelines/\S+)\n(.*?)```", text, re.DOTALL)
+    assert quoted
+    for name, code in quoted:
+        lines = {line.strip() for line in (ROOT / name).read_text(encoding="utf-8").splitlines()}
+        assert {line.strip() for line in code.splitlines()} - {"..."} <= lines, name
+
+
+def resolves(name: str, classes: dict[str, type]) -> bool:
+    """Whether `module.name`, `module.Class.name` or `Class.name` is in the engine."""
+    first, *others = name.split(".")
+    found: Any = classes[first] if first in classes else importlib.import_module(f"flowbp.{first}")
+    for other in others:
+        # Fields of dataclasses are not attributes of the class.
+        if isinstance(found, type) and other in getattr(found, "__dataclass_fields__", {}):
+            return True
+        if not hasattr(found, other):
+            return False
+        found = getattr(found, other)
+    return True
+
+
+def test_the_page_names_what_there_is() -> None:
+    text = LIFE.read_text(encoding="utf-8")
+    modules = [importlib.import_module(f"flowbp.{name}") for name in sorted(ENGINE_MODULES)]
+    classes = {
+        name: value
+        for module in modules
+        for name, value in vars(module).items()
+        if isinstance(value, type) and value.__module__.startswith("flowbp")
+    }
+    dotted = set(re.findall(r"`([A-Za-z_]+(?:\.[A-Za-z_]+)+)`", text))
+    of_engine = {name for name in dotted if name.partition(".")[0] in ENGINE_MODULES | set(classes)}
+    # Others are torch's, diffusers' and the pipeline's.
+    assert dotted - of_engine == {"flowbp.verify", "scheduler.step", "vae.decode", "torch.utils.checkpoint"}
+    assert len(of_engine) > 40
+    assert [name for name in sorted(of_engine) if not resolves(name, classes)] == []
+    # And the other way round: every module of the engine has its place in an update.
+    linked = set(re.findall(r"\]\(\.\./pipelines/flowbp/(\w+)\.py\)", text))
+    assert linked <= ENGINE_MODULES
+    imported = {
+        node.module
+        for node in ast.walk(ast.parse((PACKAGE / "callback.py").read_text()))
+        if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module
+    }
+    assert imported <= linked | {"host"}
