@@ -82,6 +82,13 @@ PACKAGE = ROOT / "pipelines" / "flowbp"
 ENGINE_MODULES = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
 
 
+def imported_by(module: str) -> set[str]:
+    """Modules of the package that a module of it imports."""
+    tree = ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))
+    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 1]
+    return {name for node in nodes for name in ([node.module] if node.module else [each.name for each in node.names])}
+
+
 def rows_of_tables(text: str) -> dict[str, list[str]]:
     """`{first cell: other cells}` of all tables."""
     rows = [
@@ -153,9 +160,20 @@ def test_the_page_names_what_there_is() -> None:
     # And the other way round: every module of the engine has its place in an update.
     linked = set(re.findall(r"\]\(\.\./pipelines/flowbp/(\w+)\.py\)", text))
     assert linked <= ENGINE_MODULES
-    imported = {
-        node.module
-        for node in ast.walk(ast.parse((PACKAGE / "callback.py").read_text()))
-        if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module
-    }
-    assert imported <= linked | {"host"}
+    assert imported_by("callback") <= linked | {"host"}
+
+
+def test_modules_do_not_import_what_they_must_not_know() -> None:
+    """The last column of CONTRIBUTING's table of modules."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    (table,) = re.findall(r"\| does not import \|\n\|---\|---\|---\|\n((?:\|.*\n)+)", text)
+    seen = set()
+    for line in table.splitlines():
+        owners, _, others = line.strip("|").split("|")
+        forbidden = set(re.findall(r"`(\w+)`", others)) or ENGINE_MODULES
+        assert forbidden <= ENGINE_MODULES, line
+        for owner in re.findall(r"`(\w+)`", owners):
+            seen.add(owner)
+            assert not imported_by(owner) & forbidden, (owner, imported_by(owner) & forbidden)
+    # What the engine imports is in the table too.
+    assert set().union(*map(imported_by, seen)) <= seen
