@@ -2,7 +2,7 @@
 #
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""Draws docs/how_it_works.png: one update as a picture. Run `python docs/how_it_works.py` after changing it."""
+"""Draws docs/how_it_works.png: the three stages of one update. Run `python docs/how_it_works.py` after changing it."""
 
 from pathlib import Path
 
