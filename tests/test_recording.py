@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -527,17 +528,17 @@ def test_a_transformer_that_is_random_in_another_way_is_refused(pipe: StableDiff
     noisy = pipe.transformer.proj_out.register_forward_hook(
         lambda module, args, output: output + 0.1 * torch.randn_like(output)
     )
-    with refused("the transformer draws random numbers at step 0, so a replay would compute something else") as caught:
+    with refused("the transformer draws random numbers (randn_like) at step 0, so a replay would compute") as caught:
         record(pipe, sparse(), guidance_scale=1.0)
     one_line(caught)
     noisy.remove()
 
 
 def test_a_transformer_with_noise_of_its_own_generator_is_refused(pipe: StableDiffusion3Pipeline):
-    own = generator(3)
+    own = np.random.default_rng(3)
     callback = sparse()
     noisy = pipe.transformer.proj_out.register_forward_hook(
-        lambda module, args, output: output + 0.1 * torch.randn(output.shape, generator=own)
+        lambda module, args, output: output + 0.1 * torch.from_numpy(own.standard_normal(output.shape)).to(output)
     )
     images = record(pipe, callback, guidance_scale=1.0)
     with refused("does not reproduce its recorded output: relative difference") as caught:
@@ -580,7 +581,7 @@ def test_parameters_changed_behind_autograd_are_refused(pipe: StableDiffusion3Pi
     images = record(pipe, callback)
     for parameter in pipe.transformer.parameters():
         parameter.data.mul_(1.01)
-    with refused("does not reproduce its recorded output"):
+    with refused("the transformer's parameters changed after the rollout was recorded, behind autograd's back"):
         callback.backward(REWARD, images, PROMPTS)
 
 
@@ -696,9 +697,9 @@ def test_each_image_is_scored_with_its_own_prompt(pipe: StableDiffusion3Pipeline
 def test_rewards_without_a_gradient_are_refused(pipe: StableDiffusion3Pipeline):
     callback = sparse()
     images = record(pipe, callback)
-    with refused("The rewards carry no gradient (given to backward); score the images that the recorded pipeline call"):
+    with refused("the rewards of backward(rewards) carry no gradient; score the images that the recorded pipeline"):
         callback.backward(REWARD(images.detach(), PROMPTS))
-    with refused("The rewards carry no gradient"):
+    with refused("carry no gradient"):
         callback.backward(lambda images, prompts: images.detach().mean((1, 2, 3)), images, PROMPTS)
 
 

@@ -271,7 +271,7 @@ class DecodesWithoutGradients(PlainLoop):
 
 # What is found, and what to do about it.
 ALTERED = ("the latents given to step 1 are not those that step 0 returned", "Record without such a callback")
-MEMORY = ("of earlier steps, other than through the latents of this one (guidance with memory)", "switch that guidance")
+MEMORY = ("of earlier steps, other than through the latents of this one (guidance with memory)", "switch that")
 DRIFT = ("changed from step 0 to step 1, and neither the latents nor a timestep explain it", "is not supported")
 DISCONNECTED = ("is not connected to the transformer's outputs by autograd", "cannot be trained through")
 NUMPY = ("turns tensors into numpy arrays, which carry no gradient", 'call it with output_type="pt"')
@@ -296,7 +296,7 @@ BROKEN: dict[type[PlainLoop], tuple[str, str]] = {
     OwnScheduler: ("Expected a complete rollout, got none", "with its own scheduler"),
     Refines: ("a transformer call that is not recorded", "switch that pass (a refiner, "),
     UsesParameters: ("the trained parameter context_embedder.weight, used outside of", "switch that pass"),
-    ChangesParameters: NOT_REPRODUCED,
+    ChangesParameters: ("parameters changed after the rollout was recorded", "call backward before they change"),
     ChangesSettings: NOT_REPRODUCED,
     PicturesThroughNumpy: NUMPY,
     PicturesThroughDetachedNumpy: NO_GRADIENT,

@@ -48,8 +48,8 @@ from training_scripts import (
 
 from flowbp import METHODS
 from flowbp.arguments import choose_method
-from flowbp.methods import OPTIONS
 from flowbp.checks import RecordingError
+from flowbp.methods import OPTIONS
 from flowbp.training_run import TrainingRun
 from flowbp.training_utils import LORA_FILE
 

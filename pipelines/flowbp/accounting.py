@@ -4,41 +4,27 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """The accounting of a rollout: told of its events, it asks `checks` and remembers what they need of earlier steps."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import weakref
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch.utils._pytree import TreeSpec, tree_leaves
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import TreeSpec, tree_leaves, tree_map
 
 from . import checks
-from .marks import TrainedUses
+from .graph import leaves_of
+from .marks import Draws, TrainedUses
 from .plan import Plan
-from .state import ModelState, parameters_of, parts_that_run, random_states
+from .state import Kind, ModelState, is_compiled, is_sharded, parameters_of, parts_that_run, trained_parameters
 
-
-@dataclass(eq=False)
-class Kind:
-    """Calls of one transformer at one place in their steps, with arguments of one structure and in one state.
-
-    Attributes:
-        module: the transformer.
-        place: how many calls come before in the step.
-        spec: structure of the arguments.
-        state: of the transformer.
-        parts: trained parts that ran in the rollout's first call of this kind.
-    """
-
-    module: torch.nn.Module
-    place: int
-    spec: TreeSpec
-    state: ModelState
-    parts: frozenset[torch.nn.Module]
-
-    def is_like(self, module: torch.nn.Module, place: int, spec: TreeSpec) -> bool:
-        """Whether a call is of this kind, if its state is."""
-        return module is self.module and place == self.place and spec == self.spec
+# What the first calls of each kind computed with, for every transformer; later rollouts compare with it too. A model
+# whose hooks are others at every rollout would add kinds without end.
+_kinds: "weakref.WeakKeyDictionary[torch.nn.Module, deque[Kind]]" = weakref.WeakKeyDictionary()
+MOST_KINDS = 16
 
 
 class Accounting:
@@ -67,7 +53,6 @@ class Accounting:
         trained = {id(parameter) for module in transformers for parameter in parameters_of(module)}
         # Those of a VAE at PyTorch's default, for example, whose gradient nobody wants.
         self._ignored = {id(parameter) for module in others.values() for parameter in parameters_of(module)} - trained
-        self._kinds: list[Kind] = []
         # Of each call of this step and of the one before: inputs without a graph, with their versions.
         self._inputs: list[list[Any]] = []
         self._previous_inputs: list[list[Any]] = []
@@ -115,31 +100,57 @@ class Accounting:
             ]
         )
 
-    @contextmanager
-    def computing(
-        self, step: int, module: torch.nn.Module, place: int, spec: TreeSpec, is_active: bool
-    ) -> Iterator[list[Kind]]:
-        """Watch a call. When the block closes, the list that it was given has the call's kind, for active steps.
+    def compute(
+        self, step: int, module: torch.nn.Module, spec: TreeSpec, is_active: bool, call: Callable[[], Any]
+    ) -> tuple[Any, ModelState | None, Kind | None]:
+        """Make a call without gradients.
 
-        States and parts are looked at where they matter: at the first call of a kind, and at active steps.
+        Returns:
+            What it returned; and for active steps the state in which it was made, and its kind.
         """
-        result: list[Kind] = []
-        kind = next((known for known in self._kinds if known.is_like(module, place, spec)), None)
-        if kind is not None and not is_active:
-            yield result
-            return
-        state, random = ModelState.of(module), random_states(module)
-        alike = [known for known in self._kinds if known.is_like(module, place, spec)]
-        kind = next((known for known in alike if known.state.parts == state.parts), None)
+        place = len(self._inputs) - 1
+        kinds = _kinds.setdefault(module, deque(maxlen=MOST_KINDS))
+        alike = [kind for kind in kinds if kind.place == place and kind.spec == spec]
+        if alike and not is_active:
+            with torch.no_grad():
+                return call(), None, None
+        state = ModelState.of(module)
+        trained = frozenset(map(id, trained_parameters(module)))
+        kind = next((kind for kind in alike if kind.structure == state.structure and kind.trained == trained), None)
         if kind is None:
-            with parts_that_run(module) as ran:
-                yield result
-            kind = Kind(module, place, spec, state, frozenset(ran))
-            self._kinds.append(kind)
+            returned, reached, parts = self._first_of_its_kind(step, module, call)
+            kind = Kind(place, spec, state.structure, trained, reached, parts)
+            kinds.append(kind)
         else:
-            yield result
-        checks.check_random(self.name, step, module, random, random_states(module))
-        result.append(Kind(module, place, spec, state, kind.parts))
+            with torch.no_grad():
+                returned = call()
+        now = ModelState.of(module)
+        checks.check_random(self.name, step, module, state.random, now.random)
+        if step == 0:
+            # What the first call sets up once (a table of positions, say) belongs to its state.
+            state = replace(state, values=now.values)
+        return returned, state, kind
+
+    def _first_of_its_kind(
+        self, step: int, module: torch.nn.Module, call: Callable[[], Any]
+    ) -> tuple[Any, frozenset[int] | None, frozenset[int]]:
+        """Make a call and find out what it computes with; -> what it returned, parameters reached, parts that ran."""
+        draws = nullcontext() if is_compiled(module) else Draws()
+        with draws, parts_that_run(module) as ran:
+            if is_sharded(module) or not trained_parameters(module):
+                with torch.no_grad():
+                    returned, reached = call(), None
+            else:
+                # A graph without the tensors that backward would need: it costs no memory, and shows its leaves.
+                with torch.enable_grad(), saved_tensors_hooks(lambda tensor: None, lambda nothing: None):
+                    returned = call()
+                tensors = [leaf for leaf in tree_leaves(returned) if isinstance(leaf, torch.Tensor)]
+                trained = set(map(id, trained_parameters(module)))
+                reached = frozenset(id(leaf) for leaf in leaves_of(tensors) if id(leaf) in trained)
+                returned = tree_map(lambda leaf: leaf.detach() if isinstance(leaf, torch.Tensor) else leaf, returned)
+        if isinstance(draws, Draws):
+            checks.check_draws(self.name, step, module, draws.found)
+        return returned, reached, frozenset(ran)
 
     # The scheduler's steps.
 
@@ -175,7 +186,7 @@ class Accounting:
 
     def settle(self) -> None:
         """The last step that is needed was made: read the verdicts, before anything is decoded."""
-        self._inputs, self._previous_inputs, self._kinds = [], [], []
+        self._inputs, self._previous_inputs = [], []
         self.verdicts.read()
 
     def returned(self, returned: Any, endpoint: torch.Tensor) -> None:

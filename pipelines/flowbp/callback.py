@@ -11,6 +11,7 @@ One update, through the modules that it uses (docs/life_of_a_gradient.md tells i
     sweep       `guidance` says which samples get a gradient, `replay` calls the transformer again, `sweep` adds it up
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,7 +30,7 @@ from .observers import GradientNorms, VelocityAnchor
 from .recording import Recorder
 from .replay import Replay
 from .scoring import Reward, check_images, prompts_of_images, score
-from .state import is_sharded, without_autocast
+from .state import is_sharded, trained_parameters, without_autocast, without_cudnn_attention
 from .surrogate import Surrogate
 from .sweep import sweep
 from .trajectory import Trajectory
@@ -241,16 +242,18 @@ class FlowBPCallback:
             check_images(images, num_images)
             prompts = prompts_of_images(prompts, num_images, len(self.endpoint))
             size = self.samples_per_decode
-            rewards, of_images = score(reward, images, prompts, size, gradient_scale, self.on_stage)
+            check = functools.partial(self._check_rewards, checks.name_of_reward(reward))
+            rewards, of_images = score(reward, images, prompts, size, gradient_scale, check, self.on_stage)
             rewards.requires_grad_()
         else:
             checks.check_scoring_arguments(False, images, prompts)
             rewards = reward
-            checks.check_rewards("given to backward", rewards, num_images)
+            self._check_rewards("backward(rewards)", rewards, num_images)
         weights = sample_weights(self.surrogate, gaps)
         weights = torch.ones_like(rewards) if weights is None else weights.to(rewards).repeat(len(trajectories))
         with torch.enable_grad():
             loss = (Objective() if objective is None else objective)(rewards, weights.detach())
+            checks.check_loss_roots(self._recorder.name, "rewards and objective", [loss], self._trained())
         adjoints = self._endpoint_gradients(loss, rewards, images, of_images, gradient_scale)
         self._is_done = True
         swept = self.sweep(adjoints, gradient_scale=gradient_scale, is_scaled=True, transformer=transformer)
@@ -286,10 +289,11 @@ class FlowBPCallback:
         self.on_stage("sweep")
         transformers = self._recorder.transformers
         checks.check_trainable(name, transformers)
+        checks.check_accumulates(name, transformers)
         steps = [step for trajectory in trajectories for step in trajectory.steps.values()]
         replay = Replay(name, self._wrapped(transformer))
         checks.check_one_wrapper(name, {call.module for step in steps for call in step.calls}, replay.modules)
-        checks.check_states(name, steps)
+        checks.check_states(name, steps, trajectories[0].parameter_norms)
         kept = kept_samples(name, steps, self.unconditional_gradient)
         beta = self.velocity_anchor
         anchor = VelocityAnchor(name, beta, gradient_scale, transformers) if beta else None
@@ -299,16 +303,29 @@ class FlowBPCallback:
                 for call in step.calls:
                     replay.check_whole(step.number, call)
         scaled = [widened(each) * (1 if is_scaled else gradient_scale) for each in adjoints]
-        with without_autocast(adjoints[0].device.type):
-            sweep(trajectories, scaled, kept, replay, anchor, norms)
-        value = torch.as_tensor(0.0 if anchor is None else anchor.value, device=adjoints[0].device)
+        fresh = [parameter for parameter in self._trained() if parameter.grad is None]
+        try:
+            with without_autocast(adjoints[0].device.type), without_cudnn_attention():
+                sweep(trajectories, scaled, kept, replay, anchor, norms)
+        except BaseException:
+            # A part of a gradient is worse than none.
+            for parameter in fresh:
+                parameter.grad = None
+            raise
+        value = adjoints[0].new_zeros(()) if anchor is None else anchor.value
         return SweepOutput(value, {} if norms is None else norms.found)
+
+    def _trained(self) -> list[torch.nn.Parameter]:
+        return [parameter for module in self._recorder.transformers for parameter in trained_parameters(module)]
+
+    def _check_rewards(self, reward: str, rewards: Any, count: int) -> None:
+        name = self._recorder.name
+        checks.check_rewards(name, reward, rewards, count)
+        checks.check_loss_roots(name, f"the rewards of {reward}", [rewards], self._trained())
 
     def _wrapped(self, transformer: torch.nn.Module | None) -> Mapping[torch.nn.Module, torch.nn.Module]:
         """What to call in place of the trained transformer, where processes share it."""
-        trained = [
-            module for module in self._recorder.transformers if any(p.requires_grad for p in module.parameters())
-        ]
+        trained = [module for module in self._recorder.transformers if trained_parameters(module)]
         is_wrapped = transformer is not None and (transformer is not trained[0] or is_sharded(transformer))
         return {trained[0]: transformer} if is_wrapped else {}
 
@@ -322,7 +339,7 @@ class FlowBPCallback:
     ) -> list[torch.Tensor]:
         self.on_stage("decode")
         endpoints = [trajectory.endpoint for trajectory in self.trajectories]
-        with without_autocast(endpoints[0].device.type):
+        with torch.enable_grad(), without_autocast(endpoints[0].device.type):
             if of_images is None:
                 gradients = torch.autograd.grad(loss * gradient_scale, endpoints, allow_unused=True)
             else:

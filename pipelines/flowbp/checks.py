@@ -18,11 +18,20 @@ from diffusers import DiffusionPipeline, ModularPipeline
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.utils._pytree import tree_leaves
 
-from .graph import leaves_of, passes_gradient
+from .graph import leaves_of, passes_gradient, passes_unchanged
 from .hooks import is_patched
 from .host import read, widened
 from .marks import mark_of
-from .state import ModelState, name_of, parameters_of, parts_of
+from .state import (
+    Kind,
+    ModelState,
+    name_of,
+    parameter_norms,
+    parameters_of,
+    parts_of,
+    trained_adapters,
+    trained_parameters,
+)
 from .trajectory import ActiveStep, Trajectory
 from .values import agree, holds_state, takes_two_values
 
@@ -76,6 +85,15 @@ def check_components(name: str, components: Mapping[str, Any], transformers: Seq
         raise RecordingError(
             f"{name}: expected a scheduler and a component named transformer or unet, got "
             f"{', '.join(sorted(components))}; use a flow-matching pipeline."
+        )
+
+
+def check_inference_weights(name: str, transformers: Sequence[torch.nn.Module]) -> None:
+    """Weights made under inference mode can never have a gradient, nor take part in one."""
+    if any(parameter.is_inference() for module in transformers for parameter in parameters_of(module)):
+        raise RecordingError(
+            f"{name}: the transformer's weights were made under torch.inference_mode(), so autograd cannot save them; "
+            "load them outside of it."
         )
 
 
@@ -135,7 +153,8 @@ def check_other_components(name: str, others: Mapping[str, torch.nn.Module]) -> 
         if trained and (has_adapter or len(trained) < len(parameters)):
             raise RecordingError(
                 f"{name}: {component}.{name_of([module], trained[0])} requires a gradient and others do not, so it "
-                f"seems meant for training, but only transformers are trained; call pipe.{component}.requires_grad_(False)."
+                f"seems meant for training, but only transformers are trained; call "
+                f"pipe.{component}.requires_grad_(False)."
             )
 
 
@@ -143,7 +162,7 @@ def check_adapters(name: str, transformers: Sequence[torch.nn.Module]) -> None:
     """A trained adapter that is fused, disabled or not active would get no gradient."""
     for transformer in transformers:
         for part in parts_of(transformer):
-            trained = _trained_adapters(part) if isinstance(part, BaseTunerLayer) else []
+            trained = trained_adapters(part) if isinstance(part, BaseTunerLayer) else []
             if not trained:
                 continue
             idle = [adapter for adapter in trained if adapter not in part.active_adapters]
@@ -164,18 +183,6 @@ def check_adapters(name: str, transformers: Sequence[torch.nn.Module]) -> None:
                     f"{', '.join(part.active_adapters) or 'none'}), so it would get no gradient; call "
                     "pipe.transformer.set_adapters, or freeze it."
                 )
-
-
-def _trained_adapters(part: BaseTunerLayer) -> list[str]:
-    """Names of the adapters of a layer that have a parameter that requires a gradient."""
-    found = []
-    for layer_name in part.adapter_layer_names:
-        layers = getattr(part, layer_name, None)
-        for adapter in layers.keys() if hasattr(layers, "keys") else ():
-            tensors = [layers[adapter]] if isinstance(layers[adapter], torch.Tensor) else layers[adapter].parameters()
-            if adapter not in found and any(tensor.requires_grad for tensor in tensors):
-                found.append(adapter)
-    return found
 
 
 def check_overlap(name: str, patched: Mapping[type, str]) -> None:
@@ -361,15 +368,27 @@ def check_drift(name: str, step: int, index: int, now: torch.Tensor, before: Any
     )
 
 
-def check_random(name: str, step: int, module: torch.nn.Module, before: list[bytes], after: list[bytes]) -> None:
+def check_random(
+    name: str, step: int, module: torch.nn.Module, before: Sequence[torch.Tensor], after: Sequence[torch.Tensor]
+) -> None:
     """A transformer that draws random numbers computes something else when it is called again."""
-    if before != after:
-        training = [path for path, part in module.named_modules() if part.training and path]
-        where = f" (in training mode: {training[0]}, ...)" if training else ""
-        raise RecordingError(
-            f"{name}: the transformer draws random numbers at step {step}{where}, so a replay would compute something "
-            "else; switch dropout of every kind off with pipe.transformer.eval()."
-        )
+    if any(old.numpy().tobytes() != new.numpy().tobytes() for old, new in zip(before, after, strict=True)):
+        raise RecordingError(_drawn(name, step, module, "draws random numbers"))
+
+
+def check_draws(name: str, step: int, module: torch.nn.Module, function: str | None) -> None:
+    """Draws from a generator of the model's own, or from a fork of the global one, leave no trace in its state."""
+    if function is not None:
+        raise RecordingError(_drawn(name, step, module, f"draws random numbers ({function})"))
+
+
+def _drawn(name: str, step: int, module: torch.nn.Module, what: str) -> str:
+    training = [path for path, part in module.named_modules() if part.training and path]
+    where = f" (in training mode: {training[0]}, ...)" if training else ""
+    return (
+        f"{name}: the transformer {what} at step {step}{where}, so a replay would compute something else; switch "
+        "dropout of every kind off with pipe.transformer.eval()."
+    )
 
 
 # The scheduler's steps.
@@ -388,7 +407,7 @@ def check_handed_on(
     name: str,
     step: int,
     sample: torch.Tensor,
-    handed: torch.Tensor,
+    leaf: torch.Tensor,
     is_untouched: bool,
     dtypes: Sequence[torch.dtype],
     verdicts: Verdicts,
@@ -399,8 +418,8 @@ def check_handed_on(
         name: the pipeline's class.
         step: the step.
         sample: the latents that the scheduler was given.
-        handed: the latents that it returned.
-        is_untouched: whether these are one tensor that nobody has written into; then nothing is compared.
+        leaf: the latents that it returned, in the glue.
+        is_untouched: whether these are one tensor that nobody has written into or hooked; then nothing is compared.
         dtypes: of the step's transformer outputs, to which a pipeline may round its latents.
         verdicts: where it is noted if the values differ.
     """
@@ -413,14 +432,26 @@ def check_handed_on(
 
     if is_untouched:
         return
-    if sample.shape != handed.shape:
+    values, expected = sample.detach(), leaf.detach()
+    if values.shape != expected.shape:
         raise RecordingError(message())
-    sample, handed = sample.detach(), handed.detach()
-    is_same = agree(sample, handed)
+    is_same = agree(values, expected)
     for dtype in dict.fromkeys(dtypes):
-        if dtype.itemsize < sample.dtype.itemsize:
-            is_same = is_same | agree(sample, handed.to(dtype).to(sample.dtype))
+        if dtype.itemsize < values.dtype.itemsize:
+            is_same = is_same | agree(values, expected.to(dtype).to(values.dtype))
     verdicts.add(~is_same, message)
+    if not sample.requires_grad:
+        passes = torch.zeros_like(is_same)
+    else:
+        passes = passes_unchanged(sample, leaf)
+    verdicts.add(
+        ~passes,
+        lambda: (
+            f"{name}: the gradient of the latents given to step {step} does not reach those that step {step - 1} "
+            "returned as it is (detached, scaled or hooked by a callback or the pipeline); leave the latents as they "
+            "are."
+        ),
+    )
 
 
 def check_place(name: str, step: int, scheduler: Any) -> None:
@@ -561,10 +592,26 @@ def check_endpoint_reached(name: str, gradients: Sequence[torch.Tensor | None]) 
 
 def check_trainable(name: str, transformers: Sequence[torch.nn.Module]) -> None:
     """Something must be there to train."""
-    if not any(parameter.requires_grad for module in transformers for parameter in module.parameters()):
+    if any(trained_parameters(module) for module in transformers):
+        return
+    layers = [part for each in transformers for part in parts_of(each) if isinstance(part, BaseTunerLayer)]
+    if any(layer.disable_adapters for layer in layers):
         raise ValueError(
-            f"{name}: the transformer has no trainable parameters; add a LoRA adapter or set requires_grad."
+            f"{name}: the transformer's adapters are disabled, so nothing is trained; call enable_lora()."
         )
+    raise ValueError(f"{name}: the transformer has no trainable parameters; add a LoRA adapter or set requires_grad.")
+
+
+def check_accumulates(name: str, transformers: Sequence[torch.nn.Module]) -> None:
+    """A sweep adds to `.grad` many times; what acts after each time would act too often."""
+    for module in transformers:
+        for parameter in trained_parameters(module):
+            if parameter._post_accumulate_grad_hooks:
+                raise RecordingError(
+                    f"{name}: {name_of([module], parameter)} has a post-accumulate-grad hook (an optimizer that steps "
+                    "within the backward pass), but a sweep accumulates once for each active step; step the optimizer "
+                    "after backward."
+                )
 
 
 def check_not_recording(is_recording: bool) -> None:
@@ -602,12 +649,16 @@ def check_one_wrapper(name: str, called: Iterable[torch.nn.Module], wrapped: Map
         )
 
 
-def check_states(name: str, steps: Sequence[ActiveStep]) -> None:
+def check_states(name: str, steps: Sequence[ActiveStep], norms: Mapping[torch.nn.Module, torch.Tensor | None]) -> None:
     """Calls are replayed in the state in which they were made, with the parameters that sampled."""
     now = {module: ModelState.of(module) for module in {call.module for step in steps for call in step.calls}}
     for step in steps:
         for call in step.calls:
             check_versions(name, call.state, now[call.module])
+    for module in now:
+        check_norms(name, norms[module], parameter_norms(module))
+    for step in steps:
+        for call in step.calls:
             check_state(name, step.number, call.module, call.state, now[call.module])
 
 
@@ -617,6 +668,18 @@ def check_versions(name: str, recorded: ModelState, now: ModelState) -> None:
         raise RecordingError(
             f"{name}: the transformer's parameters changed after the rollout was recorded; call backward before the "
             "optimizer's step."
+        )
+
+
+def check_norms(name: str, recorded: torch.Tensor | None, now: torch.Tensor | None) -> None:
+    """Values that were changed through `.data` leave no trace in version counters."""
+    if recorded is None or now is None:
+        return
+    has_changed = recorded.shape != now.shape or bool(read([((recorded != now) & (recorded == recorded)).any()])[0])
+    if has_changed:
+        raise RecordingError(
+            f"{name}: the transformer's parameters changed after the rollout was recorded, behind autograd's back "
+            "(.data); call backward before they change."
         )
 
 
@@ -654,37 +717,42 @@ def check_runs_with_gradients(name: str, path: str, part: torch.nn.Module) -> No
         )
 
 
-def check_parts(
-    name: str,
-    step: int,
-    module: torch.nn.Module,
-    expected: frozenset[torch.nn.Module],
-    ran: set[torch.nn.Module],
-    outputs: Sequence[torch.Tensor],
+def check_reach(
+    name: str, step: int, module: torch.nn.Module, kind: Kind, ran: set[int], outputs: Sequence[torch.Tensor]
 ) -> None:
-    """A replay must run, or reach through its graph, every trained part that the rollout's first such call ran.
+    """A replay must compute with every trained parameter that the first call of its kind computed with.
 
     Args:
         name: the pipeline's class.
         step: the step.
         module: the transformer.
-        expected: parts that ran at first.
-        ran: parts that ran now.
+        kind: of the call.
+        ran: ids of the trained parts that ran now.
         outputs: of the replay, with their graph.
     """
-    missing = expected - ran
-    if not missing:
-        return
-    # Compiled parts call no hooks, but their graph names their parameters.
-    reached = set(map(id, leaves_of(outputs)))
-    for path, part in module.named_modules():
-        own = [parameter for parameter in part.parameters(recurse=False) if parameter.requires_grad]
-        if part in missing and not all(id(parameter) in reached for parameter in own):
-            raise RecordingError(
-                f"{name}: step {step}: {path} ({type(part).__name__}) ran when the rollout began and does not now, so "
-                "what it computed is kept somewhere and its part of the gradient would be missing; switch that cache "
-                "off."
-            )
+    if kind.reached is None:
+        # Sharded parameters are other tensors while they compute.
+        missing: frozenset[int] = kind.parts - ran
+    else:
+        missing = kind.reached - set(map(id, leaves_of(outputs)))
+    if missing:
+        parts = {id(part): path for path, part in module.named_modules()}
+        parts |= {id(parameter): path for path, parameter in module.named_parameters()}
+        found = next((parts[each] for each in missing if each in parts), "a part")
+        raise RecordingError(
+            f"{name}: step {step}: {found} was computed with when the rollout began and is not now, so what it gave "
+            "is kept somewhere and its part of the gradient would be missing; switch that cache off."
+        )
+
+
+def check_graph(name: str, step: int, error: Exception) -> None:
+    """A cache that keeps tensors with their graph breaks a backward pass; say so in the words of this package."""
+    found = str(error)
+    if any(words in found for words in ("a second time", "unpack_hook", "does not require grad")):
+        raise RecordingError(
+            f"{name}: step {step}: the transformer's graph leads to tensors of an earlier call, so what it computed "
+            "then is kept somewhere; switch that cache off."
+        ) from error
 
 
 def check_reproduced(name: str, step: int, problem: str | None) -> None:
@@ -699,22 +767,48 @@ def check_reproduced(name: str, step: int, problem: str | None) -> None:
 # Rewards and penalties.
 
 
-def check_rewards(name: str, rewards: Any, count: int) -> None:
+def check_rewards(name: str, reward: str, rewards: Any, count: int) -> None:
     """One differentiable number for each image.
 
     Args:
-        name: the reward's, in words.
+        name: the pipeline's class.
+        reward: what the reward is called.
         rewards: what it returned.
         count: how many images it was given.
     """
     if not isinstance(rewards, torch.Tensor) or rewards.shape != (count,):
         found = tuple(rewards.shape) if isinstance(rewards, torch.Tensor) else type(rewards).__name__
-        raise ValueError(f"Expected one reward for each of {count} images, a tensor of shape ({count},), got {found}.")
+        raise ValueError(
+            f"{name}: expected one reward for each of {count} images, a tensor of shape ({count},), got {found}."
+        )
     if not rewards.requires_grad:
         raise RecordingError(
-            f"The rewards carry no gradient ({name}); score the images that the recorded pipeline call returned "
-            '(output_type="pt") with gradients on. A reward that has no gradient can judge with --eval_reward.'
+            f"{name}: the rewards of {reward} carry no gradient; score the images that the recorded pipeline call "
+            'returned (output_type="pt") with gradients on, or let a reward without a gradient judge (--eval_reward).'
         )
+
+
+def check_loss_roots(name: str, what: str, tensors: Sequence[torch.Tensor], trained: Iterable[torch.Tensor]) -> None:
+    """Rewards and objectives see the endpoint only, and nothing else of the rollout or of what is trained.
+
+    Args:
+        name: the pipeline's class.
+        what: the tensors, in words (plural).
+        tensors: rewards or a loss, with their graph.
+        trained: parameters of the transformers.
+    """
+    own, verdicts = set(map(id, trained)), Verdicts()
+    for leaf in leaves_of(tensors):
+        if id(leaf) in own:
+            found = f"depend on a trained parameter of shape {tuple(leaf.shape)} other than through the images, so a "
+            found += "part of the gradient would be lost; compute that apart and call its own backward"
+        elif "origin" in vars(leaf):
+            found = _dependence(leaf)
+        else:
+            continue
+        message = f"{name}: {what} {found}."
+        verdicts.add(passes_gradient(tensors, leaf), lambda message=message: message)
+    verdicts.read()
 
 
 def name_of_reward(reward: Any) -> str:

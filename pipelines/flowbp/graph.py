@@ -48,8 +48,24 @@ def passes_gradient(tensors: Sequence[torch.Tensor], leaf: torch.Tensor) -> torc
         )
         for tensor in tensors
     ]
-    with torch.enable_grad():
-        (gradient,) = torch.autograd.grad(tensors, [leaf], cotangents, allow_unused=True, retain_graph=True)
+    try:
+        with torch.enable_grad():
+            (gradient,) = torch.autograd.grad(tensors, [leaf], cotangents, allow_unused=True, retain_graph=True)
+    except (RuntimeError, TypeError):
+        # A graph that is not whole any more leads outside of what was recorded.
+        return torch.ones((), dtype=torch.bool, device=leaf.device)
     if gradient is None:
         return torch.zeros((), dtype=torch.bool, device=leaf.device)
     return (gradient.isfinite() & (gradient != 0)).any()
+
+
+def passes_unchanged(tensor: torch.Tensor, leaf: torch.Tensor) -> torch.Tensor:
+    """Whether a gradient of `tensor` reaches `leaf`, which has its shape, as it is: a scalar flag on the device."""
+    generator = torch.Generator(tensor.device).manual_seed(0)
+    # 1 and -1, which no cast rounds.
+    signs = torch.randint(0, 2, tensor.shape, generator=generator, device=tensor.device).to(tensor.dtype) * 2 - 1
+    with torch.enable_grad():
+        (gradient,) = torch.autograd.grad(tensor, [leaf], signs, allow_unused=True, retain_graph=True)
+    if gradient is None:
+        return torch.zeros((), dtype=torch.bool, device=leaf.device)
+    return (gradient == signs.to(gradient.dtype)).all()

@@ -17,7 +17,7 @@ from . import checks
 from .host import widened
 from .replay import Replayed
 from .samples import take
-from .state import is_sharded, observable_parts
+from .state import is_sharded, observable_parts, parts_of, trained_adapters, trained_parameters
 
 
 class VelocityAnchor:
@@ -41,13 +41,13 @@ class VelocityAnchor:
         self.gradient_scale = gradient_scale
         self.value: torch.Tensor | float = 0.0
         for module in transformers:
-            if any(parameter.requires_grad for parameter in module.parameters()):
+            if trained_parameters(module):
                 checks.check_anchor(name, module, removable_parameters(module))
 
     def add_to(self, cotangents: dict[int, torch.Tensor], replayed: Replayed) -> None:
         """Add the penalty's cotangents to those of a replay's outputs, and its value to `value`."""
         trained = replayed.call.module
-        if not cotangents or not any(parameter.requires_grad for parameter in trained.parameters()):
+        if not cotangents or not trained_parameters(trained):
             return
         with torch.no_grad(), adapters_off(trained):
             base = replayed.forward()
@@ -63,7 +63,7 @@ class VelocityAnchor:
 def removable_parameters(module: torch.nn.Module) -> set[int]:
     """Ids of the parameters that `adapters_off` takes out of a model's computation."""
     removable: set[int] = set()
-    for part in module.modules():
+    for part in parts_of(module):
         if isinstance(part, BaseTunerLayer):
             of_base = set(map(id, part.get_base_layer().parameters()))
             removable |= set(map(id, part.parameters())) - of_base
@@ -74,17 +74,19 @@ def removable_parameters(module: torch.nn.Module) -> set[int]:
 
 @contextmanager
 def adapters_off(module: torch.nn.Module) -> Iterator[None]:
-    """Switch all adapters of a model off, whichever are active, and back to what they were."""
-    adapters = [part for part in module.modules() if isinstance(part, BaseTunerLayer | AuxiliaryTrainingWrapper)]
-    before = [adapter._disable_adapters for adapter in adapters]
+    """Leave the trained adapters of a model out, whichever are active; frozen ones stay as they are."""
+    adapters = [part for part in parts_of(module) if isinstance(part, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    before = [(adapter._disable_adapters, adapter._active_adapter) for adapter in adapters]
     try:
         for adapter in adapters:
-            # Not enable_adapters(), which sets requires_grad too, on which DDP and FSDP2 rely.
-            adapter._disable_adapters = True
+            # Not set_adapter() or enable_adapters(), which set requires_grad too, on which DDP and FSDP2 rely.
+            kept = [each for each in adapter.active_adapters if each not in trained_adapters(adapter)]
+            adapter._active_adapter = kept
+            adapter._disable_adapters = adapter._disable_adapters or not kept
         yield
     finally:
-        for adapter, was_disabled in zip(adapters, before, strict=True):
-            adapter._disable_adapters = was_disabled
+        for adapter, (was_disabled, was_active) in zip(adapters, before, strict=True):
+            adapter._disable_adapters, adapter._active_adapter = was_disabled, was_active
 
 
 class GradientNorms:
@@ -123,7 +125,7 @@ class GradientNorms:
                 # The whole parameters of FSDP2 are there only while a part is called.
                 handles += [part.register_forward_pre_hook(place) for _, part in observable_parts(module)]
             else:
-                for part in module.modules():
+                for part in parts_of(module):
                     place(part)
         try:
             yield

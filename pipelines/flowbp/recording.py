@@ -15,10 +15,13 @@ refused is decided in `accounting` and `checks`, which are told of every event.
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
+from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
@@ -31,7 +34,7 @@ from .hooks import Patches
 from .marks import TrainedUses
 from .methods import Method
 from .plan import Plan
-from .state import name_of, parameters_of
+from .state import name_of, parameter_norms, parameters_of, trained_parameters, without_cudnn_attention
 from .surrogate import Surrogate
 from .trajectory import ActiveStep, Call, Trajectory
 
@@ -79,6 +82,7 @@ class Recorder:
         checks.check_offloading(
             self.name, pipe, {name: part for name, part in modules.items() if is_velocity_model(name) or name == "vae"}
         )
+        checks.check_inference_weights(self.name, self.transformers)
         checks.check_cache(self.name, self.transformers)
         checks.check_dropout(self.name, self.transformers)
         checks.check_adapters(self.name, self.transformers)
@@ -112,21 +116,22 @@ class Recorder:
 
     def _pipeline_call(self, original: Callable[..., Any], pipe: Any, *args: Any, **kwargs: Any) -> Any:
         if pipe is not self.pipe or self._rollout is not None:
-            return self._unrecorded(functools.partial(original, pipe, *args, **kwargs))
+            return original(pipe, *args, **kwargs)
         # A call that does not fit the signature raises what it always raises.
         call = inspect.signature(original).bind(pipe, *args, **kwargs)
         holders = [call.arguments, *_keyword_holders(call)]
         for arguments in holders:
             checks.check_user_tensors(self.name, arguments)
-        trained = [p for each in self.transformers for p in parameters_of(each) if p.requires_grad]
-        uses = TrainedUses(trained, functools.partial(name_of, self.transformers))
+        trained = [parameter for each in self.transformers for parameter in trained_parameters(each)]
+        untrained = [parameter for each in self.others.values() for parameter in parameters_of(each)]
+        uses = TrainedUses(trained, untrained, functools.partial(name_of, self.transformers))
         rollout = Rollout(self, Accounting(self.name, self.transformers, self.others, uses))
         for arguments in holders:
             _wrap_callback(arguments, rollout)
         grad_enabled = torch.is_grad_enabled()
         self._rollout = rollout
         try:
-            with uses:
+            with uses, without_cudnn_attention():
                 returned = original(*call.args, **call.kwargs)
             if rollout.is_finished:
                 rollout.accounting.returned(returned, rollout.trajectory.endpoint)
@@ -142,34 +147,39 @@ class Recorder:
             torch.set_grad_enabled(grad_enabled)
         return returned
 
-    def _unrecorded(self, call: Callable[[], Any]) -> Any:
-        """Make a call of another pipeline as if nothing were recorded."""
-        rollout, self._rollout = self._rollout, None
-        try:
-            return call()
-        finally:
-            self._rollout = rollout
-
     # Dispatch on the instance: the classes' other objects are left alone.
 
     def _transformer_call(
         self, original: Callable[..., Any], module: torch.nn.Module, *args: Any, **kwargs: Any
     ) -> Any:
-        if self._rollout is None or not any(module is each for each in self.transformers):
-            return original(module, *args, **kwargs)
+        if not any(module is each for each in self.transformers) or not self._is_own_call():
+            return self._others_call(module, functools.partial(original, module, *args, **kwargs))
         with self._rollout.accounting.uses.suspended():
             return self._rollout.transformer_call(module, functools.partial(original, module), args, kwargs)
 
     def _scheduler_step(self, original: Callable[..., Any], scheduler: Any, *args: Any, **kwargs: Any) -> Any:
-        if self._rollout is None or scheduler is not self.scheduler or self._rollout.is_in_callback:
+        if scheduler is not self.scheduler or not self._is_own_call() or self._rollout.is_in_callback:
             return original(scheduler, *args, **kwargs)
         with self._rollout.accounting.uses.suspended():
             return self._rollout.scheduler_step(functools.partial(original, scheduler), args, kwargs)
 
     def _scheduler_set_timesteps(self, original: Callable[..., Any], scheduler: Any, *args: Any, **kwargs: Any) -> Any:
-        if scheduler is self.scheduler and self._rollout is not None and not self._rollout.is_in_callback:
+        if scheduler is self.scheduler and self._is_own_call() and not self._rollout.is_in_callback:
             checks.check_one_loop(self.name, self._rollout.has_begun)
         return original(scheduler, *args, **kwargs)
+
+    def _is_own_call(self) -> bool:
+        """Whether the recorded call of the pipeline runs, and not another pipeline's inside of it."""
+        return self._rollout is not None and calling_pipeline() in (None, self.pipe)
+
+    def _others_call(self, module: torch.nn.Module, call: Callable[[], Any]) -> Any:
+        """A call of a transformer, of this or of another pipeline, that is not recorded."""
+        if self._rollout is None or not any(module is each for each in self.transformers):
+            return call()
+        with self._rollout.accounting.uses.suspended():
+            returned = call()
+        self._rollout.note_unrecorded(returned)
+        return returned
 
     # What rollouts of a block share.
 
@@ -187,7 +197,8 @@ class Recorder:
                 surrogate = self._draw(on_host)
             except ValueError as error:
                 raise ValueError(f"{self.name}: {error}") from error
-        trajectory = Trajectory(sigmas, surrogate)
+        norms = {module: parameter_norms(module) for module in self.transformers}
+        trajectory = Trajectory(sigmas, surrogate, norms)
         plan = Plan.of(surrogate, on_host, is_copy=bool(self.trajectories))
         self.trajectories.append(trajectory)
         self.on_stage("rollout")
@@ -260,7 +271,6 @@ class Rollout:
         # The leaf of this step's latents, and the copy of it that the pipeline was given, with its version.
         self._latents: torch.Tensor | None = None
         self._handed: tuple[torch.Tensor, int] | None = None
-        self._places = 0
         self._kept: dict[int, tuple[torch.Tensor, int, torch.Tensor]] = {}
 
     @property
@@ -296,6 +306,7 @@ class Rollout:
             self.trajectory, self.plan = self.recorder.begin()
             # From here on the pipeline's code between the leaves is recorded as glue.
             torch.set_grad_enabled(True)
+            self.accounting.uses.is_in_loop = True
         if self.is_finished or self.plan.skips(self._step):
             return self._marked(self.recorder.stand_in(leaves))
         is_active = self._step in self.plan.active
@@ -303,14 +314,13 @@ class Rollout:
         self.accounting.call_begins(self._step, module, leaves, kwargs, own)
         # Copies are taken before the call, which may write into its inputs.
         attached, inputs = self._keep_inputs(leaves) if is_active else ({}, [])
-        with self.accounting.computing(self._step, module, self._places, spec, is_active) as kind, torch.no_grad():
-            returned = original(*args, **kwargs)
-        self._places += 1
+        returned, state, kind = self.accounting.compute(
+            self._step, module, spec, is_active, functools.partial(original, *args, **kwargs)
+        )
         result, outputs = self._cut(returned)
         if is_active:
-            state, parts = kind[0].state, kind[0].parts
             is_list = _is_list(returned, outputs)
-            self._calls.append(Call(module, spec, inputs, attached, outputs, is_list, state, parts))
+            self._calls.append(Call(module, spec, inputs, attached, outputs, is_list, state, kind))
         self._outputs += outputs
         if not self.plan.is_copy:
             self.recorder.keep_stand_in(leaves, returned)
@@ -328,9 +338,13 @@ class Rollout:
 
     def _marked(self, returned: Any) -> Any:
         result, _ = self._cut(returned, checks.UNRECORDED)
+        self.note_unrecorded(result)
+        return result
+
+    def note_unrecorded(self, result: Any) -> None:
+        """Mark what a call returned that is not recorded."""
         tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
         self.accounting.uses.note(tensors, checks.UNRECORDED)
-        return result
 
     def _cut(self, returned: Any, origin: str = checks.OUTPUT) -> tuple[Any, list[torch.Tensor]]:
         """The result with copies of leaves in place of its floating point tensors, and these leaves."""
@@ -407,7 +421,10 @@ class Rollout:
 
     def _is_untouched(self, latents: torch.Tensor) -> bool:
         """Whether these are the latents that the scheduler handed on, and nobody has written into them."""
-        return self._handed is not None and latents is self._handed[0] and latents._version == self._handed[1]
+        if self._handed is None or latents is not self._handed[0] or latents._version != self._handed[1]:
+            return False
+        # A hook that the user's callback placed acts on the gradient only.
+        return not latents._backward_hooks
 
     def _keep_step(self, velocity: torch.Tensor, sample: torch.Tensor) -> None:
         trajectory, plan, step = self.trajectory, self.plan, self._step
@@ -443,7 +460,7 @@ class Rollout:
         else:
             leaf = following.requires_grad_()
             leaf.origin = checks.LATENTS
-            self._calls, self._outputs, self._latents, self._places = [], [], leaf, 0
+            self._calls, self._outputs, self._latents = [], [], leaf
             self._step += 1
             self.accounting.step_ends()
         # A copy, because pipelines may write into their latents.
@@ -452,14 +469,30 @@ class Rollout:
         return handed
 
 
+def calling_pipeline() -> Any:
+    """The pipeline whose code is running, found on the stack; `None` if there is none."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_argcount and frame.f_code.co_varnames[0] == "self":
+            variables = frame.f_locals
+            owner = variables["self"] if "self" in variables else None
+            if isinstance(variables, dict):
+                # Before Python 3.13 this is a copy that the frame keeps, and with it tensors of earlier steps.
+                variables.clear()
+            if isinstance(owner, DiffusionPipeline):
+                return owner
+        frame = frame.f_back
+    return None
+
+
 def guidance_scales(pipe: Any) -> dict[str, float]:
     """The guidance scales of a pipeline and its guider at this moment, by the names of their attributes."""
     found = {}
     for owner in (pipe, getattr(pipe, "guider", None)):
         for name in ("guidance_scale", "true_cfg_scale", "_guidance_scale", "_true_cfg_scale"):
             value = getattr(owner, name, None) if owner is not None else None
-            if isinstance(value, int | float):
-                found[name.removeprefix("_")] = float(value)
+            if isinstance(value, int | float | np.number | np.ndarray | torch.Tensor):
+                found[name.removeprefix("_")] = float(torch.as_tensor(value).min())
     return found
 
 

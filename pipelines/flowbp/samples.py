@@ -74,8 +74,10 @@ def chosen_arguments(call: Call, samples: Samples) -> tuple[tuple[Any, ...], dic
         if index in call.attached:
             inputs[index] = leaf.detach().requires_grad_()
             # A copy, because a transformer may write into its inputs.
-            leaf = inputs[index].clone()
-        chosen[index] = leaf
+            chosen[index] = inputs[index].clone()
+        else:
+            # Another object each time, so that nothing is taken for what an earlier replay was given.
+            chosen[index] = leaf.detach()
     args, kwargs = tree_unflatten(chosen, call.spec)
     if lists and samples is not None:
         args = tuple(_choose(value, call, samples) for value in args)

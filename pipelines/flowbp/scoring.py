@@ -61,6 +61,7 @@ def score(
     prompts: Sequence[str],
     size: int | None,
     gradient_scale: float,
+    check: Callable[[torch.Tensor, int], None],
     on_stage: Callable[[str], None],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rewards `(B,)` and `gradient_scale` times the gradient of each in its own image, `(B, 3, H, W)`.
@@ -71,11 +72,8 @@ def score(
         prompts: one for each image.
         size: images at a time; `None` for all.
         gradient_scale: factor on the gradients.
+        check: raises for rewards that are not as many as expected, or not differentiable in the images alone.
         on_stage: told "reward" before each part.
-
-    Raises:
-        ValueError: for rewards of another shape.
-        RecordingError: for rewards without a gradient.
     """
     parts = images.detach().split(size or len(images))
     are_finite = read([part.isfinite().all() for part in parts])
@@ -91,7 +89,7 @@ def score(
         on_stage("reward")
         with torch.enable_grad():
             scored = reward(part, of_part)
-        checks.check_rewards(checks.name_of_reward(reward), scored, len(part))
+        check(scored, len(part))
         # Each reward sees its own image only, so the sum's gradient is every reward's own.
         # It is scaled here and not later: float16 gradients of single pixels would be lost before.
         with without_autocast(part.device.type):

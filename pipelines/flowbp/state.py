@@ -2,10 +2,11 @@
 #
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""The state of a transformer that a call depends on beside its arguments, and which of its parts a call runs.
+"""The state of a transformer that a call depends on beside its arguments, and what of it a call computes with.
 
 A replay under another state, or one that takes a part's result from a cache, can give the recorded values and yet lack
-a part of the gradient (an adapter that is fresh changes no value). So states and parts are compared, not only values.
+a part of the gradient (an adapter that is fresh changes no value). So states, and the parameters that a call's graph
+reaches, are compared as well.
 """
 
 import functools
@@ -17,24 +18,53 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
+from torch.nn.modules import module as torch_module
+from torch.utils._pytree import TreeSpec
 
 _PLAIN = (bool, int, float, str, type(None))
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+# Parts of these packages keep nothing from call to call; their adapters are looked at by name.
+_STATELESS = ("torch", "peft")
 
 
-@dataclass(frozen=True)
+class _Held:
+    """A tensor that a part of a model holds, as it was: equal to itself unwritten, and to another of its values."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+        self.version = 0 if tensor.is_inference() else tensor._version
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Held):
+            return False
+        if self.tensor is other.tensor:
+            return self.version == other.version
+        left, right = self.tensor, other.tensor
+        is_unwritten = left.is_inference() or left._version == self.version
+        # Some models make their tables anew at every call. To compare them waits for the device, but is rare.
+        return is_unwritten and left.dtype == right.dtype and left.device == right.device and torch.equal(left, right)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+@dataclass(frozen=True, eq=False)
 class ModelState:
     """What a call of a model depends on beside its arguments.
 
     Attributes:
-        parts: for each part of the model its training flag, hooks, adapters, attention processor and replaced forward.
+        structure: for each part of the model its training flag, hooks, adapters, attention processor and replaced
+            forward, and hooks of all modules.
+        values: for each part its buffers and, where its class is not torch's own, its numbers, words and tensors.
         versions: version counters of the trained parameters.
         autocast: device type, whether autocast is on, and its dtype.
+        random: states of the generators that a call would draw from.
     """
 
-    parts: tuple[tuple[Any, ...], ...]
+    structure: tuple[Any, ...]
+    values: tuple[Any, ...]
     versions: tuple[int, ...]
     autocast: tuple[str, bool, torch.dtype]
+    random: list[torch.Tensor]
 
     @classmethod
     def of(cls, module: torch.nn.Module) -> "ModelState":
@@ -42,9 +72,11 @@ class ModelState:
         parts, parameters = parts_of(module), parameters_of(module)
         device_type = parameters[0].device.type if parameters else "cpu"
         return cls(
-            tuple(map(_facts, parts)),
+            (*map(_structure, parts), _global_hooks()),
+            tuple(map(_values, parts)),
             tuple(parameter._version for parameter in parameters if parameter.requires_grad),
             (device_type, torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)),
+            random_states(module),
         )
 
     def under_autocast(self) -> AbstractContextManager[Any]:
@@ -57,14 +89,39 @@ class ModelState:
     def change(self, module: torch.nn.Module, now: "ModelState") -> str | None:
         """In words, the first part of `module` that differs from this state; `None` if none does.
 
-        Autocast is left out, as replays have it as it was; so are the parameters' versions.
+        Autocast and random states are left out, as replays have them as they were; so are the parameters' versions.
         """
-        if self.parts == now.parts:
-            return None
-        for part, before, after in zip(parts_of(module), self.parts, now.parts, strict=False):
-            if before != after:
-                return f"{name_of([module], part)}: {_difference(before, after)}"
-        return f"{len(self.parts)} parts, now {len(now.parts)}"
+        parts = [*parts_of(module), None]
+        if len(self.structure) != len(now.structure):
+            return f"{len(self.structure) - 1} parts, now {len(now.structure) - 1}"
+        for before, after in ((self.structure, now.structure), (self.values, now.values)):
+            for part, old, new in zip(parts, before, after, strict=False):
+                if old != new:
+                    where = "hooks of all modules" if part is None else name_of([module], part)
+                    return f"{where}: {_difference(old, new)}"
+        return None
+
+
+@dataclass(frozen=True, eq=False)
+class Kind:
+    """Calls of one transformer at one place in their steps, with arguments of one structure and in one state.
+
+    Attributes:
+        place: how many calls come before in the step.
+        spec: structure of the arguments.
+        structure: of the transformer's state.
+        trained: ids of its trained parameters.
+        reached: ids of those that the graph of the first call of this kind reached; `None` for sharded transformers,
+            whose parameters are other tensors while they compute.
+        parts: ids of the trained parts that ran in that call, for sharded transformers.
+    """
+
+    place: int
+    spec: TreeSpec
+    structure: tuple[Any, ...]
+    trained: frozenset[int]
+    reached: frozenset[int] | None
+    parts: frozenset[int]
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:
@@ -74,9 +131,26 @@ def without_autocast(device_type: str) -> AbstractContextManager[Any]:
     return torch.autocast(device_type, enabled=False)
 
 
+@contextmanager
+def without_cudnn_attention() -> Iterator[None]:
+    """Keep cuDNN's attention out of what is differentiated: its backward pass gives wrong gradients.
+
+    With torch 2.11 and 2.13 on H100 and H200 it returns NaN, numbers such as 1e40 or an illegal memory access for some
+    shapes (pytorch/pytorch issue 196678; seen here on FLUX.1 in bfloat16, benchmarks/README.md). Flash and
+    memory-efficient attention take its place.
+    """
+    was_enabled = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(was_enabled)
+
+
 def parts_of(module: torch.nn.Module) -> list[torch.nn.Module]:
     """All parts of a model, itself among them, each once: `module.modules()`, but fast enough for every update."""
-    found, pending = {}, [module]
+    found: dict[torch.nn.Module, None] = {}
+    pending: list[torch.nn.Module | None] = [module]
     while pending:
         part = pending.pop()
         if part is not None and part not in found:
@@ -90,6 +164,27 @@ def parameters_of(module: torch.nn.Module) -> list[torch.nn.Parameter]:
     return [each for part in parts_of(module) for each in part._parameters.values() if each is not None]
 
 
+def trained_parameters(module: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """Parameters of a model that require a gradient, each once."""
+    return list({id(each): each for each in parameters_of(module) if each.requires_grad}.values())
+
+
+def trained_adapters(part: BaseTunerLayer | AuxiliaryTrainingWrapper) -> list[str]:
+    """Names of the adapters of a layer that have a parameter that requires a gradient."""
+    if isinstance(part, AuxiliaryTrainingWrapper):
+        held = [part.modules_to_save] if hasattr(part, "modules_to_save") else []
+    else:
+        held = [getattr(part, name, None) for name in part.adapter_layer_names]
+    found: dict[str, None] = {}
+    for layers in held:
+        for adapter in layers.keys() if hasattr(layers, "keys") else ():
+            layer = layers[adapter]
+            tensors = [layer] if isinstance(layer, torch.Tensor) else layer.parameters()
+            if any(tensor.requires_grad for tensor in tensors):
+                found[adapter] = None
+    return list(found)
+
+
 def name_of(modules: Sequence[torch.nn.Module], wanted: torch.nn.Module | torch.nn.Parameter) -> str:
     """What a part or a parameter of one of these models is called in it; for messages."""
     for module in modules:
@@ -99,10 +194,10 @@ def name_of(modules: Sequence[torch.nn.Module], wanted: torch.nn.Module | torch.
     return type(wanted).__name__
 
 
-def _facts(part: torch.nn.Module) -> tuple[Any, ...]:
+def _structure(part: torch.nn.Module) -> tuple[Any, ...]:
     attributes = part.__dict__
     hooks = [tuple(map(id, attributes[name].values())) for name in _HOOKS if attributes[name]]
-    facts: tuple[Any, ...] = (part.training, tuple(hooks), id(attributes.get("forward")))
+    facts: tuple[Any, ...] = (part.training, tuple(hooks), id(attributes.get("forward")), id(part))
     processor = attributes.get("processor") or attributes["_modules"].get("processor")
     if processor is not None:
         facts += ("processor", type(processor).__name__, _plain_attributes(processor))
@@ -117,6 +212,28 @@ def _facts(part: torch.nn.Module) -> tuple[Any, ...]:
     return facts
 
 
+def _values(part: torch.nn.Module) -> tuple[Any, ...]:
+    found: list[tuple[str, Any]] = [(name, _Held(each)) for name, each in part._buffers.items() if each is not None]
+    if not type(part).__module__.startswith(_STATELESS):
+        for name, value in part.__dict__.items():
+            # Checkpointing changes where tensors are kept, not what is computed.
+            if isinstance(value, _PLAIN) and "gradient_checkpointing" not in name:
+                found.append((name, value))
+            elif isinstance(value, torch.Tensor):
+                found.append((name, _Held(value)))
+    return tuple(found)
+
+
+def _global_hooks() -> tuple[Any, ...]:
+    registries = (
+        torch_module._global_forward_pre_hooks,
+        torch_module._global_forward_hooks,
+        torch_module._global_backward_pre_hooks,
+        torch_module._global_backward_hooks,
+    )
+    return tuple(id(hook) for registry in registries for hook in registry.values())
+
+
 def _plain_attributes(value: Any) -> tuple[tuple[str, Any], ...]:
     """Numbers, words and lists of them among an object's attributes."""
     found = []
@@ -128,19 +245,29 @@ def _plain_attributes(value: Any) -> tuple[tuple[str, Any], ...]:
     return tuple(found)
 
 
-def _difference(before: tuple[Any, ...], after: tuple[Any, ...]) -> str:
-    if before[0] != after[0]:
-        return f"{'training' if before[0] else 'evaluation'} mode, now {'training' if after[0] else 'evaluation'} mode"
-    if before[1] != after[1]:
-        return "other hooks"
-    if before[2] != after[2]:
-        return "another forward"
-    return f"{' '.join(map(str, before[3:]))}, now {' '.join(map(str, after[3:]))}"
+def _difference(old: tuple[Any, ...], new: tuple[Any, ...]) -> str:
+    if old and new and isinstance(old[0], bool):
+        if old[0] != new[0]:
+            return f"{'training' if old[0] else 'evaluation'} mode, now {'training' if new[0] else 'evaluation'} mode"
+        if old[1] != new[1]:
+            return "other hooks"
+        if old[2:4] != new[2:4]:
+            return "another forward" if old[3] == new[3] else "another part"
+        return f"{' '.join(map(str, old[4:]))}, now {' '.join(map(str, new[4:]))}"
+    if old and isinstance(old[0], tuple):
+        changed = [each for each in old if each not in new]
+        return f"its {changed[0][0]}" if changed else "something new"
+    return "other ones"
 
 
 def is_sharded(module: torch.nn.Module) -> bool:
     """Whether FSDP2 shards the module."""
     return hasattr(module, "set_requires_gradient_sync")
+
+
+def is_compiled(module: torch.nn.Module) -> bool:
+    """Whether `torch.compile` has a part in the module."""
+    return any(part._compiled_call_impl is not None or "_orig_mod" in part._modules for part in parts_of(module))
 
 
 def observable_parts(module: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
@@ -158,24 +285,24 @@ def observable_parts(module: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Mo
 @contextmanager
 def parts_that_run(
     module: torch.nn.Module, on_part: Callable[[str, torch.nn.Module], None] | None = None
-) -> Iterator[set[torch.nn.Module]]:
-    """Collect the trained parts that the calls of this block run.
+) -> Iterator[set[int]]:
+    """Collect the ids of the trained parts that the calls of this block run.
 
     Args:
         module: the model.
         on_part: told of every part that runs and has parameters of its own, trained or frozen.
     """
-    ran: set[torch.nn.Module] = set()
+    ran: set[int] = set()
 
     def note(name: str, part: torch.nn.Module, is_trained: bool, *_: object) -> None:
         if is_trained:
-            ran.add(part)
+            ran.add(id(part))
         if on_part is not None:
             on_part(name, part)
 
     handles = []
     for name, part in observable_parts(module):
-        own = list(part.parameters(recurse=False))
+        own = [each for each in part._parameters.values() if each is not None]
         is_trained = any(parameter.requires_grad for parameter in own)
         if is_trained or (own and on_part is not None):
             handles.append(part.register_forward_pre_hook(functools.partial(note, name, part, is_trained)))
@@ -186,10 +313,42 @@ def parts_that_run(
             handle.remove()
 
 
-def random_states(module: torch.nn.Module) -> list[bytes]:
-    """States of the random number generators that a call of `module` would draw from: the CPU's and its device's."""
+def random_states(module: torch.nn.Module) -> list[torch.Tensor]:
+    """States of the generators that a call of `module` would draw from: the CPU's and its device's."""
     states = [torch.get_rng_state()]
-    device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+    device = next((parameter.device for parameter in parameters_of(module)), torch.device("cpu"))
     if device.type not in ("cpu", "meta"):
         states.append(torch.get_device_module(device).get_rng_state(device))
-    return [state.numpy().tobytes() for state in states]
+    return states
+
+
+@contextmanager
+def with_random_states(module: torch.nn.Module, states: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Let the calls of this block draw what a recorded call drew; afterwards the generators go on as before."""
+
+    def put(values: Sequence[torch.Tensor]) -> None:
+        torch.set_rng_state(values[0])
+        if len(values) > 1:
+            device = parameters_of(module)[0].device
+            torch.get_device_module(device).set_rng_state(values[1], device)
+
+    before = random_states(module)
+    put(states)
+    try:
+        yield
+    finally:
+        put(before)
+
+
+def parameter_norms(module: torch.nn.Module) -> torch.Tensor | None:
+    """Norms of the trained parameters, one tensor on the device; `None` if there are none.
+
+    They show what version counters do not: values that were changed through `.data`.
+    """
+    tensors = [each.detach() for each in trained_parameters(module)]
+    tensors = [each.to_local() if hasattr(each, "to_local") else each for each in tensors]
+    tensors = [each for each in tensors if each.numel()]
+    if not tensors:
+        return None
+    norms = torch._foreach_norm(tensors)
+    return torch.stack([norm.to(norms[0].device, torch.float32) for norm in norms])

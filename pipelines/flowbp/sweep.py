@@ -22,6 +22,7 @@ import torch
 from .observers import GradientNorms, VelocityAnchor
 from .replay import Replay
 from .samples import Samples
+from .state import trained_parameters
 from .surrogate import Term
 from .trajectory import ActiveStep, Call, Trajectory
 
@@ -82,7 +83,7 @@ def _differentiate(
             cotangents = replayed.cotangents(glue.cotangents)
             if anchor is not None:
                 anchor.add_to(cotangents, replayed)
-            torch.autograd.backward([replayed.outputs[index] for index in cotangents], list(cotangents.values()))
+            replayed.backward(cotangents)
             glue.pull(replayed.input_gradients())
             # The graph is gone; let its outputs go too before the next one is made.
             del replayed
@@ -93,7 +94,7 @@ def _differentiate(
 
 def _is_needed(call: Call) -> bool:
     """A frozen transformer beside the trained one matters only where a gradient passes through it."""
-    return bool(call.attached) or any(parameter.requires_grad for parameter in call.module.parameters())
+    return bool(call.attached) or bool(trained_parameters(call.module))
 
 
 class Glue:

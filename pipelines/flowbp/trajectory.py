@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import TreeSpec
 
-from .state import ModelState
+from .state import Kind, ModelState
 from .surrogate import Surrogate
 
 
@@ -27,7 +27,7 @@ class Call:
         is_list: whether the outputs are a list with a tensor for each sample; lists of that length among the arguments
             then have one for each sample too. Otherwise the samples stand along the first dimension of `outputs[0]`.
         state: of the transformer at the call.
-        parts: trained parts of the transformer that ran in the rollout's first call of this kind.
+        kind: of the call, with what the first call of its kind computed with.
     """
 
     module: torch.nn.Module
@@ -37,7 +37,7 @@ class Call:
     outputs: list[torch.Tensor]
     is_list: bool
     state: ModelState
-    parts: frozenset[torch.nn.Module]
+    kind: Kind
 
     @property
     def size(self) -> int:
@@ -71,6 +71,7 @@ class Trajectory:
     Attributes:
         sigmas: `(N + 1,)`, the scheduler's; falling to 0, or rising to 1 where it inverts them.
         surrogate: what was drawn for it.
+        parameter_norms: `{transformer: norms of its trained parameters}` when the rollout began.
         latents: `{step: (B, ...)}` detached; `latents[N]` is the sample.
         velocities: `{step: (B, ...)}` detached.
         steps: `{step: ActiveStep}` of the surrogate's terms.
@@ -79,6 +80,7 @@ class Trajectory:
 
     sigmas: torch.Tensor
     surrogate: Surrogate
+    parameter_norms: dict[torch.nn.Module, torch.Tensor | None]
     latents: dict[int, torch.Tensor] = field(default_factory=dict)
     velocities: dict[int, torch.Tensor] = field(default_factory=dict)
     steps: dict[int, ActiveStep] = field(default_factory=dict)
