@@ -19,7 +19,7 @@ from diffusers import DiffusionPipeline
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from flowbp import FlowBPCallback, get_method
-from flowbp.recording import RecordingError
+from flowbp.checks import RecordingError
 from flowbp.surrogate import Surrogate, Term
 
 from .family import Case, Part
