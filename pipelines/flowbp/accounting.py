@@ -19,7 +19,16 @@ from . import checks
 from .graph import leaves_of
 from .marks import Draws, TrainedUses
 from .plan import Plan
-from .state import Kind, ModelState, is_compiled, is_sharded, parameters_of, parts_that_run, trained_parameters
+from .state import (
+    Kind,
+    ModelState,
+    is_compiled,
+    is_sharded,
+    parameters_of,
+    parts_that_run,
+    random_states,
+    trained_parameters,
+)
 
 # What the first calls of each kind computed with, for every transformer; later rollouts compare with it too. A model
 # whose hooks are others at every rollout would add kinds without end.
@@ -124,11 +133,10 @@ class Accounting:
         else:
             with torch.no_grad():
                 returned = call()
-        now = ModelState.of(module)
-        checks.check_random(self.name, step, module, state.random, now.random)
+        checks.check_random(self.name, step, module, state.random, random_states(module))
         if step == 0:
             # What the first call sets up once (a table of positions, say) belongs to its state.
-            state = replace(state, values=now.values)
+            state = replace(state, values=ModelState.of(module).values)
         return returned, state, kind
 
     def _first_of_its_kind(

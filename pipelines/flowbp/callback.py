@@ -282,7 +282,6 @@ class FlowBPCallback:
                 anchor where switching adapters off leaves something trained.
             RecordingError: where a replay is not what was recorded, or the unconditional branch cannot be found.
         """
-        checks.check_not_recording(self._is_recording)
         trajectories, name = self.trajectories, self._recorder.name
         adjoints = [adjoint] if isinstance(adjoint, torch.Tensor) else list(adjoint)
         checks.check_adjoints(adjoints, [trajectory.endpoint for trajectory in trajectories])
@@ -293,7 +292,7 @@ class FlowBPCallback:
         steps = [step for trajectory in trajectories for step in trajectory.steps.values()]
         replay = Replay(name, self._wrapped(transformer))
         checks.check_one_wrapper(name, {call.module for step in steps for call in step.calls}, replay.modules)
-        checks.check_states(name, steps, trajectories[0].parameter_norms)
+        checks.check_states(name, steps, trajectories[0].fingerprints)
         kept = kept_samples(name, steps, self.unconditional_gradient)
         beta = self.velocity_anchor
         anchor = VelocityAnchor(name, beta, gradient_scale, transformers) if beta else None

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline, ModularPipeline
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from .graph import leaves_of, passes_gradient, passes_unchanged
 from .hooks import is_patched
@@ -25,8 +25,8 @@ from .marks import mark_of
 from .state import (
     Kind,
     ModelState,
+    fingerprint,
     name_of,
-    parameter_norms,
     parameters_of,
     parts_of,
     trained_adapters,
@@ -323,11 +323,6 @@ def _dependence(leaf: torch.Tensor) -> str:
             f"depend on {origin}, other than through the latents of this one (guidance with memory), so a part of "
             "the gradient would be lost; switch that guidance or callback off"
         )
-    if isinstance(leaf, torch.nn.Parameter):
-        return (
-            f"use a parameter of shape {tuple(leaf.shape)} outside of the transformer's forward pass, so its gradient "
-            "would be lost; such a pipeline is not supported"
-        )
     return f"depend on a tensor of shape {tuple(leaf.shape)} that requires a gradient, which would be lost; detach it"
 
 
@@ -614,14 +609,6 @@ def check_accumulates(name: str, transformers: Sequence[torch.nn.Module]) -> Non
                 )
 
 
-def check_not_recording(is_recording: bool) -> None:
-    """Inside of the block a replay would be recorded."""
-    if is_recording:
-        raise RecordingError(
-            "backward was called inside the record() block, where transformer calls are hooked; leave the block first."
-        )
-
-
 def check_once(name: str, is_done: bool) -> None:
     """A second backward would add the gradient once more, through a graph that is gone."""
     if is_done:
@@ -649,17 +636,21 @@ def check_one_wrapper(name: str, called: Iterable[torch.nn.Module], wrapped: Map
         )
 
 
-def check_states(name: str, steps: Sequence[ActiveStep], norms: Mapping[torch.nn.Module, torch.Tensor | None]) -> None:
+def check_states(
+    name: str, steps: Sequence[ActiveStep], fingerprints: Mapping[torch.nn.Module, torch.Tensor | None]
+) -> None:
     """Calls are replayed in the state in which they were made, with the parameters that sampled."""
     now = {module: ModelState.of(module) for module in {call.module for step in steps for call in step.calls}}
     for step in steps:
         for call in step.calls:
             check_versions(name, call.state, now[call.module])
     for module in now:
-        check_norms(name, norms[module], parameter_norms(module))
+        check_values(name, fingerprints[module], fingerprint(module))
     for step in steps:
         for call in step.calls:
             check_state(name, step.number, call.module, call.state, now[call.module])
+            _, kwargs = tree_unflatten(call.leaves, call.spec)
+            check_lora_scale(name, call.module, kwargs)
 
 
 def check_versions(name: str, recorded: ModelState, now: ModelState) -> None:
@@ -671,7 +662,7 @@ def check_versions(name: str, recorded: ModelState, now: ModelState) -> None:
         )
 
 
-def check_norms(name: str, recorded: torch.Tensor | None, now: torch.Tensor | None) -> None:
+def check_values(name: str, recorded: torch.Tensor | None, now: torch.Tensor | None) -> None:
     """Values that were changed through `.data` leave no trace in version counters."""
     if recorded is None or now is None:
         return
@@ -748,7 +739,7 @@ def check_reach(
 def check_graph(name: str, step: int, error: Exception) -> None:
     """A cache that keeps tensors with their graph breaks a backward pass; say so in the words of this package."""
     found = str(error)
-    if any(words in found for words in ("a second time", "unpack_hook", "does not require grad")):
+    if any(words in found for words in ("a second time", "unpack_hook")):
         raise RecordingError(
             f"{name}: step {step}: the transformer's graph leads to tensors of an earlier call, so what it computed "
             "then is kept somewhere; switch that cache off."
@@ -826,16 +817,10 @@ def check_anchor(name: str, module: torch.nn.Module, removable: set[int]) -> Non
         module: a trained transformer.
         removable: ids of the parameters that switching adapters off takes out of the computation.
     """
-    adapters = [part for part in module.modules() if isinstance(part, BaseTunerLayer)]
-    if not adapters:
+    if not removable:
         raise ValueError(
             f"{name}: `velocity_anchor` compares with the transformer without its LoRA, which has none; add a LoRA "
             "adapter, or set it to 0."
-        )
-    if any(adapter.merged for adapter in adapters):
-        raise ValueError(
-            f"{name}: `velocity_anchor` switches the LoRA off, which is fused into the weights; call "
-            "pipe.unfuse_lora()."
         )
     for path, parameter in module.named_parameters():
         if parameter.requires_grad and id(parameter) not in removable:

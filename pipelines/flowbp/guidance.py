@@ -20,7 +20,7 @@ from .samples import Samples, recorded_outputs, take
 from .trajectory import ActiveStep
 
 # Independent cotangents that must agree.
-NUM_PROBES = 2
+NUM_PROBES = 4
 
 
 @dataclass(frozen=True, eq=False)

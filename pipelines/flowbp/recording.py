@@ -34,7 +34,7 @@ from .hooks import Patches
 from .marks import TrainedUses
 from .methods import Method
 from .plan import Plan
-from .state import name_of, parameter_norms, parameters_of, trained_parameters, without_cudnn_attention
+from .state import fingerprint, name_of, parameters_of, trained_parameters, without_cudnn_attention
 from .surrogate import Surrogate
 from .trajectory import ActiveStep, Call, Trajectory
 
@@ -197,8 +197,8 @@ class Recorder:
                 surrogate = self._draw(on_host)
             except ValueError as error:
                 raise ValueError(f"{self.name}: {error}") from error
-        norms = {module: parameter_norms(module) for module in self.transformers}
-        trajectory = Trajectory(sigmas, surrogate, norms)
+        fingerprints = {module: fingerprint(module) for module in self.transformers}
+        trajectory = Trajectory(sigmas, surrogate, fingerprints)
         plan = Plan.of(surrogate, on_host, is_copy=bool(self.trajectories))
         self.trajectories.append(trajectory)
         self.on_stage("rollout")
@@ -266,6 +266,8 @@ class Rollout:
         self.is_finished = False
         self.is_in_callback = False
         self._step = 0
+        # With those that an earlier end leaves out.
+        self._num_made = 0
         self._calls: list[Call] = []
         self._outputs: list[torch.Tensor] = []
         # The leaf of this step's latents, and the copy of it that the pipeline was given, with its version.
@@ -395,6 +397,8 @@ class Rollout:
         as_tuple = values.get("return_dict", True) is False
         name = self.recorder.name
         checks.check_loop_has_begun(name, self.has_begun)
+        checks.check_number_of_steps(name, self._num_made, self.plan.num_steps)
+        self._num_made += 1
         if self.is_finished:
             return _step_result(self.trajectory.endpoint.clone(), as_tuple)
         if self._latents is not None:
@@ -407,7 +411,6 @@ class Rollout:
         with torch.no_grad():
             result = original(*_detached(args), **_detached(kwargs))
         checks.check_place(name, self._step, self.recorder.scheduler)
-        checks.check_number_of_steps(name, self._step, self.plan.num_steps)
         if self.plan.skips(self._step):
             following = self.recorder.renoised(self.plan) if self._step == self.plan.last - 1 else sample.detach()
         else:

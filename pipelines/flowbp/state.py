@@ -25,6 +25,8 @@ _PLAIN = (bool, int, float, str, type(None))
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 # Parts of these packages keep nothing from call to call; their adapters are looked at by name.
 _STATELESS = ("torch", "peft")
+# How many numbers of each trained parameter are compared one by one.
+FINGERPRINT_LENGTH = 1024
 
 
 class _Held:
@@ -340,8 +342,8 @@ def with_random_states(module: torch.nn.Module, states: Sequence[torch.Tensor]) 
         put(before)
 
 
-def parameter_norms(module: torch.nn.Module) -> torch.Tensor | None:
-    """Norms of the trained parameters, one tensor on the device; `None` if there are none.
+def fingerprint(module: torch.nn.Module) -> torch.Tensor | None:
+    """Norms and first numbers of the trained parameters, one tensor on the device; `None` if there are none.
 
     They show what version counters do not: values that were changed through `.data`.
     """
@@ -350,5 +352,6 @@ def parameter_norms(module: torch.nn.Module) -> torch.Tensor | None:
     tensors = [each for each in tensors if each.numel()]
     if not tensors:
         return None
-    norms = torch._foreach_norm(tensors)
-    return torch.stack([norm.to(norms[0].device, torch.float32) for norm in norms])
+    pieces = [norm.reshape(1) for norm in torch._foreach_norm(tensors)]
+    pieces += [each.flatten()[:FINGERPRINT_LENGTH] for each in tensors]
+    return torch.cat([piece.to(tensors[0].device, torch.float32) for piece in pieces])

@@ -71,7 +71,7 @@ class Trajectory:
     Attributes:
         sigmas: `(N + 1,)`, the scheduler's; falling to 0, or rising to 1 where it inverts them.
         surrogate: what was drawn for it.
-        parameter_norms: `{transformer: norms of its trained parameters}` when the rollout began.
+        fingerprints: `{transformer: see state.fingerprint}` when the rollout began.
         latents: `{step: (B, ...)}` detached; `latents[N]` is the sample.
         velocities: `{step: (B, ...)}` detached.
         steps: `{step: ActiveStep}` of the surrogate's terms.
@@ -80,7 +80,7 @@ class Trajectory:
 
     sigmas: torch.Tensor
     surrogate: Surrogate
-    parameter_norms: dict[torch.nn.Module, torch.Tensor | None]
+    fingerprints: dict[torch.nn.Module, torch.Tensor | None]
     latents: dict[int, torch.Tensor] = field(default_factory=dict)
     velocities: dict[int, torch.Tensor] = field(default_factory=dict)
     steps: dict[int, ActiveStep] = field(default_factory=dict)
