@@ -59,7 +59,7 @@ class ClipReward(torch.nn.Module):
 # Seconds and bytes.
 
 
-def timed(bench: Bench, make_gradients: Callable[[Stages], Any], repeats: int = 2, warm_up: int = 0) -> dict[str, Any]:
+def timed(bench: Bench, make_gradients: Callable[[Stages], Any], repeats: int = 1, warm_up: int = 0) -> dict[str, Any]:
     """Whole updates: seconds of each, seconds and peak memory by stage of the last one.
 
     Peaks are GiB above `loaded`, which includes the optimizer's state. On a CPU there are none.
@@ -100,17 +100,14 @@ def gradient_differences(bench: Bench, ways: dict[str, Callable[[Stages], Any]],
     return {name: ((gradient - known).norm() / known.norm()).item() for name, gradient in gradients.items()}
 
 
-def stock_rollout(bench: Bench, repeats: int = 2) -> dict[str, Any]:
+def stock_rollout(bench: Bench) -> dict[str, Any]:
     """Seconds of the pipeline's own call up to the latents, without recording."""
-    seconds = []
-    for _ in range(repeats):
-        stages = Stages(bench.device)
-        stages.mark("rollout")
-        with torch.no_grad():
-            bench.pipe(**{**bench.call, "output_type": "latent"})
-        stages.mark(None)
-        seconds.append(stages.seconds["rollout"])
-    return {"seconds": seconds}
+    stages = Stages(bench.device)
+    stages.mark("rollout")
+    with torch.no_grad():
+        bench.pipe(**{**bench.call, "output_type": "latent"})
+    stages.mark(None)
+    return {"seconds": [stages.seconds["rollout"]]}
 
 
 def graphs_alive(bench: Bench, method: str, **options: Any) -> dict[str, Any]:
