@@ -21,7 +21,7 @@ from updates import Bench, record, sweep_update, whole_update
 from flowbp import FlowBPCallback, Surrogate, Term, get_method
 from flowbp.guidance import kept_samples
 from flowbp.observers import adapters_off
-from flowbp.replay import TOLERANCE, deviations
+from flowbp.replayed import TOLERANCE, deviations
 from flowbp.rewards.clip import CLIPReward
 from flowbp.rewards.openclip import VIT_H_14, crop_long
 from flowbp.samples import Samples, chosen_arguments, floating_outputs

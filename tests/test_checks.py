@@ -76,6 +76,7 @@ from flowbp import (
     Term,
     accounting,
     checks,
+    get_method,
     graph,
     guidance,
     hooks,
@@ -634,6 +635,12 @@ def without_gradients_inside(pipe: Any) -> None:
     part.forward = torch.no_grad()(part.forward)
 
 
+def made_with(method: Any = None, **options: Any) -> str:
+    """Options of the callback alone."""
+    FlowBPCallback(get_method("full") if method is None else method, **options)
+    return ACCEPTED
+
+
 def changes_a_norm(pipe: Any) -> None:
     """What torch's own modules hold is not looked at: it shows in the values."""
     for block in pipe.transformer.transformer_blocks:
@@ -679,6 +686,11 @@ def fused_style(pipe: Any) -> None:
 
 SCENARIOS: dict[str, list[Scenario]] = {
     # Recorder: the pipeline, before anything runs.
+    "check_options": [
+        Scenario("`method` must come from get_method()", lambda: made_with(method="full"), ACCEPTED),
+        Scenario("`samples_per_decode` must be", lambda: made_with(samples_per_decode=0), ACCEPTED, 1),
+        Scenario("`velocity_anchor` must be", lambda: made_with(velocity_anchor=-1.0), ACCEPTED, 2),
+    ],
     "check_pipeline": [
         Scenario(
             "a modular pipeline",

@@ -39,7 +39,7 @@ from flowbp.callback import BackwardOutput
 from flowbp.checks import RecordingError
 from flowbp.guard import diversity, high_frequency_energy, saturated_share
 from flowbp.host import float64_on_host, read
-from flowbp.replay import TOLERANCE, deviations
+from flowbp.replayed import TOLERANCE, deviations
 from flowbp.training_run import TrainingRun, estimate
 from flowbp.validation import draw_pictures
 

@@ -10,6 +10,7 @@ function is asked. Those that need numbers put a verdict on the device; `Verdict
 """
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from .graph import leaves_of, passes_gradient, passes_unchanged
 from .hooks import is_patched
 from .host import read, widened
 from .marks import mark_of
+from .methods import Method
 from .state import (
     Kind,
     ModelState,
@@ -32,6 +34,7 @@ from .state import (
     trained_adapters,
     trained_parameters,
 )
+from .surrogate import Surrogate
 from .trajectory import ActiveStep, Trajectory
 from .values import agree, holds_state, takes_two_values
 
@@ -64,7 +67,17 @@ class Verdicts:
                 raise RecordingError(message())
 
 
-# The pipeline, before anything runs.
+# The callback and the pipeline, before anything runs.
+
+
+def check_options(method: Any, samples_per_decode: int | None, velocity_anchor: float) -> None:
+    """Options of `FlowBPCallback` outside of their range."""
+    if not isinstance(method, Method | Surrogate):
+        raise ValueError(f"`method` must come from get_method() or be a Surrogate, got {type(method).__name__}.")
+    if samples_per_decode is not None and samples_per_decode < 1:
+        raise ValueError(f"`samples_per_decode` must be at least 1 or None, got {samples_per_decode}.")
+    if not 0 <= velocity_anchor < math.inf:
+        raise ValueError(f"`velocity_anchor` must be a number of at least 0, got {velocity_anchor}.")
 
 
 def check_pipeline(pipe: Any) -> None:
@@ -758,12 +771,13 @@ def check_reproduced(name: str, step: int, problem: str | None) -> None:
 # Rewards and penalties.
 
 
-def check_rewards(name: str, reward: str, rewards: Any, count: int) -> None:
-    """One differentiable number for each image.
+def check_rewards(name: str, reward: str, trained: Iterable[torch.Tensor], rewards: Any, count: int) -> None:
+    """One number for each image, differentiable in the images alone.
 
     Args:
         name: the pipeline's class.
         reward: what the reward is called.
+        trained: parameters of the transformers.
         rewards: what it returned.
         count: how many images it was given.
     """
@@ -777,6 +791,7 @@ def check_rewards(name: str, reward: str, rewards: Any, count: int) -> None:
             f"{name}: the rewards of {reward} carry no gradient; score the images that the recorded pipeline call "
             'returned (output_type="pt") with gradients on, or let a reward without a gradient judge (--eval_reward).'
         )
+    check_loss_roots(name, f"the rewards of {reward}", [rewards], trained)
 
 
 def check_loss_roots(name: str, what: str, tensors: Sequence[torch.Tensor], trained: Iterable[torch.Tensor]) -> None:

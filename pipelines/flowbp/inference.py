@@ -13,7 +13,7 @@ import diffusers
 from diffusers import DiffusionPipeline
 from diffusers.loaders import PeftAdapterMixin
 
-from .recording import is_velocity_model
+from .introspection import is_velocity_model
 
 # What scripts give a pipeline themselves.
 OWN_ARGUMENTS = "prompt generator output_type return_dict callback_on_step_end".split()

@@ -245,6 +245,11 @@ class Method:
     unconditional_gradient: bool
     undo_guidance: bool
 
+    @property
+    def num_noised(self) -> int:
+        """How many re-noised copies of the sample its surrogates have."""
+        return self.options.get("num_noised", 0)
+
     def draw(self, sigmas: torch.Tensor, generator: torch.Generator | None = None) -> Surrogate:
         """Draw a surrogate for one rollout.
 

@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from . import checks
 from .host import widened
-from .replay import Replayed
+from .replayed import Replayed
 from .samples import take
 from .state import is_sharded, observable_parts, parts_of, trained_adapters, trained_parameters
 

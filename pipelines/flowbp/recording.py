@@ -15,13 +15,10 @@ refused is decided in `accounting` and `checks`, which are told of every event.
 
 import functools
 import inspect
-import sys
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
-from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
@@ -29,19 +26,16 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 from . import checks
 from .accounting import Accounting
-from .graph import leaves_of
 from .hooks import Patches
+from .introspection import calling_pipeline, guidance_scales, is_velocity_model, keyword_arguments
+from .kept_inputs import KeptInputs
 from .marks import TrainedUses
 from .methods import Method
 from .plan import Plan
+from .stand_ins import StandIns
 from .state import fingerprint, name_of, parameters_of, trained_parameters, without_cudnn_attention
 from .surrogate import Surrogate
 from .trajectory import ActiveStep, Call, Trajectory
-
-
-def is_velocity_model(component: str) -> bool:
-    """Whether a pipeline's component of this name computes velocities: a transformer, in few pipelines a UNet."""
-    return "transformer" in component or component == "unet"
 
 
 class Recorder:
@@ -89,8 +83,7 @@ class Recorder:
         checks.check_other_components(self.name, self.others)
         self._patches = Patches()
         self._rollout: Rollout | None = None
-        # Shapes that stand in for transformer outputs that nobody needs, from rollout to copy.
-        self._stand_ins: dict[tuple[torch.Size, ...], Any] = {}
+        self.stand_ins = StandIns()
 
     def __enter__(self) -> "Recorder":
         patched = {type(self.pipe): "__call__", type(self.scheduler): "step"}
@@ -119,12 +112,11 @@ class Recorder:
             return original(pipe, *args, **kwargs)
         # A call that does not fit the signature raises what it always raises.
         call = inspect.signature(original).bind(pipe, *args, **kwargs)
-        holders = [call.arguments, *_keyword_holders(call)]
+        holders = [call.arguments, *keyword_arguments(call)]
         for arguments in holders:
             checks.check_user_tensors(self.name, arguments)
-        trained = [parameter for each in self.transformers for parameter in trained_parameters(each)]
         untrained = [parameter for each in self.others.values() for parameter in parameters_of(each)]
-        uses = TrainedUses(trained, untrained, functools.partial(name_of, self.transformers))
+        uses = TrainedUses(self.trained, untrained, functools.partial(name_of, self.transformers))
         rollout = Rollout(self, Accounting(self.name, self.transformers, self.others, uses))
         for arguments in holders:
             _wrap_callback(arguments, rollout)
@@ -183,6 +175,11 @@ class Recorder:
 
     # What rollouts of a block share.
 
+    @property
+    def trained(self) -> list[torch.nn.Parameter]:
+        """Parameters of the transformers that require a gradient."""
+        return [parameter for each in self.transformers for parameter in trained_parameters(each)]
+
     def begin(self) -> tuple[Trajectory, Plan]:
         """The trajectory of the rollout that begins, and its plan; draws the surrogate for the first one."""
         checks.check_inference_mode(self.name)
@@ -214,21 +211,6 @@ class Recorder:
             return self.method.draw(1 - sigmas, self.generator).negated()
         return self.method.draw(sigmas, self.generator)
 
-    def stand_in(self, leaves: list[Any]) -> Any:
-        """In place of outputs that nobody needs: zeros shaped as those of an earlier call of this batch."""
-        shaped = self._stand_ins.get(_layout(leaves), next(reversed(self._stand_ins.values())))
-        return tree_map(lambda value: value() if isinstance(value, functools.partial) else value, shaped)
-
-    def keep_stand_in(self, leaves: list[Any], result: Any) -> None:
-        """Remember the shapes of a call's outputs."""
-
-        def shaped(value: Any) -> Any:
-            if not isinstance(value, torch.Tensor):
-                return value
-            return functools.partial(torch.zeros, value.shape, dtype=value.dtype, device=value.device)
-
-        self._stand_ins[_layout(leaves)] = tree_map(shaped, result)
-
     def renoised(self, plan: Plan) -> torch.Tensor:
         """DRaFT-LV's input of the last step: `(1 - sigma) x_N + sigma noise` at the last step's sigma."""
         sample = self.trajectories[0].latents[plan.last + 1]
@@ -249,11 +231,9 @@ class Recorder:
 class Rollout:
     """Cuts one call of the pipeline.
 
-    Args:
+    Attributes:
         recorder: of the block.
         accounting: told of what happens.
-
-    Attributes:
         trajectory: what is kept; `None` before the first transformer call.
         is_finished: whether the last step that is needed was made.
         is_in_callback: whether a step callback of the user's runs, in which nothing is recorded.
@@ -273,7 +253,7 @@ class Rollout:
         # The leaf of this step's latents, and the copy of it that the pipeline was given, with its version.
         self._latents: torch.Tensor | None = None
         self._handed: tuple[torch.Tensor, int] | None = None
-        self._kept: dict[int, tuple[torch.Tensor, int, torch.Tensor]] = {}
+        self._inputs = KeptInputs()
 
     @property
     def has_begun(self) -> bool:
@@ -310,12 +290,12 @@ class Rollout:
             torch.set_grad_enabled(True)
             self.accounting.uses.is_in_loop = True
         if self.is_finished or self.plan.skips(self._step):
-            return self._marked(self.recorder.stand_in(leaves))
+            return self._marked(self.recorder.stand_ins.answer(leaves))
         is_active = self._step in self.plan.active
         own = self._outputs if self._latents is None else [*self._outputs, self._latents]
         self.accounting.call_begins(self._step, module, leaves, kwargs, own)
         # Copies are taken before the call, which may write into its inputs.
-        attached, inputs = self._keep_inputs(leaves) if is_active else ({}, [])
+        attached, inputs = self._inputs.keep(leaves, self._sources()) if is_active else ({}, [])
         returned, state, kind = self.accounting.compute(
             self._step, module, spec, is_active, functools.partial(original, *args, **kwargs)
         )
@@ -325,7 +305,7 @@ class Rollout:
             self._calls.append(Call(module, spec, inputs, attached, outputs, is_list, state, kind))
         self._outputs += outputs
         if not self.plan.is_copy:
-            self.recorder.keep_stand_in(leaves, returned)
+            self.recorder.stand_ins.learn(leaves, returned)
         return result
 
     @property
@@ -361,32 +341,10 @@ class Rollout:
                 results[index] = leaf.clone()
         return tree_unflatten(results, spec), outputs
 
-    def _keep_inputs(self, leaves: list[Any]) -> tuple[dict[int, torch.Tensor], list[Any]]:
-        """Inputs of a call through which a gradient must return, by index, and copies of all inputs."""
-        sources = set(map(id, self._outputs))
-        if self._step in self.plan.coupled and self._latents is not None:
-            sources.add(id(self._latents))
-        attached, kept = {}, list(leaves)
-        for index, leaf in enumerate(leaves):
-            if not isinstance(leaf, torch.Tensor):
-                continue
-            if any(id(root) in sources for root in leaves_of([leaf])):
-                # A copy in the glue: a pipeline that later writes into this tensor changes its place in the graph.
-                attached[index] = leaf.clone()
-                kept[index] = attached[index].detach()
-            else:
-                kept[index] = self._keep(leaf)
-        return attached, kept
-
-    def _keep(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A detached copy; one for all steps where the pipeline passes the same, unchanged tensor again."""
-        known = self._kept.get(id(tensor))
-        if known is not None and known[0] is tensor and known[1] == tensor._version:
-            return known[2]
-        copy = tensor.detach().clone()
-        if not tensor.requires_grad:
-            self._kept[id(tensor)] = (tensor, tensor._version, copy)
-        return copy
+    def _sources(self) -> list[torch.Tensor]:
+        """Leaves to which a gradient of this step's inputs goes on."""
+        is_coupled = self._step in self.plan.coupled and self._latents is not None
+        return [*self._outputs, self._latents] if is_coupled else self._outputs
 
     # The scheduler's steps.
 
@@ -455,7 +413,7 @@ class Rollout:
                 trajectory.endpoint = following.clone().requires_grad_()
             leaf = trajectory.endpoint
             self.is_finished = True
-            self._calls, self._outputs, self._latents, self._kept = [], [], None, {}
+            self._calls, self._outputs, self._latents, self._inputs = [], [], None, KeptInputs()
             if not self._made_all_steps and hasattr(type(self.recorder.pipe), "interrupt"):
                 self.recorder.pipe._interrupt = True
             self.accounting.settle()
@@ -472,39 +430,6 @@ class Rollout:
         return handed
 
 
-def calling_pipeline() -> Any:
-    """The pipeline whose code is running, found on the stack; `None` if there is none."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code.co_argcount and frame.f_code.co_varnames[0] == "self":
-            variables = frame.f_locals
-            owner = variables["self"] if "self" in variables else None
-            if isinstance(variables, dict):
-                # Before Python 3.13 this is a copy that the frame keeps, and with it tensors of earlier steps.
-                variables.clear()
-            if isinstance(owner, DiffusionPipeline):
-                return owner
-        frame = frame.f_back
-    return None
-
-
-def guidance_scales(pipe: Any) -> dict[str, float]:
-    """The guidance scales of a pipeline and its guider at this moment, by the names of their attributes."""
-    found = {}
-    for owner in (pipe, getattr(pipe, "guider", None)):
-        for name in ("guidance_scale", "true_cfg_scale", "_guidance_scale", "_true_cfg_scale"):
-            value = getattr(owner, name, None) if owner is not None else None
-            if isinstance(value, int | float | np.number | np.ndarray | torch.Tensor):
-                found[name.removeprefix("_")] = float(torch.as_tensor(value).min())
-    return found
-
-
-def _keyword_holders(call: inspect.BoundArguments) -> list[dict[str, Any]]:
-    """What a call collects in its `**kwargs`."""
-    parameters = call.signature.parameters
-    return [value for name, value in call.arguments.items() if parameters[name].kind is inspect.Parameter.VAR_KEYWORD]
-
-
 def _wrap_callback(arguments: dict[str, Any], rollout: Rollout) -> None:
     """Let the user's step callback run outside of the recording."""
     callback = arguments.get("callback_on_step_end")
@@ -514,11 +439,6 @@ def _wrap_callback(arguments: dict[str, Any], rollout: Rollout) -> None:
         # Pipelines read this of their own callback classes, which the wrapper hides.
         arguments["callback_on_step_end_tensor_inputs"] = callback.tensor_inputs
     arguments["callback_on_step_end"] = functools.partial(rollout.step_callback, callback)
-
-
-def _layout(leaves: list[Any]) -> tuple[torch.Size, ...]:
-    """What tells calls of other branches and batches apart."""
-    return tuple(leaf.shape for leaf in leaves if isinstance(leaf, torch.Tensor))
 
 
 def _is_list(result: Any, outputs: list[torch.Tensor]) -> bool:

@@ -5,106 +5,23 @@
 """Calling a transformer again on chosen samples of a recorded call, with gradients: verified outputs, or an error."""
 
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 
 import torch
 from diffusers.utils import logging
 
 from . import checks
-from .host import read, widened
-from .samples import Samples, chosen_arguments, floating_outputs, masked, put_back, recorded_outputs, take
-from .state import is_sharded, parts_that_run, with_random_states
-from .trajectory import Call
+from .host import read
+from .replayed import TOLERANCE, Replayed, deviations
+from .samples import Samples, chosen_arguments, floating_outputs, take
+from .state import is_sharded, parts_that_run, trained_parameters, with_random_states
+from .trajectory import ActiveStep, Call
 
 logger = logging.get_logger(__name__)
 
-# Largest relative difference (2-norm of a sample's output) between a recorded call and a replay that may run other
-# kernels: for fewer samples, or to keep what backward needs. On a CPU a whole replay must be equal bit for bit.
-# Measured with 2 to 57 blocks: benchmarks/README.md, "How far replays differ".
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 1.5e-2}
-
 # Transformers whose samples do not stand alone, as one replay has shown; they are called whole from then on.
 _called_whole: "weakref.WeakSet[torch.nn.Module]" = weakref.WeakSet()
-
-
-def deviations(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
-    """How far each sample of `new` is from `old`, relative to the 2-norm of `old`; what is not finite does not count.
-
-    Args:
-        new: `(B, ...)`, or one sample without such a dimension.
-        old: of the same shape.
-
-    Returns:
-        `(B,)` in float32, or float64 for float64; on the tensors' device.
-    """
-    is_finite = new.isfinite() & old.isfinite()
-    difference = (widened(new) - widened(old)).where(is_finite, 0)
-    size = widened(old).where(is_finite, 0)
-    if new.ndim < 2:
-        difference, size = difference.reshape(1, -1), size.reshape(1, -1)
-    gap = torch.linalg.vector_norm(difference.flatten(1), dim=1)
-    scale = torch.linalg.vector_norm(size.flatten(1), dim=1)
-    # Where nothing was expected, anything is too much.
-    return torch.where(gap == 0, gap, gap / scale)
-
-
-@dataclass(eq=False)
-class Replayed:
-    """A call that was made again, with its graph.
-
-    Attributes:
-        call: the recorded one.
-        module: that was called.
-        computed: samples that were computed.
-        kept: of these, the samples that get a gradient; `None` for all that were computed.
-        inputs: `{index in call.leaves: leaf}` through which gradients go on.
-        outputs: floating point outputs of the computed samples.
-    """
-
-    call: Call
-    module: torch.nn.Module
-    computed: Samples
-    kept: Samples
-    inputs: dict[int, torch.Tensor]
-    outputs: list[torch.Tensor]
-
-    @property
-    def recorded(self) -> list[tuple[torch.Tensor, Samples]]:
-        """The recorded output of each of `outputs`, and what to take of it."""
-        return recorded_outputs(self.call, self.computed)
-
-    def cotangents(self, of_recorded: Mapping[torch.Tensor, torch.Tensor]) -> dict[int, torch.Tensor]:
-        """`{index in outputs: its cotangent}` from those of the recorded outputs; 0 for samples that are not kept."""
-        kept = {output for output, _ in recorded_outputs(self.call, self.kept)}
-        found = {}
-        for index, (output, cut) in enumerate(self.recorded):
-            if output in of_recorded and output in kept:
-                found[index] = self.mask(take(of_recorded[output], cut))
-        return found
-
-    def mask(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A tensor like an output with 0 for the samples that are not kept."""
-        return tensor if self.call.is_list else masked(tensor, self.kept)
-
-    def backward(self, cotangents: Mapping[int, torch.Tensor]) -> None:
-        """Differentiate the outputs, with these cotangents by index."""
-        torch.autograd.backward([self.outputs[index] for index in cotangents], list(cotangents.values()))
-
-    def input_gradients(self) -> dict[torch.Tensor, torch.Tensor]:
-        """`{input in the glue: gradient}` after the backward pass."""
-        return {
-            self.call.attached[index]: put_back(leaf.grad, self.call.leaves[index], self.computed)
-            for index, leaf in self.inputs.items()
-            if leaf.grad is not None
-        }
-
-    def forward(self) -> list[torch.Tensor]:
-        """The outputs of one more call with the same arguments; where gradients are off, without a graph."""
-        args, kwargs, _ = chosen_arguments(self.call, self.computed)
-        with self.call.state.under_autocast():
-            return floating_outputs(self.module(*args, **kwargs))
 
 
 class Replay:
@@ -145,12 +62,13 @@ class Replay:
                 checks.check_graph(self.name, step, error)
                 raise
 
-    def check_whole(self, step: int, call: Call) -> None:
-        """Raise RecordingError unless the call, repeated whole and without gradients, gives what was recorded."""
-        replayed = Replayed(call, call.module, None, None, {}, [])
-        with torch.no_grad(), with_random_states(call.module, call.state.random):
-            replayed.outputs = replayed.forward()
-        checks.check_reproduced(self.name, step, self._problem(replayed))
+    def check_whole(self, steps: Sequence[ActiveStep]) -> None:
+        """Raise RecordingError unless all calls, repeated whole and without gradients, give what was recorded."""
+        for number, call in ((step.number, call) for step in steps for call in step.calls):
+            replayed = Replayed(call, call.module, None, None, {}, [])
+            with torch.no_grad(), with_random_states(call.module, call.state.random):
+                replayed.outputs = replayed.forward()
+            checks.check_reproduced(self.name, number, self._problem(replayed))
 
     def _verified(self, step: int, call: Call, samples: Samples, module: torch.nn.Module) -> Replayed:
         if samples is not None and call.module not in _called_whole:
@@ -230,3 +148,17 @@ def _no_exchange(module: torch.nn.Module) -> Iterator[None]:
             yield
     else:
         yield
+
+
+def wrapped(
+    transformers: Sequence[torch.nn.Module], transformer: torch.nn.Module | None
+) -> dict[torch.nn.Module, torch.nn.Module]:
+    """What to call in place of the trained transformer, where processes share it.
+
+    Args:
+        transformers: that were recorded.
+        transformer: DDP's wrapper, the recorded transformer itself under FSDP2, or `None`.
+    """
+    trained = [module for module in transformers if trained_parameters(module)]
+    is_wrapped = transformer is not None and (transformer is not trained[0] or is_sharded(transformer))
+    return {trained[0]: transformer} if is_wrapped else {}

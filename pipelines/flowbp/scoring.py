@@ -6,12 +6,13 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from . import checks
 from .host import read, widened
-from .state import without_autocast
+from .state import without_autocast, without_cudnn_attention
 
 Reward = Callable[[torch.Tensor, Sequence[str]], torch.Tensor]
 
@@ -55,26 +56,51 @@ def check_images(images: torch.Tensor, expected: int) -> None:
         raise ValueError(f"Expected all {expected} images of the record() block, got {len(images)}.")
 
 
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """Images and their rewards.
+
+    Attributes:
+        rewards: `(B,)`, a leaf that requires a gradient.
+        images: `(B, 3, H, W)` with their graph.
+        gradients: `(B, 3, H, W)`, of each reward in its own image, with the scale.
+    """
+
+    rewards: torch.Tensor
+    images: torch.Tensor
+    gradients: torch.Tensor
+
+
 def score(
     reward: Reward,
     images: torch.Tensor,
     prompts: Sequence[str],
+    num_images: int,
+    num_samples: int,
     size: int | None,
     gradient_scale: float,
     check: Callable[[torch.Tensor, int], None],
     on_stage: Callable[[str], None],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rewards `(B,)` and `gradient_scale` times the gradient of each in its own image, `(B, 3, H, W)`.
+) -> Scored:
+    """Score images a few at a time.
 
     Args:
         reward: scores each image on its own.
         images: `(B, 3, H, W)`.
-        prompts: one for each image.
+        prompts: see `prompts_of_images`.
+        num_images: that are expected.
+        num_samples: see `prompts_of_images`.
         size: images at a time; `None` for all.
         gradient_scale: factor on the gradients.
         check: raises for rewards that are not as many as expected, or not differentiable in the images alone.
         on_stage: told "reward" before each part.
+
+    Raises:
+        RecordingError: for images without a gradient.
+        ValueError: for another number of images, or prompts that do not fit.
     """
+    check_images(images, num_images)
+    prompts = prompts_of_images(prompts, num_images, num_samples)
     parts = images.detach().split(size or len(images))
     are_finite = read([part.isfinite().all() for part in parts])
     rewards, gradients, start = [], [], 0
@@ -87,7 +113,7 @@ def score(
             gradients.append(torch.full_like(part, math.nan))
             continue
         on_stage("reward")
-        with torch.enable_grad():
+        with torch.enable_grad(), without_cudnn_attention():
             scored = reward(part, of_part)
         check(scored, len(part))
         # Each reward sees its own image only, so the sum's gradient is every reward's own.
@@ -96,4 +122,27 @@ def score(
             (gradient,) = torch.autograd.grad(scored.sum() * gradient_scale, part)
         rewards.append(scored.detach())
         gradients.append(gradient)
-    return torch.cat(rewards), torch.cat(gradients)
+    return Scored(torch.cat(rewards).requires_grad_(), images, torch.cat(gradients))
+
+
+def endpoint_gradients(
+    endpoints: Sequence[torch.Tensor],
+    loss: torch.Tensor,
+    gradient_scale: float,
+    scored: Scored | None,
+) -> tuple[torch.Tensor | None, ...]:
+    """Gradient of the loss at each endpoint, `(B, ...)`; `None` for one that the loss does not depend on.
+
+    Args:
+        endpoints: leaves that were decoded.
+        loss: scalar, with its graph.
+        gradient_scale: factor on the gradients.
+        scored: what the loss was made of; `None` where its graph leads to the endpoints.
+    """
+    with torch.enable_grad(), without_autocast(endpoints[0].device.type):
+        if scored is None:
+            return torch.autograd.grad(loss * gradient_scale, endpoints, allow_unused=True)
+        (of_rewards,) = torch.autograd.grad(loss, scored.rewards)
+        shape = (-1, *[1] * (scored.images.ndim - 1))
+        cotangent = (scored.gradients * of_rewards.to(scored.gradients).view(shape)).to(scored.images.dtype)
+        return torch.autograd.grad(scored.images, endpoints, cotangent, allow_unused=True)

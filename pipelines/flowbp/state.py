@@ -137,9 +137,9 @@ def without_autocast(device_type: str) -> AbstractContextManager[Any]:
 def without_cudnn_attention() -> Iterator[None]:
     """Keep cuDNN's attention out of what is differentiated: its backward pass gives wrong gradients.
 
-    With torch 2.11 and 2.13 on H100 and H200 it returns NaN, numbers such as 1e40 or an illegal memory access for some
-    shapes (pytorch/pytorch issue 196678; seen here on FLUX.1 in bfloat16, benchmarks/README.md). Flash and
-    memory-efficient attention take its place.
+    Seen with torch 2.11 on an H200 in bfloat16: NaN for tiny models of FLUX.1 and FLUX.2-Klein, and an illegal memory
+    access at FLUX.1-dev's size (benchmarks/README.md); pytorch/pytorch issue 196678 describes such a fault for masked
+    attention. Flash and memory-efficient attention take its place.
     """
     was_enabled = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(False)

@@ -14,11 +14,12 @@ goes through the recorded glue to the transformer's outputs, the transformer is 
 inputs goes through the glue to the latents.
 """
 
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch
 
+from .glue import Glue
 from .observers import GradientNorms, VelocityAnchor
 from .replay import Replay
 from .samples import Samples
@@ -97,38 +98,13 @@ def _is_needed(call: Call) -> bool:
     return bool(call.attached) or bool(trained_parameters(call.module))
 
 
-class Glue:
-    """Cotangents of one step while it is differentiated, which travel through the pipeline's own code.
-
-    Attributes:
-        cotangents: `{output of a call: cotangent}`.
-        of_latents: gradient of the step's latents, `None` while there is none.
-    """
-
-    def __init__(self, step: ActiveStep) -> None:
-        self.step = step
-        self.cotangents: dict[torch.Tensor, torch.Tensor] = {}
-        self.of_latents: torch.Tensor | None = None
-
-    def pull(self, gradients: Mapping[torch.Tensor, torch.Tensor]) -> None:
-        """Send gradients of tensors in the glue back, adding them up at the outputs and at the latents."""
-        if not gradients:
-            return
-        outputs = [output for call in self.step.calls for output in call.outputs]
-        sources = outputs if self.step.latents is None else [*outputs, self.step.latents]
-        pulled = torch.autograd.grad(
-            list(gradients), sources, list(gradients.values()), allow_unused=True, retain_graph=True
-        )
-        for source, gradient in zip(sources, pulled, strict=True):
-            if gradient is None:
-                continue
-            if source is self.step.latents:
-                self.of_latents = gradient if self.of_latents is None else self.of_latents + gradient
-            else:
-                known = self.cotangents.get(source)
-                self.cotangents[source] = gradient if known is None else known + gradient
-
-    def uses(self, call: Call) -> bool:
-        """Whether the velocity depends on this call, or may through a later one."""
-        later = self.step.calls[self.step.calls.index(call) + 1 :]
-        return any(output in self.cotangents for output in call.outputs) or any(each.attached for each in later)
+@contextmanager
+def all_or_nothing(parameters: Sequence[torch.nn.Parameter]) -> Iterator[None]:
+    """Take first gradients of these parameters away if the block fails: a part of a gradient is worse than none."""
+    fresh = [parameter for parameter in parameters if parameter.grad is None]
+    try:
+        yield
+    except BaseException:
+        for parameter in fresh:
+            parameter.grad = None
+        raise

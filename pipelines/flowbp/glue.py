@@ -1,0 +1,48 @@
+# Copyright 2026 The FlowBP for diffusers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""Sending gradients back through the pipeline's own code of one step."""
+
+from collections.abc import Mapping
+
+import torch
+
+from .trajectory import ActiveStep, Call
+
+
+class Glue:
+    """Cotangents of one step while it is differentiated, which travel through the pipeline's own code.
+
+    Attributes:
+        cotangents: `{output of a call: cotangent}`.
+        of_latents: gradient of the step's latents, `None` while there is none.
+    """
+
+    def __init__(self, step: ActiveStep) -> None:
+        self.step = step
+        self.cotangents: dict[torch.Tensor, torch.Tensor] = {}
+        self.of_latents: torch.Tensor | None = None
+
+    def pull(self, gradients: Mapping[torch.Tensor, torch.Tensor]) -> None:
+        """Send gradients of tensors in the glue back, adding them up at the outputs and at the latents."""
+        if not gradients:
+            return
+        outputs = [output for call in self.step.calls for output in call.outputs]
+        sources = outputs if self.step.latents is None else [*outputs, self.step.latents]
+        pulled = torch.autograd.grad(
+            list(gradients), sources, list(gradients.values()), allow_unused=True, retain_graph=True
+        )
+        for source, gradient in zip(sources, pulled, strict=True):
+            if gradient is None:
+                continue
+            if source is self.step.latents:
+                self.of_latents = gradient if self.of_latents is None else self.of_latents + gradient
+            else:
+                known = self.cotangents.get(source)
+                self.cotangents[source] = gradient if known is None else known + gradient
+
+    def uses(self, call: Call) -> bool:
+        """Whether the velocity depends on this call, or may through a later one."""
+        later = self.step.calls[self.step.calls.index(call) + 1 :]
+        return any(output in self.cotangents for output in call.outputs) or any(each.attached for each in later)

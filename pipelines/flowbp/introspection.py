@@ -1,0 +1,51 @@
+# Copyright 2026 The FlowBP for diffusers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""What a pipeline tells of itself: its models, its guidance scales, how it is called and whose code is running."""
+
+import inspect
+import sys
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+
+
+def is_velocity_model(component: str) -> bool:
+    """Whether a pipeline's component of this name computes velocities: a transformer, in few pipelines a UNet."""
+    return "transformer" in component or component == "unet"
+
+
+def calling_pipeline() -> Any:
+    """The pipeline whose code is running, found on the stack; `None` if there is none."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_argcount and frame.f_code.co_varnames[0] == "self":
+            variables = frame.f_locals
+            owner = variables["self"] if "self" in variables else None
+            if isinstance(variables, dict):
+                # Before Python 3.13 this is a copy that the frame keeps, and with it tensors of earlier steps.
+                variables.clear()
+            if isinstance(owner, DiffusionPipeline):
+                return owner
+        frame = frame.f_back
+    return None
+
+
+def guidance_scales(pipe: Any) -> dict[str, float]:
+    """The guidance scales of a pipeline and its guider at this moment, by the names of their attributes."""
+    found = {}
+    for owner in (pipe, getattr(pipe, "guider", None)):
+        for name in ("guidance_scale", "true_cfg_scale", "_guidance_scale", "_true_cfg_scale"):
+            value = getattr(owner, name, None) if owner is not None else None
+            if isinstance(value, int | float | np.number | np.ndarray | torch.Tensor):
+                found[name.removeprefix("_")] = float(torch.as_tensor(value).min())
+    return found
+
+
+def keyword_arguments(call: inspect.BoundArguments) -> list[dict[str, Any]]:
+    """What a call collects in its `**kwargs`."""
+    parameters = call.signature.parameters
+    return [value for name, value in call.arguments.items() if parameters[name].kind is inspect.Parameter.VAR_KEYWORD]
