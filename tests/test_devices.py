@@ -285,11 +285,12 @@ def test_a_training_run_computes_nothing_in_float64(
 @pytest.mark.parametrize(
     ("name", "options", "callback_options", "expected"),
     [
-        # Sigmas, the recording's verdicts, whether images are finite, the branches of guidance; then each replay.
-        ("flowbp-sparse", {"num_active": 4}, {}, 4 + 4),
-        ("flowbp-sparse", {"num_active": 4}, {"unconditional_gradient": True}, 3 + 4),
-        ("flowbp-lagrange", {}, {}, 4 + 4),
-        ("leapalign", {}, {"velocity_anchor": 0.1, "unconditional_gradient": False}, 4 + 2),
+        # Sigmas, the recording's verdicts, whether images are finite, whether parameters are as they were, the branches
+        # of guidance; then each replay.
+        ("flowbp-sparse", {"num_active": 4}, {}, 5 + 4),
+        ("flowbp-sparse", {"num_active": 4}, {"unconditional_gradient": True}, 4 + 4),
+        ("flowbp-lagrange", {}, {}, 5 + 4),
+        ("leapalign", {}, {"velocity_anchor": 0.1, "unconditional_gradient": False}, 5 + 2),
     ],
 )
 def test_an_update_waits_for_the_device_at_few_points(
@@ -323,7 +324,7 @@ def guided_call(family: Family, pipe: DiffusionPipeline, **changes: Any) -> dict
 
 
 @pytest.mark.parametrize("family", families("FluxPipeline", "QwenImagePipeline", "AuraFlowPipeline", "WanPipeline"))
-def test_other_pipelines_wait_for_sigmas_verdicts_and_replays_only(family: Family):
+def test_other_pipelines_wait_for_sigmas_verdicts_parameters_and_replays_only(family: Family):
     pipe = family.build()
     call = guided_call(family, pipe)
     surrogate = Surrogate("sample", (Term(1, -0.1, 1.0), Term(2, -0.1, 1.0)))
@@ -337,7 +338,7 @@ def test_other_pipelines_wait_for_sigmas_verdicts_and_replays_only(family: Famil
     # Models that wait inside their forward passes do so in replays too.
     of_engine = [place for place in device.reads if "/replay.py:" not in place or place.startswith("cpu at ")]
     calls = sum(len(step.calls) for step in callback.trajectory.steps.values())
-    assert len(of_engine) - len(own.reads) == 2 + calls, Counter(device.reads)
+    assert len(of_engine) - len(own.reads) == 3 + calls, Counter(device.reads)
 
 
 # Bytes that a recorded rollout holds.
@@ -503,10 +504,10 @@ class Wrapped(torch.nn.Module):
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.5])
 def test_one_wrong_sample_of_eight_is_refused(guidance_scale: float):
-    """5 % of one sample are less than the tolerance of all samples together, whether of a part of a call or a call."""
+    """3 % of one sample are less than the tolerance of all samples together, whether of a part of a call or a call."""
     pipe = tiny_sd3_pipeline(torch.bfloat16, lora_rank=2)
     surrogate = Surrogate("sample", (Term(2, -0.1),))
-    for factor in (1.0, 1.05):
+    for factor in (1.0, 1.03):
         wrapped = Wrapped(pipe.transformer, factor)
         run = functools.partial(
             update, pipe, FlowBPCallback(surrogate), EIGHT_PROMPTS, transformer=wrapped, guidance_scale=guidance_scale
@@ -514,7 +515,9 @@ def test_one_wrong_sample_of_eight_is_refused(guidance_scale: float):
         if factor == 1:
             run()
             continue
-        with pytest.raises(RecordingError, match=r"relative difference [45]\.\d\de-02 in one sample, tolerance 0.03"):
+        with pytest.raises(
+            RecordingError, match=r"relative difference [234]\.\d\de-02 in one sample, tolerance 0.015"
+        ):
             run()
         assert 0 < max(wrapped.differences) < TOLERANCE[torch.bfloat16]
 
@@ -522,11 +525,11 @@ def test_one_wrong_sample_of_eight_is_refused(guidance_scale: float):
 def test_deviations_are_those_of_each_sample():
     old = torch.randn(8, 4, 5, generator=generator())
     new = old.clone()
-    new[WRONG] *= 1.05
+    new[WRONG] *= 1.03
     new[5] += 1e-3
     expected = [((one - other).norm() / other.norm()).item() for one, other in zip(new, old, strict=True)]
     assert deviations(new, old).tolist() == pytest.approx(expected, rel=1e-5)
-    assert deviations(new[WRONG, 0], old[WRONG, 0]).tolist() == pytest.approx([0.05], rel=1e-4)
+    assert deviations(new[WRONG, 0], old[WRONG, 0]).tolist() == pytest.approx([0.03], rel=1e-3)
     assert (new - old).norm() / old.norm() < TOLERANCE[torch.bfloat16]
 
 

@@ -84,14 +84,10 @@ class FlowBPCallback:
         checks.check_options(method, samples_per_decode, velocity_anchor)
         if unconditional_gradient is None:
             unconditional_gradient = isinstance(method, Method) and method.unconditional_gradient
-        self.method = method
-        self.generator = generator
+        self.method, self.generator, self.noise_generator = method, generator, noise_generator
         self.unconditional_gradient = unconditional_gradient
-        self.samples_per_decode = samples_per_decode
-        self.noise_generator = noise_generator
-        self.strict = strict
-        self.velocity_anchor = velocity_anchor
-        self.measure_gradients = measure_gradients
+        self.samples_per_decode, self.strict = samples_per_decode, strict
+        self.velocity_anchor, self.measure_gradients = velocity_anchor, measure_gradients
         self.on_stage = on_stage if on_stage is not None else lambda stage: None
         self._recorder: Recorder | None = None
         self._is_recording = False
@@ -231,7 +227,7 @@ class FlowBPCallback:
         adjoints = [adjoint] if isinstance(adjoint, torch.Tensor) else list(adjoint)
         checks.check_adjoints(adjoints, [trajectory.endpoint for trajectory in trajectories])
         self.on_stage("sweep")
-        transformers = self._recorder.transformers
+        transformers, beta = self._recorder.transformers, self.velocity_anchor
         checks.check_trainable(name, transformers)
         checks.check_accumulates(name, transformers)
         steps = [step for trajectory in trajectories for step in trajectory.steps.values()]
@@ -239,15 +235,11 @@ class FlowBPCallback:
         checks.check_one_wrapper(name, {call.module for step in steps for call in step.calls}, replay.modules)
         checks.check_states(name, steps, trajectories[0].fingerprints)
         kept = kept_samples(name, steps, self.unconditional_gradient)
-        beta = self.velocity_anchor
         anchor = VelocityAnchor(name, beta, gradient_scale, transformers) if beta else None
         norms = GradientNorms(transformers, gradient_scale) if self.measure_gradients else None
         scaled = [widened(each) * (1 if is_scaled else gradient_scale) for each in adjoints]
-        with (
-            all_or_nothing(self._recorder.trained),
-            without_autocast(adjoints[0].device.type),
-            without_cudnn_attention(),
-        ):
+        device_type = adjoints[0].device.type
+        with all_or_nothing(self._recorder.trained), without_autocast(device_type), without_cudnn_attention():
             if self.strict:
                 replay.check_whole(steps)
             sweep(trajectories, scaled, kept, replay, anchor, norms)
