@@ -285,8 +285,8 @@ def test_a_training_run_computes_nothing_in_float64(
 @pytest.mark.parametrize(
     ("name", "options", "callback_options", "expected"),
     [
-        # Sigmas, the recording's verdicts, whether images are finite, whether parameters are as they were, the branches
-        # of guidance; then each replay.
+        # Sigmas, the recording's verdicts, whether images are finite, whether parameters are as they were, the
+        # branches of guidance; then each replay.
         ("flowbp-sparse", {"num_active": 4}, {}, 5 + 4),
         ("flowbp-sparse", {"num_active": 4}, {"unconditional_gradient": True}, 4 + 4),
         ("flowbp-lagrange", {}, {}, 5 + 4),
@@ -515,9 +515,7 @@ def test_one_wrong_sample_of_eight_is_refused(guidance_scale: float):
         if factor == 1:
             run()
             continue
-        with pytest.raises(
-            RecordingError, match=r"relative difference [234]\.\d\de-02 in one sample, tolerance 0.015"
-        ):
+        with pytest.raises(RecordingError, match=r"relative difference [234]\.\d\de-02 in one sample"):
             run()
         assert 0 < max(wrapped.differences) < TOLERANCE[torch.bfloat16]
 

@@ -68,8 +68,8 @@ class Accounting:
 
     def allows(self, own: Sequence[torch.Tensor]) -> Callable[[torch.Tensor], bool]:
         """Which leaves a graph may end in: `own`, and parameters that are not trained."""
-        known = {*map(id, own), *self._ignored}
-        return lambda leaf: id(leaf) in known
+        known = set(map(id, own))
+        return lambda leaf: id(leaf) in known or id(leaf) in self._ignored
 
     # A transformer's call.
 
