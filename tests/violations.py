@@ -4,7 +4,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """Ways to call a pipeline that could give a wrong gradient without an error, and calls that only look like them.
 
-Each `Violation` belongs to a rule of the accounting (DESIGN.md, section 3.1). `run` records it and sweeps; it must be
+Each `Violation` belongs to a rule of the accounting (docs/life_of_a_gradient.md, section 6). `run` records it and sweeps; it must be
 refused in one line that names the cause, or its gradient must be the one that autograd finds through the pipeline's
 undecorated call. For rows other than `full` the oracle is the same call with a scheduler that makes the row's
 surrogate, so that it uses nothing of the engine but which surrogate was drawn.
@@ -139,7 +139,7 @@ class Violation:
 
     Attributes:
         name: what is done, in a few words.
-        rule: of DESIGN.md, section 3.1.
+        rule: number of the rule.
         build: makes the pipeline. It is called for the engine and once more for the oracle.
         must: what the row `full` must do: refuse it, be right, or either.
         cause: pattern that the refusal must match, case ignored.

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .callback import FlowBPCallback
+    from .checks import RecordingError
     from .methods import METHODS, Method, get_method
     from .objectives import Objective
     from .rewards import load_reward
@@ -26,6 +27,7 @@ __all__ = [
     "Leg",
     "Method",
     "Objective",
+    "RecordingError",
     "Surrogate",
     "Term",
     "get_method",
@@ -39,6 +41,7 @@ _WHERE = {
     "METHODS": "methods",
     "Method": "methods",
     "Objective": "objectives",
+    "RecordingError": "checks",
     "Surrogate": "surrogate",
     "Term": "surrogate",
     "get_method": "methods",
