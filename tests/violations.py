@@ -4,8 +4,8 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """Ways to call a pipeline that could give a wrong gradient without an error, and calls that only look like them.
 
-Each `Violation` belongs to a rule of the accounting (docs/life_of_a_gradient.md, section 6). `run` records it and sweeps; it must be
-refused in one line that names the cause, or its gradient must be the one that autograd finds through the pipeline's
+Each `Violation` belongs to a rule of the accounting (docs/life_of_a_gradient.md, section 6). `run` records and sweeps;
+it must be refused in one line that names the cause, or its gradient must be what autograd finds through the pipeline's
 undecorated call. For rows other than `full` the oracle is the same call with a scheduler that makes the row's
 surrogate, so that it uses nothing of the engine but which surrogate was drawn.
 

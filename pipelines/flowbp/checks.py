@@ -292,7 +292,8 @@ def check_inference_tensors(name: str, step: int, leaves: Sequence[Any]) -> None
 def check_lora_scale(name: str, module: torch.nn.Module, kwargs: Mapping[str, Any]) -> None:
     """Gradient checkpointing recomputes blocks after the forward pass has reset the scale that it was given."""
     scales = [value["scale"] for value in kwargs.values() if isinstance(value, dict) and "scale" in value]
-    if getattr(module, "is_gradient_checkpointing", False) and any(scale != 1 for scale in scales):
+    # In this order: diffusers looks through the whole model for the answer.
+    if any(scale != 1 for scale in scales) and getattr(module, "is_gradient_checkpointing", False):
         raise RecordingError(
             f"{name}: a LoRA scale of {scales[0]} is set for the forward pass only, so gradient checkpointing would "
             "recompute its blocks with scale 1; switch checkpointing off, or use set_adapters weights."

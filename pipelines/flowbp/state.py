@@ -71,7 +71,8 @@ class ModelState:
     @classmethod
     def of(cls, module: torch.nn.Module) -> "ModelState":
         """The state of `module` now. Take it before hooks of one's own are placed."""
-        parts, parameters = parts_of(module), parameters_of(module)
+        parts = parts_of(module)
+        parameters = [each for part in parts for each in part._parameters.values() if each is not None]
         device_type = parameters[0].device.type if parameters else "cpu"
         return cls(
             (*map(_structure, parts), _global_hooks()),
@@ -318,7 +319,7 @@ def parts_that_run(
 def random_states(module: torch.nn.Module) -> list[torch.Tensor]:
     """States of the generators that a call of `module` would draw from: the CPU's and its device's."""
     states = [torch.get_rng_state()]
-    device = next((parameter.device for parameter in parameters_of(module)), torch.device("cpu"))
+    device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
     if device.type not in ("cpu", "meta"):
         states.append(torch.get_device_module(device).get_rng_state(device))
     return states
@@ -331,7 +332,7 @@ def with_random_states(module: torch.nn.Module, states: Sequence[torch.Tensor]) 
     def put(values: Sequence[torch.Tensor]) -> None:
         torch.set_rng_state(values[0])
         if len(values) > 1:
-            device = parameters_of(module)[0].device
+            device = next(module.parameters()).device
             torch.get_device_module(device).set_rng_state(values[1], device)
 
     before = random_states(module)
