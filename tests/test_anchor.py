@@ -274,15 +274,20 @@ def test_an_anchor_needs_a_lora():
     assert all(parameter.grad is None for parameter in pipe.transformer.parameters())
 
 
-def test_a_fused_lora_is_refused():
-    """Switching it off would take it out of the weights for good; here another one is trained beside it."""
-    pipe = lora_pipeline()
+def test_a_fused_lora_belongs_to_the_base():
+    """It is in the weights, and stays there while another one that is trained is left out."""
+    pipe, base = lora_pipeline(), lora_pipeline().transformer
+    base.fuse_lora()
     pipe.transformer.requires_grad_(False)
-    inject_adapter_in_model(LoraConfig(r=2, target_modules=["proj_out"]), pipe.transformer, "other")
+    config = LoraConfig(r=2, target_modules=["proj_out"], init_lora_weights=False)
+    inject_adapter_in_model(config, pipe.transformer, "other")
+    pipe.transformer.to(torch.float64)
     pipe.transformer.fuse_lora(adapter_names=["default"])
     assert any(layer.merged for layer in pipe.transformer.modules() if isinstance(layer, BaseTunerLayer))
     before = adapter_states(pipe)
-    with pytest.raises(ValueError, match="which is fused into the weights; call pipe.unfuse_lora") as caught:
-        anchored(pipe, "flowbp-sparse", Sampling(PROMPTS, 7, 3.5))
-    assert "\n" not in str(caught.value)
+    sampling = Sampling(PROMPTS, 7, 3.5)
+    gradients, out, callback = anchored(pipe, "flowbp-sparse", sampling)
     assert adapter_states(pipe) == before
+    of_loss, of_anchor, anchor = expected(pipe, base, "flowbp-sparse", callback, sampling)
+    assert anchor > 0 and relative_difference(gradients, added(of_loss, of_anchor)) < EXACT
+    torch.testing.assert_close(out.anchor, anchor, rtol=EXACT, atol=0)

@@ -667,7 +667,8 @@ def test_the_numbers_import_no_model_code():
 
 
 def test_dir_lists_the_public_names():
-    public = "FlowBPCallback Leg METHODS Method Objective Surrogate Term get_method load_reward".split()
+    public = "FlowBPCallback Leg METHODS Method Objective RecordingError Surrogate Term get_method load_reward".split()
+    public += ["verify"]
     assert set(public) == set(flowbp.__all__) and set(public) <= set(dir(flowbp))
     for name in public:
         assert getattr(flowbp, name) is not None

@@ -199,9 +199,8 @@ class FlowBPCallback:
         checks.check_endpoint_reached(name, adjoints)
         self._is_done = True
         swept = self.sweep(adjoints, gradient_scale=gradient_scale, is_scaled=True, transformer=transformer)
-        return BackwardOutput(
-            swept.anchor, swept.gradient_norms, rewards.detach(), loss.detach(), weights.detach(), gaps
-        )
+        rewards, loss, weights = rewards.detach(), loss.detach(), weights.detach()
+        return BackwardOutput(rewards, loss, weights, gaps, swept.anchor, swept.gradient_norms)
 
     def sweep(
         self,

@@ -24,7 +24,7 @@ class SweepOutput:
 
 
 @dataclass(frozen=True)
-class BackwardOutput(SweepOutput):
+class BackwardOutput:
     """What one `backward` computed, all detached.
 
     Attributes:
@@ -32,9 +32,13 @@ class BackwardOutput(SweepOutput):
         loss: scalar, without `gradient_scale` and without the anchor: the gradient is that of `loss + anchor`.
         weights: sample weights, like `rewards`.
         gaps: `{step: (B,)}` connector gaps at the ends of the surrogate's legs; N is the gap d_0.
+        anchor: see `SweepOutput`.
+        gradient_norms: see `SweepOutput`.
     """
 
     rewards: torch.Tensor
     loss: torch.Tensor
     weights: torch.Tensor
     gaps: dict[int, torch.Tensor]
+    anchor: torch.Tensor
+    gradient_norms: dict[int, torch.Tensor]
