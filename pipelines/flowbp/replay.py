@@ -15,13 +15,15 @@ from . import checks
 from .host import read
 from .replayed import TOLERANCE, Replayed, deviations
 from .samples import Samples, chosen_arguments, floating_outputs, take
-from .state import is_sharded, parts_that_run, trained_parameters, with_random_states
+from .state import Kind, is_sharded, parts_that_run, trained_parameters, with_random_states
 from .trajectory import ActiveStep, Call
 
 logger = logging.get_logger(__name__)
 
 # Transformers whose samples do not stand alone, as one replay has shown; they are called whole from then on.
 _called_whole: "weakref.WeakSet[torch.nn.Module]" = weakref.WeakSet()
+# Kinds of calls whose parts were seen to run with gradients.
+_seen_with_gradients: "weakref.WeakSet[Kind]" = weakref.WeakSet()
 
 
 class Replay:
@@ -35,7 +37,6 @@ class Replay:
     def __init__(self, name: str, modules: Mapping[torch.nn.Module, torch.nn.Module]) -> None:
         self.name = name
         self.modules = modules
-        self._gradients_checked: set[torch.nn.Module] = set()
 
     @contextmanager
     def replayed(self, step: int, call: Call, samples: Samples, synchronises: bool) -> Iterator[Replayed]:
@@ -96,7 +97,7 @@ class Replay:
         def check_gradients(path: str, part: torch.nn.Module) -> None:
             checks.check_runs_with_gradients(self.name, path, part)
 
-        on_part = None if call.module in self._gradients_checked else check_gradients
+        on_part = None if call.kind in _seen_with_gradients else check_gradients
         try:
             with parts_that_run(call.module, on_part) as ran, call.state.under_autocast():
                 with with_random_states(call.module, call.state.random):
@@ -108,7 +109,7 @@ class Replay:
                 # FSDP2 cannot go on after a call that broke off.
                 raise
             return None, str(error).partition("\n")[0]
-        self._gradients_checked.add(call.module)
+        _seen_with_gradients.add(call.kind)
         replayed = Replayed(call, module, samples, None, inputs, outputs)
         problem = self._problem(replayed)
         if problem is None:

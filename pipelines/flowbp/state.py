@@ -289,7 +289,7 @@ def observable_parts(module: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Mo
 def parts_that_run(
     module: torch.nn.Module, on_part: Callable[[str, torch.nn.Module], None] | None = None
 ) -> Iterator[set[int]]:
-    """Collect the ids of the trained parts that the calls of this block run.
+    """Collect the ids of the trained parts that the calls of this block run; of sharded models, or with `on_part`.
 
     Args:
         module: the model.
@@ -304,11 +304,12 @@ def parts_that_run(
             on_part(name, part)
 
     handles = []
-    for name, part in observable_parts(module):
-        own = [each for each in part._parameters.values() if each is not None]
-        is_trained = any(parameter.requires_grad for parameter in own)
-        if is_trained or (own and on_part is not None):
-            handles.append(part.register_forward_pre_hook(functools.partial(note, name, part, is_trained)))
+    if is_sharded(module) or on_part is not None:
+        for name, part in observable_parts(module):
+            own = [each for each in part._parameters.values() if each is not None]
+            is_trained = any(parameter.requires_grad for parameter in own)
+            if is_trained or (own and on_part is not None):
+                handles.append(part.register_forward_pre_hook(functools.partial(note, name, part, is_trained)))
     try:
         yield ran
     finally:
