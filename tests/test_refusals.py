@@ -4,9 +4,9 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """Pipelines that are broken on purpose, each in one way, are refused whatever the method; `test_recording` has more.
 
-`PlainLoop` is Stable Diffusion 3 with the plainest sampling loop, in parts. As it stands its gradient is exact; every
-broken pipeline is a subclass that overrides one part. Real pipelines and schedulers of diffusers that do not fit the
-recorder's picture follow.
+`violations.PlainLoop` is Stable Diffusion 3 with the plainest sampling loop, in parts. As it stands its gradient is
+exact; every broken pipeline is a subclass that overrides one part. Real pipelines and schedulers of diffusers that do
+not fit the recorder's picture follow.
 """
 
 import copy
@@ -29,22 +29,20 @@ from diffusers import (
     FluxImg2ImgPipeline,
     FluxInpaintPipeline,
     PyramidAttentionBroadcastConfig,
-    StableDiffusion3Pipeline,
     TaylorSeerCacheConfig,
     UniPCMultistepScheduler,
 )
 from families.family import embeddings
 from families.paper import build_flux
 from test_gradients import found_gradients
-from tiny_sd3 import MAX_SEQUENCE_LENGTH, tiny_sd3_pipeline
+from tiny_sd3 import tiny_sd3_pipeline
+from violations import GUIDANCE, STEPS, PlainLoop
 
 from flowbp import FlowBPCallback, Surrogate, Term, get_method
 from flowbp.checks import RecordingError
 from flowbp.hooks import is_patched
 
 PROMPTS = ["a 42", "the 7"]
-STEPS = 6
-GUIDANCE = 3.5
 
 # Rows that look at every step, at two of them (several draws), at two legs, and at a posterior mean.
 METHODS: dict[str, Callable[[], FlowBPCallback]] = {
@@ -60,51 +58,6 @@ METHODS: dict[str, Callable[[], FlowBPCallback]] = {
         Surrogate(("posterior_mean", 4), (Term(1, -0.2), Term(3, -0.2, 0.5), Term(4, -0.5)))
     ),
 }
-
-
-class PlainLoop(StableDiffusion3Pipeline):
-    """Stable Diffusion 3 with the plainest sampling loop. `seen` starts empty at every call, for subclasses' use."""
-
-    @torch.no_grad()
-    def __call__(self, prompts: list[str]) -> torch.Tensor:
-        """Images (B, 3, 8, 8)."""
-        self.seen: list[Any] = []
-        words, no_words, pooled, no_pooled = self.encode_prompt(
-            prompts, None, None, max_sequence_length=MAX_SEQUENCE_LENGTH
-        )
-        self.texts = ((words, pooled), (no_words, no_pooled))
-        latents = torch.randn(len(prompts), 4, 4, 4, generator=torch.Generator().manual_seed(0), dtype=words.dtype)
-        return self.pictures(self.sampled(latents))
-
-    def sampled(self, latents: torch.Tensor) -> torch.Tensor:
-        self.scheduler.set_timesteps(STEPS)
-        for timestep in self.scheduler.timesteps:
-            latents = self.step(latents, timestep)
-        return latents
-
-    def step(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        velocity = self.velocity(latents, timestep)
-        return self.scheduler.step(velocity, timestep, latents, return_dict=False)[0]
-
-    def velocity(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        conditional, unconditional = (self.branch(latents, timestep, *text) for text in self.texts)
-        return unconditional + GUIDANCE * (conditional - unconditional)
-
-    def branch(
-        self, latents: torch.Tensor, timestep: torch.Tensor, words: torch.Tensor, pooled: torch.Tensor
-    ) -> torch.Tensor:
-        return self.transformer(
-            hidden_states=latents,
-            timestep=timestep.expand(len(latents)),
-            encoder_hidden_states=words,
-            pooled_projections=pooled,
-            return_dict=False,
-        )[0]
-
-    def pictures(self, latents: torch.Tensor) -> torch.Tensor:
-        config = self.vae.config
-        images = self.vae.decode(latents / config.scaling_factor + config.shift_factor).sample
-        return self.image_processor.postprocess(images, output_type="pt")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -187,8 +140,8 @@ class VelocityAgain(PlainLoop):
 
 
 class StepFirst(PlainLoop):
-    def sampled(self, latents: torch.Tensor) -> torch.Tensor:
-        self.scheduler.set_timesteps(STEPS)
+    def sampled(self, latents: torch.Tensor, steps: int) -> torch.Tensor:
+        self.scheduler.set_timesteps(steps)
         first = self.scheduler.timesteps[0]
         latents = self.scheduler.step(torch.zeros_like(latents), first, latents, return_dict=False)[0]
         for timestep in self.scheduler.timesteps[1:]:
@@ -197,16 +150,16 @@ class StepFirst(PlainLoop):
 
 
 class TwoLoops(PlainLoop):
-    def sampled(self, latents: torch.Tensor) -> torch.Tensor:
-        super().sampled(latents)
-        return super().sampled(latents + 0.1)
+    def sampled(self, latents: torch.Tensor, steps: int) -> torch.Tensor:
+        super().sampled(latents, steps)
+        return super().sampled(latents + 0.1, steps)
 
 
 class BeginsLater(PlainLoop):
     """Image-to-image: the first steps of the schedule are left out."""
 
-    def sampled(self, latents: torch.Tensor) -> torch.Tensor:
-        self.scheduler.set_timesteps(STEPS + 2)
+    def sampled(self, latents: torch.Tensor, steps: int) -> torch.Tensor:
+        self.scheduler.set_timesteps(steps + 2)
         for timestep in self.scheduler.timesteps[2:]:
             latents = self.step(latents, timestep)
         return latents
@@ -215,8 +168,8 @@ class BeginsLater(PlainLoop):
 class OwnScheduler(PlainLoop):
     """Steps a copy of its scheduler."""
 
-    def sampled(self, latents: torch.Tensor) -> torch.Tensor:
-        self.scheduler.set_timesteps(STEPS)
+    def sampled(self, latents: torch.Tensor, steps: int) -> torch.Tensor:
+        self.scheduler.set_timesteps(steps)
         other = copy.deepcopy(self.scheduler)
         for timestep in other.timesteps:
             latents = other.step(self.velocity(latents, timestep), timestep, latents, return_dict=False)[0]
@@ -430,7 +383,7 @@ def test_image_to_image_is_refused(method: str):
     """FLUX.1-schnell's sigmas are evenly spaced, so each step has the expected length though it is another one."""
     pipe = flux(FluxImg2ImgPipeline, FlowMatchEulerDiscreteScheduler(shift=1.0))
     message = (
-        "the scheduler made step 3 of its sigmas, expected step 0",
+        "the scheduler made step 2 of its sigmas, expected step 0",
         "use a text-to-image pipeline or strength 1",
     )
     image = embeddings(2, 3, 8, 12).sigmoid()

@@ -9,8 +9,8 @@ import torch
 from brute_force import Drawn, Sampling, brute_force, flat, relative_difference
 from diffusers import StableDiffusion3Pipeline
 from test_gradients import EXACT, PROMPTS, ROWS, engine
-from test_refusals import PlainLoop
 from tiny_sd3 import tiny_sd3_pipeline
+from violations import PlainLoop
 
 from flowbp import FlowBPCallback, Surrogate, Term, get_method
 from flowbp.checks import RecordingError
