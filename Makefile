@@ -16,7 +16,7 @@ test: .venv/.installed
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2
 
 matrix: .venv/.installed
-	.venv/bin/python tests/matrix.py --write
+	.venv/bin/python tests/support/matrix.py --write
 
 style: .venv/.installed
 	.venv/bin/ruff check --fix $(wildcard $(SOURCES))

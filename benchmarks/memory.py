@@ -41,7 +41,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from flowbp.prompt_embeds import PROMPTS_PER_BATCH, PROMPTS_PER_FILE
+from flowbp.training.prompt_embeds import PROMPTS_PER_BATCH, PROMPTS_PER_FILE
 
 # What CUDA reports as the memory of common GPUs of that name (RTX 4090; A100 40GB; A100 and H100 80GB), GiB.
 GPUS = {"24 GB": 23.6, "40 GB": 39.4, "80 GB": 79.1}

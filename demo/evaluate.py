@@ -21,12 +21,12 @@ from diffusers import StableDiffusion3Pipeline
 from text_pictures import colours_right
 from tqdm.auto import tqdm
 
-from flowbp.config import parse_args_with_config
-from flowbp.evaluation import interval
-from flowbp.prompts import load_prompts
+from flowbp.judging.evaluation import interval
 from flowbp.rewards import load_reward
 from flowbp.rewards.ocr import OCRReward
-from flowbp.training_utils import make_generator, missing_components
+from flowbp.training.command_line import parse_args_with_config
+from flowbp.training.prompts import load_prompts
+from flowbp.training.training_utils import make_generator, missing_components
 
 # Rows of the table: what is measured of a picture, and whether it is a share.
 MEASURES = {

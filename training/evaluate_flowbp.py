@@ -36,9 +36,8 @@ from PIL import Image
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
-from flowbp.arguments import json_object
-from flowbp.config import parse_args_with_config
-from flowbp.evaluation import (
+from flowbp.inference import BaseForLast, call_arguments, lora_models, saved_class
+from flowbp.judging.evaluation import (
     Row,
     Store,
     lora_file,
@@ -51,15 +50,17 @@ from flowbp.evaluation import (
     titles,
     write_parquet,
 )
-from flowbp.figures import comparison
-from flowbp.inference import BaseForLast, call_arguments, lora_models, saved_class
-from flowbp.prompts import load_prompts, load_texts
+from flowbp.judging.figures import comparison
+from flowbp.judging.images import frames, to_pil
+from flowbp.publishing.run_info import write_whole
 from flowbp.rewards import REWARDS, WeightedReward, load_reward
 from flowbp.rewards.loading import parse_model_paths
 from flowbp.rewards.ocr import quoted_text
-from flowbp.run_info import write_whole
-from flowbp.training_run import run_script
-from flowbp.training_utils import (
+from flowbp.training.arguments import json_object
+from flowbp.training.command_line import parse_args_with_config
+from flowbp.training.prompts import load_prompts, load_texts
+from flowbp.training.training_run import run_script
+from flowbp.training.training_utils import (
     PATIENCE,
     WEIGHT_DTYPES,
     derive_seed,
@@ -67,7 +68,6 @@ from flowbp.training_utils import (
     load_pipeline_config,
     missing_components,
 )
-from flowbp.validation import frames, to_pil
 
 GRID_PROMPTS = 8  # columns of grid.png: the first prompts, not chosen ones
 

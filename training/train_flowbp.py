@@ -28,7 +28,10 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, Stable
 from diffusers.training_utils import _collate_lora_metadata
 
 from flowbp import FlowBPCallback
-from flowbp.arguments import (
+from flowbp.inference import call_arguments, saved_class
+from flowbp.judging.images import score_pictures
+from flowbp.rewards import part_means
+from flowbp.training.arguments import (
     add_method_arguments,
     add_model_arguments,
     add_reward_arguments,
@@ -39,14 +42,12 @@ from flowbp.arguments import (
     json_object,
     parse_training_args,
 )
-from flowbp.checkpoints import find_checkpoint
-from flowbp.distributed import prepare_transformer
-from flowbp.inference import call_arguments, saved_class
-from flowbp.prompt_embeds import group_offload_encoder, text_encoders
-from flowbp.prompts import load_prompts
-from flowbp.rewards import part_means
-from flowbp.training_run import TrainingRun, run_script, verify_call
-from flowbp.training_utils import (
+from flowbp.training.checkpoints import find_checkpoint
+from flowbp.training.distributed import prepare_transformer
+from flowbp.training.prompt_embeds import group_offload_encoder, text_encoders
+from flowbp.training.prompts import load_prompts
+from flowbp.training.training_run import TrainingRun, run_script, verify_call
+from flowbp.training.training_utils import (
     LORA_FILE,
     WEIGHT_DTYPES,
     add_lora,
@@ -59,7 +60,6 @@ from flowbp.training_utils import (
     sample_generators,
     seed_rewards,
 )
-from flowbp.validation import score_pictures
 from flowbp.verified_pipelines import VERIFIED_PIPELINES
 
 # The attention layers of most of diffusers' transformers.

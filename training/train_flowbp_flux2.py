@@ -24,7 +24,8 @@ from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline, Flux2Transformer2D
 from diffusers.training_utils import _collate_lora_metadata
 
 from flowbp import FlowBPCallback
-from flowbp.arguments import (
+from flowbp.rewards import part_means
+from flowbp.training.arguments import (
     add_method_arguments,
     add_model_arguments,
     add_prompt_embeds_arguments,
@@ -35,13 +36,12 @@ from flowbp.arguments import (
     choose_rewards,
     parse_training_args,
 )
-from flowbp.checkpoints import find_checkpoint
-from flowbp.distributed import prepare_transformer
-from flowbp.prompt_embeds import Embeds, prepare_prompt_embeds
-from flowbp.prompts import load_prompts
-from flowbp.rewards import part_means
-from flowbp.training_run import TrainingRun, run_script, verify_call
-from flowbp.training_utils import (
+from flowbp.training.checkpoints import find_checkpoint
+from flowbp.training.distributed import prepare_transformer
+from flowbp.training.prompt_embeds import Embeds, prepare_prompt_embeds
+from flowbp.training.prompts import load_prompts
+from flowbp.training.training_run import TrainingRun, run_script, verify_call
+from flowbp.training.training_utils import (
     WEIGHT_DTYPES,
     add_lora,
     freeze,

@@ -10,7 +10,8 @@ here. Pictures are judged one at a time: a score cannot depend on what else is i
 
 What could not be checked here, for want of the weights (15 GB each): that the public files load, and the public
 scores. Checked on tiny random models: HPSv3's loader, token ids, pixels and scores against the reference's own code on
-the transformers that it pins (`tests/golden/make_hpsv3.py`); UnifiedReward's against transformers' own generation.
+the transformers that it pins (`tests/rewards/golden/make_hpsv3.py`); UnifiedReward's against transformers' own
+generation.
 """
 
 import ast

@@ -6,7 +6,7 @@
 
 On 8-bit pictures the results are those of transformers' PIL image processors up to the roundings that these make to
 8 bits after each direction of a resize, which would leave no gradient: at most 1.2 / 255 / std apart on the pictures
-of `tests/test_reward_preprocessing.py`.
+of `tests/rewards/test_reward_preprocessing.py`.
 """
 
 from collections.abc import Sequence

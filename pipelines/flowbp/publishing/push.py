@@ -1,0 +1,323 @@
+# Copyright 2026 The FlowBP for diffusers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""Publish a run's LoRA on the Hugging Face Hub: the files of a list and nothing else, with patience.
+
+    python -m flowbp.publishing.push OUTPUT_DIR
+
+pushes what a run left, as `--push_to_hub` does at its end. The token is the client's own (`hf auth login`) or
+HF_TOKEN; there is no option for it, because command lines are logged.
+"""
+
+import argparse
+import json
+import re
+import shlex
+import stat
+import sys
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from typing import TypeVar
+
+from httpx2 import HTTPError
+from huggingface_hub import CommitOperationAdd, HfApi, get_token
+from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError, safe_open
+
+from .run_info import one_line, redact_text, write_run_json
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+TEXT_FILES = ("README.md", "run.json")
+PUSHED_FILES = (*TEXT_FILES, LORA_FILE, "before_after.png", "reward_curve.png")
+PUSHED_IMAGES = re.compile(r"[0-9]+_(?:base|lora)\.png")
+"""Names in the folder `images`."""
+
+TRIES = 6
+FIRST_WAIT = 2.0
+"""Seconds before the second try; doubled for each further one, so 62 seconds in all."""
+LONGEST_WAIT = 300.0
+"""Seconds that a call waits in all, whatever the Hub asks for in Retry-After."""
+
+PNG = b"\x89PNG\r\n\x1a\n"
+LOG_IN = "log in with `hf auth login` or set HF_TOKEN to a token with write permission"
+Answer = TypeVar("Answer")
+
+
+class PushError(RuntimeError):
+    """Nothing or not everything was published; the message is one line and says how to do it later."""
+
+
+def _chain(error: BaseException | None) -> list[BaseException]:
+    """An error and those that caused it: the client wraps failures of uploads in a RuntimeError."""
+    found: list[BaseException] = []
+    while error is not None and error not in found:
+        found.append(error)
+        error = error.__cause__
+    return found
+
+
+def _answer(error: BaseException) -> HfHubHTTPError | None:
+    """The Hub's answer that an error comes from, None where there was no answer."""
+    return next((item for item in _chain(error) if isinstance(item, HfHubHTTPError)), None)
+
+
+def _status(error: BaseException) -> int | None:
+    """The status of the Hub's answer, None where there was no answer."""
+    answer = _answer(error)
+    return None if answer is None else answer.response.status_code
+
+
+def _is_temporary(error: BaseException) -> bool:
+    """Whether the same request may succeed later: no answer, too many requests, or a fault of the server."""
+    status = _status(error)
+    if status is not None:
+        return status in (408, 429) or status >= 500
+    return any(isinstance(item, HTTPError) for item in _chain(error))
+
+
+def _retry_after(error: BaseException) -> float:
+    """Seconds that the Hub's answer asks to wait, 0 where it does not."""
+    answer = _answer(error)
+    text = "" if answer is None else answer.response.headers.get("Retry-After", "").strip()
+    if text.isdecimal():
+        return float(text)
+    try:
+        return max(0.0, (parsedate_to_datetime(text) - datetime.now(UTC)).total_seconds())
+    except (TypeError, ValueError):
+        return 0.0
+
+
+def with_retries(call: Callable[[], Answer], tries: int = TRIES, first_wait: float = FIRST_WAIT) -> Answer:
+    """The result of `call`, tried again after temporary failures.
+
+    Args:
+        call: a request that may be repeated.
+        tries: how often at most.
+        first_wait: seconds before the second try, doubled for each further one; longer where the Hub asks for it.
+
+    Raises:
+        Exception: of the last try; at once for failures that stay (401, 403, 404, ...), and where the Hub asks for
+            more than `LONGEST_WAIT` seconds in all.
+    """
+    waited = 0.0
+    for number in range(tries):
+        try:
+            return call()
+        except Exception as error:
+            wait = max(first_wait * 2**number, _retry_after(error))
+            if number == tries - 1 or not _is_temporary(error) or waited + wait > LONGEST_WAIT:
+                raise
+            print(f"The Hub did not answer as expected; next try in {wait:g} s: {one_line(error)}", file=sys.stderr)
+            time.sleep(wait)
+            waited += wait
+    raise ValueError(f"expected at least 1 try, got {tries}.")
+
+
+def _explain(error: BaseException, repo_id: str) -> str:
+    """What failed and what to do, in one line."""
+    status = _status(error)
+    if status == 401:
+        return f"the Hub does not accept the token (401); {LOG_IN}."
+    if status == 403:
+        reason = one_line(_answer(error).server_message or "no reason given")
+        return f"the Hub refuses to write to {repo_id} (403: {reason}); {LOG_IN}, or choose another --hub_model_id."
+    return one_line(error) or type(error).__name__
+
+
+def _check_login(repo_id: str) -> None:
+    """Raise ValueError for a name or a token that cannot work, without a request."""
+    try:
+        validate_repo_id(repo_id)
+    except ValueError as error:
+        raise ValueError(f"--hub_model_id {repo_id}: {one_line(error)} Expected user/name.") from None
+    if get_token() is None:
+        raise ValueError(f"no token for the Hugging Face Hub was found; {LOG_IN}.")
+
+
+def check_access(repo_id: str, tries: int = TRIES, first_wait: float = FIRST_WAIT) -> str:
+    """Make sure, before a training, that its result can be pushed; creates the repository where there is none.
+
+    Args:
+        repo_id: `user/name`, or a name in the account of the token.
+        tries, first_wait: see `with_retries`.
+
+    Returns:
+        `user/name`.
+
+    Raises:
+        ValueError: in one line that says what to do: bad name, no or bad token, no permission, no network.
+    """
+    try:
+        _check_login(repo_id)
+        api = HfApi()
+        repo_id = with_retries(lambda: api.create_repo(repo_id, exist_ok=True), tries, first_wait).repo_id
+    except Exception as error:
+        raise ValueError(f"--push_to_hub: {_explain(error, repo_id)}") from None
+    # A token that may only read passes the creation of a repository that exists.
+    try:
+        with_retries(lambda: api.auth_check(repo_id, write=True), tries, first_wait)
+    except HTTPError as error:
+        # Other answers say nothing: not every server of this protocol has this check.
+        if _status(error) in (401, 403) or _is_temporary(error):
+            raise ValueError(f"--push_to_hub: {_explain(error, repo_id)}") from None
+    return repo_id
+
+
+def _is_own(path: Path, kind: Callable[[int], bool]) -> bool:
+    """Whether `path` itself, not what a link there points to, is of this kind."""
+    try:
+        return kind(path.lstat().st_mode)
+    except OSError:
+        return False
+
+
+def allowed_files(output_dir: Path) -> list[Path]:
+    """The files that may be published: those of the list that are regular files of the folder itself.
+
+    Args:
+        output_dir: the run's folder. Links in it, `images` included, are passed over, wherever they point.
+    """
+    found = [output_dir / name for name in PUSHED_FILES]
+    images = output_dir / "images"
+    if _is_own(images, stat.S_ISDIR):
+        found += sorted(path for path in images.iterdir() if PUSHED_IMAGES.fullmatch(path.name))
+    return [path for path in found if _is_own(path, stat.S_ISREG)]
+
+
+def _operation(path: Path, output_dir: Path) -> CommitOperationAdd:
+    """A file as the commit takes it, after a look at its content.
+
+    Raises:
+        ValueError: naming the file, where it holds a secret or something else than its name says.
+    """
+    name = path.relative_to(output_dir).as_posix()
+    if name == LORA_FILE:
+        try:
+            with safe_open(path, "np") as file:
+                text = json.dumps(file.metadata())
+        except SafetensorError as error:
+            raise ValueError(f"{name} is not a safetensors file ({one_line(error)}).") from None
+        content = None
+    else:
+        content = path.read_bytes()
+        text = content.decode("utf-8", errors="replace")
+        if path.suffix == ".png" and not content.startswith(PNG):
+            raise ValueError(f"{name} is not a PNG file.")
+    if redact_text(text) != text and (content is None or name in TEXT_FILES):
+        raise ValueError(f"{name} holds a secret (a token or password); remove it from the file.")
+    # What was looked at is what is sent; weights are large and stay on disk.
+    return CommitOperationAdd(path_in_repo=name, path_or_fileobj=path if content is None else content)
+
+
+def push_folder(output_dir: Path, repo_id: str, tries: int = TRIES, first_wait: float = FIRST_WAIT) -> str:
+    """Push the files of `allowed_files` in one commit; none is made where the Hub has them all already.
+
+    A commit whose answer was lost but which landed is found by the next try, which then has nothing to do.
+
+    Args:
+        output_dir: the run's folder.
+        repo_id: `user/name`, or a name in the account of the token; created where there is none.
+        tries, first_wait: of each request, see `with_retries`.
+
+    Returns:
+        The repository's address.
+
+    Raises:
+        PushError: where it failed for good. The files are kept.
+    """
+    later = f"python -m flowbp.publishing.push {shlex.quote(str(output_dir))} --hub_model_id {shlex.quote(repo_id)}"
+    try:
+        files = allowed_files(output_dir)
+        if output_dir / LORA_FILE not in files:
+            raise ValueError(f"no file {LORA_FILE} in this folder.")
+        for path in files:
+            _operation(path, output_dir)
+        _check_login(repo_id)
+        api = HfApi()
+        repository = with_retries(lambda: api.create_repo(repo_id, exist_ok=True), tries, first_wait)
+
+        def commit() -> None:
+            # The client changes operations, so every try has its own.
+            operations = [_operation(path, output_dir) for path in files]
+            api.create_commit(repository.repo_id, operations, commit_message="FlowBP LoRA")
+
+        with_retries(commit, tries, first_wait)
+    except Exception as error:
+        raise PushError(
+            redact_text(
+                f"Not pushed to {repo_id}: {_explain(error, repo_id)} All files are kept in {output_dir}; push them "
+                f"later with: {later}"
+            )
+        ) from None
+    return str(repository)
+
+
+def name_repository(output_dir: Path, repo_id: str) -> None:
+    """Name a repository in `run.json` and in the card, which says how to load the LoRA from it.
+
+    A card that is not as the training wrote it was edited: it stays, and a line says so.
+
+    Args:
+        output_dir: the run's folder, with `run.json`.
+        repo_id: `user/name`.
+    """
+    # Seconds of import that most pushes do not need.
+    from .model_card import make_card, write_card
+
+    card, record = output_dir / "README.md", output_dir / "run.json"
+    try:
+        is_own = not card.exists() or card.read_text(encoding="utf-8") == make_card(output_dir)
+    except (KeyError, TypeError, ValueError):
+        # Of a record that is not as the training wrote it no card can be made.
+        is_own = False
+    write_run_json(record, {**json.loads(record.read_text(encoding="utf-8")), "hub_model_id": repo_id})
+    if is_own:
+        write_card(output_dir)
+    else:
+        print(f"{card} was edited and stays as it is; make it name {repo_id}.", file=sys.stderr)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """`python -m flowbp.publishing.push`."""
+    parser = argparse.ArgumentParser(prog="python -m flowbp.publishing.push", description=__doc__.partition("\n")[0])
+    add = parser.add_argument
+    add("output_dir", type=Path, help="Folder of a run.")
+    add("--hub_model_id", help="Repository. Default: the one of the run, or the folder's name.")
+    add("--tries", type=int, default=TRIES, help="How often each request is tried.")
+    add("--first_wait", type=float, default=FIRST_WAIT, help="Seconds before the second try; then doubled each time.")
+
+    def error(message: str) -> None:
+        # One line; argparse's own prints the usage first.
+        parser.exit(2, f"{parser.prog}: error: {one_line(message)}\n")
+
+    parser.error = error
+    args = parser.parse_args(argv)
+    if args.tries < 1 or not args.first_wait >= 0:
+        parser.error("--tries must be at least 1 and --first_wait not negative")
+    if not args.output_dir.is_dir():
+        parser.error(f"{args.output_dir} is no folder; give the --output_dir of a run")
+    record = args.output_dir / "run.json"
+    try:
+        of_run = json.loads(record.read_text(encoding="utf-8"))["hub_model_id"] if record.exists() else None
+    except (OSError, ValueError, KeyError, TypeError) as wrong:
+        if args.hub_model_id is None:
+            parser.error(f"{record} cannot be read as a run's record ({wrong}); give --hub_model_id")
+        of_run = args.hub_model_id
+    repo_id = args.hub_model_id or of_run or args.output_dir.resolve().name
+    try:
+        if record.exists() and repo_id != of_run:
+            repo_id = check_access(repo_id, args.tries, args.first_wait)
+            if repo_id != of_run:
+                name_repository(args.output_dir, repo_id)
+        print(push_folder(args.output_dir, repo_id, args.tries, args.first_wait))
+    except (ValueError, OSError, PushError) as failure:
+        sys.exit(f"{parser.prog}: error: {one_line(failure)}")
+
+
+if __name__ == "__main__":
+    main()

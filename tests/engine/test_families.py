@@ -1,0 +1,89 @@
+# Copyright 2026 The FlowBP for diffusers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""The matrix: every family's pipeline against the stock pipeline as oracle, or refused for the stated reason."""
+
+import functools
+import re
+from pathlib import Path
+
+import pytest
+from diffusers import DiffusionPipeline
+from families import FAMILIES
+from families.family import Case, Family
+from families.oracle import try_case
+from matrix import BOUND, MARKERS, is_verified, uncovered, verified_in
+
+from flowbp.verified_pipelines import VERIFIED_PIPELINES
+
+README = Path(__file__).parents[2] / "README.md"
+
+
+@functools.lru_cache(maxsize=1)
+def built(number: int) -> tuple[DiffusionPipeline, list[Case]]:
+    pipe = FAMILIES[number].build()
+    return pipe, FAMILIES[number].cases(pipe)
+
+
+@pytest.mark.parametrize("number", range(len(FAMILIES)), ids=[family.name for family in FAMILIES])
+def test_gradient_is_the_stock_pipelines_or_refused(number: int) -> None:
+    pipe, cases = built(number)
+    assert type(pipe).__name__ == FAMILIES[number].pipeline
+    for case in cases:
+        outcome = try_case(pipe, case)
+        if case.refused is not None:
+            assert outcome.refused is not None and re.search(case.refused, outcome.refused), outcome
+            assert outcome.refused.startswith(type(pipe).__name__) and "\n" not in outcome.refused
+            continue
+        assert outcome.refused is None, outcome
+        assert outcome.difference < BOUND, outcome
+        # Without gradients from step to step the comparison could not see a wrong coupling.
+        assert outcome.coupling > 1e-2, outcome
+        if case.unconditional_refused is not None:
+            assert re.search(case.unconditional_refused, outcome.conditional_refused), outcome
+        elif case.unconditional is not None:
+            assert outcome.conditional_refused is None, outcome
+            assert outcome.conditional_difference < BOUND, outcome
+
+
+def test_enough_families_are_verified() -> None:
+    verified = [family for family in FAMILIES if is_verified(family)]
+    names = {family.pipeline for family in verified}
+    assert len(names) >= 25
+    assert {"QwenImagePipeline", "ZImagePipeline", "Lumina2Pipeline", "Krea2Pipeline"} <= names
+    assert len([family for family in verified if family.output == "video"]) >= 2
+    assert len({family.name for family in FAMILIES}) == len(FAMILIES)
+
+
+def test_every_pipeline_of_diffusers_is_in_the_matrix() -> None:
+    """Text-to-image and text-to-video pipelines with the Euler scheduler that nobody put to the test."""
+    assert uncovered() == []
+
+
+def test_readme_shows_the_matrix() -> None:
+    shown = README.read_text(encoding="utf-8")
+    table = shown[shown.index(MARKERS[0]) : shown.index(MARKERS[1])]
+    rows = [line for line in table.splitlines() if line.startswith("| ") and "`" in line]
+
+    def state(family: Family) -> str:
+        return "verified" if is_verified(family) else "refused"
+
+    assert [(line.split(" | ")[0][2:], line.split(" | ")[2]) for line in rows] == [
+        (family.name, state(family)) for family in FAMILIES
+    ]
+    # The list that the scripts read.
+    assert set(verified_in(table)) == VERIFIED_PIPELINES
+
+
+@pytest.mark.parametrize("frozen", ["transformer", "transformer_2"])
+def test_one_of_two_transformers_may_be_trained(frozen: str) -> None:
+    """The other one of Wan 2.2 still passes gradients from step to step."""
+    family = next(family for family in FAMILIES if family.name == "Wan 2.2")
+    pipe = family.build()
+    getattr(pipe, frozen).requires_grad_(False)
+    for case in family.cases(pipe):
+        outcome = try_case(pipe, case)
+        assert outcome.difference < BOUND and outcome.coupling > 1e-2, outcome
+        if case.unconditional is not None:
+            assert outcome.conditional_difference < BOUND, outcome

@@ -1,0 +1,415 @@
+# Copyright 2026 The FlowBP for diffusers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""The evaluation script on tiny saved pipelines: what it draws, how it resumes, processes, the demo's table."""
+
+import importlib
+import json
+import math
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import datasets
+import pyarrow.parquet
+import pytest
+import torch
+from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
+from peft import get_peft_model_state_dict
+from PIL import Image
+from safetensors.torch import save_file
+from test_geneval import METADATA, tiny_clip, tiny_detector
+from tiny_pipelines import tiny_ovis_image_pipeline, tiny_wan_22_pipeline, tiny_wan_pipeline
+from tiny_sd3 import MAX_SEQUENCE_LENGTH, add_random_lora, tiny_sd3_pipeline
+from training_scripts import ROOT, check_refusal, command_line, environment, load_pipeline, load_script, script_path
+
+from flowbp.judging.images import to_pil
+from flowbp.training.training_utils import LORA_FILE
+
+NAME = "evaluate_flowbp"
+STEPS = 4
+PROMPTS = ('the text "42"', 'a "7" in red', 'blue "k9"')
+RESULTS = ("scores.parquet", "table.md", "table.json", "table.csv", "report.html", "grid.png")
+
+
+def save_lora(pipe: StableDiffusion3Pipeline, folder: Path, seed: int, layers: Sequence[str] | None = None) -> Path:
+    """A LoRA of random numbers, of the attention layers that `layers` names."""
+    add_random_lora(pipe, 2, torch.Generator().manual_seed(seed))
+    state = get_peft_model_state_dict(pipe.transformer)
+    kept = {name: x for name, x in state.items() if layers is None or any(layer in name for layer in layers)}
+    type(pipe).save_lora_weights(folder, transformer_lora_layers=kept)
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quiet() -> Iterator[None]:
+    """Without the bar that datasets shows while it reads a file for the first time: refusals are one line."""
+    datasets.disable_progress_bars()
+    yield
+    datasets.enable_progress_bars()
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    return load_script(NAME)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The base pipeline and two LoRAs, which are for different layers."""
+    folder = tmp_path_factory.mktemp("models")
+    tiny_sd3_pipeline(torch.float32).save_pretrained(folder / "base")
+    (folder / "prompts.jsonl").write_text(
+        "".join(json.dumps({"prompt": text, "tag": f"tag{place % 2}"}) + "\n" for place, text in enumerate(PROMPTS))
+    )
+    return {
+        "base": folder / "base",
+        "one": save_lora(tiny_sd3_pipeline(torch.float32), folder / "one", seed=1),
+        "two": save_lora(tiny_sd3_pipeline(torch.float32), folder / "two", seed=2, layers=["to_q", "to_k"]),
+        "prompts": folder / "prompts.jsonl",
+    }
+
+
+@pytest.fixture
+def arguments(models: dict[str, Path], tmp_path: Path) -> dict[str, Any]:
+    return {
+        "pretrained_model_name_or_path": models["base"],
+        "lora": [models["one"]],
+        "prompts": models["prompts"],
+        "rewards": "toy_reward:make_reward",
+        "height": 8,
+        "width": 8,
+        "num_inference_steps": STEPS,
+        "guidance_scale": 3.5,
+        "pipeline_arguments": {"max_sequence_length": MAX_SEQUENCE_LENGTH, "negative_prompt": "grey"},
+        "num_images_per_prompt": 2,
+        "batch_size": 4,
+        "output_dir": tmp_path / "run",
+    }
+
+
+def scores_of(folder: Path, row: str, column: str = "toy_reward:make_reward") -> list[Any]:
+    table = pyarrow.parquet.read_table(folder / "scores.parquet").to_pylist()
+    return [line[column] for line in table if line["row"] == row]
+
+
+def content_of(folder: Path) -> dict[str, bytes]:
+    """All files of an evaluation."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def picture_of(pipe: DiffusionPipeline, prompts: list[str], seeds: list[int], **call: Any) -> list[Image.Image]:
+    """What users get from the noise that the parquet file names."""
+    images = pipe(
+        prompts,
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        num_inference_steps=STEPS,
+        height=8,
+        width=8,
+        guidance_scale=3.5,
+        max_sequence_length=MAX_SEQUENCE_LENGTH,
+        negative_prompt=["grey"] * len(prompts),
+        output_type="pt",
+        **call,
+    ).images
+    return to_pil(images)
+
+
+def test_every_row_is_what_users_get(
+    script: ModuleType, models: dict[str, Path], arguments: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    # One of the LoRAs is a second adapter for fewer layers, and switches between the two must leave no trace.
+    loras = [f"first={models['one']}", str(models["two"])]
+    changes = {"lora": loras, "lora_scale": [0, 0.5, 1], "base_for_last": [0, STEPS], "batch_size": 3}
+    script.main(command_line(arguments, **changes, group_column="tag"))
+    folder = arguments["output_dir"]
+    lines = pyarrow.parquet.read_table(folder / "scores.parquet").to_pylist()
+    assert len(lines) == (1 + 2 * 3 * 2) * len(PROMPTS) * 2
+    by_row: dict[str, list[dict]] = {}
+    for line in lines:
+        by_row.setdefault(line["row"], []).append(line)
+    seeds = [line["seed"] for line in by_row["base"]]
+    assert len(set(seeds)) == 6 and all([x["seed"] for x in row] == seeds for row in by_row.values())
+
+    def drawn(row: str) -> list[bytes]:
+        return [Image.open(folder / line["image"]).tobytes() for line in by_row[row]]
+
+    texts = [text for text in PROMPTS for _ in range(2)]
+    for row, lora, scale in (("base", None, 1), ("first × 1", "one", 1), ("two × 0.5", "two", 0.5)):
+        pipe = load_pipeline(models["base"])
+        if lora is not None:
+            pipe.load_lora_weights(models[lora], adapter_name="x")
+            pipe.set_adapters("x", scale)
+        # In the script's batches, because sums of other batches may round differently.
+        parts = [picture_of(pipe, texts[start : start + 3], seeds[start : start + 3]) for start in (0, 3)]
+        assert [image.tobytes() for part in parts for image in part] == drawn(row)
+    names = ["first", "two"]
+    key = "toy_reward:make_reward"
+    for name in names:
+        for same in (f"{name} × 0", f"{name} × 1, base for last {STEPS}", f"{name} × 0, base for last {STEPS}"):
+            assert drawn(same) == drawn("base")
+            assert [x[key] for x in by_row[same]] == [x[key] for x in by_row["base"]]
+        assert len({tuple(drawn(row)) for row in ("base", f"{name} × 0.5", f"{name} × 1")}) == 3
+
+    printed = capsys.readouterr().out
+    table = (folder / "table.md").read_text()
+    assert table in printed and "by group" in table and "tag0" in table
+    assert [line["group"] for line in by_row["base"]] == ["tag0", "tag0", "tag1", "tag1", "tag0", "tag0"]
+    with Image.open(folder / "grid.png") as image:
+        assert min(image.size) > 300
+
+
+def test_the_last_steps_of_the_base_model(
+    script: ModuleType, models: dict[str, Path], arguments: dict[str, Any]
+) -> None:
+    script.main(command_line(arguments, base_for_last=[0, 2], sigmas="linear", num_images_per_prompt=1, num_prompts=2))
+    folder = arguments["output_dir"]
+    rows = {row: scores_of(folder, row) for row in ("base", "one", "one, base for last 2")}
+    assert len({tuple(values) for values in rows.values()}) == 3 and all(len(values) == 2 for values in rows.values())
+    # By hand: the LoRA is switched off by the user's own callback after the second of four steps.
+    pipe = load_pipeline(models["base"])
+    pipe.load_lora_weights(models["one"])
+
+    def off(pipe: DiffusionPipeline, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+        if step == 1:
+            pipe.disable_lora()
+        return given
+
+    seeds = scores_of(folder, "base", "seed")
+    sigmas = torch.linspace(1, 1 / STEPS, STEPS).tolist()
+    images = picture_of(pipe, list(PROMPTS[:2]), seeds, callback_on_step_end=off, sigmas=sigmas)
+    paths = scores_of(folder, "one, base for last 2", "image")
+    assert [image.tobytes() for image in images] == [Image.open(folder / path).tobytes() for path in paths]
+
+
+# Stopping and starting again, processes.
+
+
+def test_killed_in_the_middle_and_started_again_it_writes_the_same(
+    script: ModuleType, models: dict[str, Path], arguments: dict[str, Any], tmp_path: Path
+) -> None:
+    words = command_line(arguments, rewards="fatal_reward:make_reward", batch_size=2)
+    # Batches are two images: the base has three, and the process dies when it scores the second of the LoRA's.
+    killed = subprocess.run(
+        [sys.executable, str(script_path(NAME)), *words],
+        env={**environment(), "FLOWBP_TEST_LAST_CALL": "5"},
+        capture_output=True,
+        check=False,
+        timeout=300,
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
+    folder = arguments["output_dir"]
+    assert len(list(folder.glob("scores/*/*.json"))) == 4 and not (folder / "table.md").exists()
+    # It may die while it writes, too.
+    (folder / "images" / "one" / "000002.png").write_bytes(b"half a picture")
+    (folder / "scores" / "one" / "000001.json.partial").write_text("[0.")
+    finished = {path: path.stat().st_mtime_ns for path in folder.glob("scores/*/*.json")}
+    script.main(words)
+    assert all(path.stat().st_mtime_ns == time for path, time in finished.items())
+
+    whole = tmp_path / "whole"
+    script.main(command_line(arguments, rewards="fatal_reward:make_reward", batch_size=2, output_dir=whole))
+    assert content_of(folder) == content_of(whole)
+    assert set(RESULTS) <= set(content_of(whole))
+
+    # A finished evaluation needs no model; another LoRA is added, and the rows that are there stay.
+    before = content_of(folder)
+    script.main(words)
+    assert content_of(folder) == before
+    more = [str(models["one"]), str(models["two"])]
+    script.main(command_line(arguments, rewards="fatal_reward:make_reward", batch_size=2, lora=more))
+    after = content_of(folder)
+    assert all(after[name] == before[name] for name in before if name.startswith(("scores/", "images/")))
+    assert len(scores_of(folder, "two", "seed")) == 6
+
+
+def test_two_processes_write_the_same_as_one(script: ModuleType, arguments: dict[str, Any], tmp_path: Path) -> None:
+    words = command_line(arguments, batch_size=2, num_images_per_prompt=3)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*launch, str(script_path(NAME)), *words],
+        env={**environment(), "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("3 prompts, 3 images of each") == 1
+    alone = tmp_path / "alone"
+    script.main(command_line(arguments, batch_size=2, num_images_per_prompt=3, output_dir=alone))
+    assert content_of(arguments["output_dir"]) == content_of(alone)
+
+
+# Other pipelines.
+
+
+@pytest.mark.parametrize(
+    ("build", "component", "size"),
+    [
+        (tiny_ovis_image_pipeline, "transformer", {"pipeline_arguments": {"max_sequence_length": 136}}),
+        (
+            tiny_wan_22_pipeline,
+            "transformer_2",
+            {"height": 16, "width": 16, "num_frames": 5, "pipeline_arguments": {"max_sequence_length": 16}},
+        ),
+    ],
+)
+def test_loras_that_no_pipeline_loads(
+    script: ModuleType,
+    arguments: dict[str, Any],
+    tmp_path: Path,
+    build: Callable[[], DiffusionPipeline],
+    component: str,
+    size: dict[str, Any],
+) -> None:
+    pipe = build()
+    pipe.save_pretrained(tmp_path / "base")
+    transformer = getattr(pipe, component)
+    add_random_lora(SimpleNamespace(transformer=transformer), 2, torch.Generator().manual_seed(0))
+    # As train_flowbp.py saves them.
+    transformer.save_lora_adapter(tmp_path / "lora", weight_name=LORA_FILE)
+    changes = {"pretrained_model_name_or_path": tmp_path / "base", "lora": [tmp_path / "lora"], "lora_scale": [0, 1]}
+    few = {"num_images_per_prompt": 1, "num_prompts": 1}
+    script.main(command_line(arguments, **changes, **few, **size, lora_component=component))
+    folder = arguments["output_dir"]
+    assert scores_of(folder, "lora × 0") == scores_of(folder, "base") != scores_of(folder, "lora × 1")
+
+
+def test_videos_are_scored_by_frame(script: ModuleType, arguments: dict[str, Any], tmp_path: Path) -> None:
+    pipe = tiny_wan_pipeline()
+    pipe.save_pretrained(tmp_path / "wan")
+    save_lora(pipe, tmp_path / "lora", seed=0)
+    changes = {"pretrained_model_name_or_path": tmp_path / "wan", "lora": [tmp_path / "lora"]}
+    size = {"height": 16, "width": 16, "num_frames": 5, "num_images_per_prompt": 1, "num_prompts": 1}
+    script.main(command_line(arguments, **changes, **size, pipeline_arguments={"max_sequence_length": 16}))
+    folder = arguments["output_dir"]
+    assert scores_of(folder, "base") != scores_of(folder, "lora")
+    with Image.open(folder / scores_of(folder, "base", "image")[0]) as image:
+        assert image.size == (16, 16)
+
+
+def test_scores_of_frames_are_averaged_and_checked(script: ModuleType) -> None:
+    videos = torch.rand(2, 3, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+
+    def reward(images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        return images.mean((1, 2, 3)) + torch.tensor([float(prompt) for prompt in prompts])
+
+    found = script.score(reward, ["x"], videos, ["10", "20"])["x"]
+    assert found == pytest.approx((videos.mean((1, 2, 3, 4)) + torch.tensor([10.0, 20.0])).tolist())
+    with pytest.raises(ValueError, match="expected 2 finite scores"):
+        script.score(lambda images, prompts: torch.tensor([1.0, float("inf")]), ["x"], videos[:, 0], ["", ""])
+    with pytest.raises(ValueError, match="expected 2 finite scores"):
+        script.score(lambda images, prompts: torch.ones(1), ["x"], videos[:, 0], ["", ""])
+    unanswered = script.score(lambda images, prompts: torch.tensor([1.0, math.nan]), ["x"], videos[:, 0], ["", ""])[
+        "x"
+    ]
+    assert unanswered[0] == 1.0 and math.isnan(unanswered[1])
+    with pytest.raises(ValueError, match=r"in \[0, 1\].*from 0.00 to 2.00"):
+        script.score(reward, ["x"], torch.tensor([0.0, 2.0]).expand(1, 3, 2, 2), ["0"])
+
+
+def test_geneval_has_a_table_of_its_tasks(script: ModuleType, arguments: dict[str, Any], tmp_path: Path) -> None:
+    clip, tokenizer = tiny_clip()
+    tiny_detector().save_pretrained(tmp_path / "geneval" / "detector")
+    clip.save_pretrained(tmp_path / "geneval" / "clip")
+    tokenizer.save_pretrained(tmp_path / "geneval" / "clip")
+    metadata = tmp_path / "evaluation_metadata.jsonl"
+    # Not in the order of the benchmark's table.
+    chosen = [entry for tag in ("colors", "single_object") for entry in METADATA if entry["tag"] == tag]
+    metadata.write_text("".join(json.dumps(entry) + "\n" for entry in chosen))
+    changes = {"prompts": metadata, "rewards": "toy_reward:make_reward,geneval", "num_images_per_prompt": 1}
+    script.main(command_line(arguments, **changes, reward_model_path=[f"geneval={tmp_path / 'geneval'}"]))
+    table = (arguments["output_dir"] / "table.md").read_text()
+    (by_task,) = re.findall(r"GenEval by group, %\n\n(.*?)\n", table)
+    heads = [cell.strip() for cell in by_task.strip("|").split("|")]
+    assert heads == ["", "single_object", "colors", "overall"] and table.count("by group") == 1
+    assert set(scores_of(arguments["output_dir"], "base", "geneval")) <= {0.0, 1.0}
+    assert scores_of(arguments["output_dir"], "one", "group") == [entry["tag"] for entry in chosen]
+
+
+# Refusals.
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rewards": "osr"}, "the nearest is 'ocr'"),
+        ({"rewards": "ocr:0.5,ocr-v5"}, "names without weights"),
+        ({"reward_text_column": "tag"}, "expected options among none"),
+        ({"rewards": "geneval"}, "line 1: expected an entry of GenEval's metadata"),
+        ({"reward_model_path": ["clip"]}, "expected NAME=FOLDER"),
+        ({"reward_model_path": ["clip=here"]}, "expected model paths of none of its parts"),
+        ({"lora": ["nowhere/at/all"]}, "no such file or folder"),
+        ({"prompts": "none.txt"}, "no file 'none.txt'"),
+        ({"prompt_column": "caption"}, "no column 'caption'"),
+        ({"group_column": "colour"}, "no column 'colour'"),
+        ({"base_for_last": [-1]}, "--base_for_last must be at least 0"),
+        ({"lora_scale": ["inf"]}, "--lora_scale must be finite"),
+        ({"num_images_per_prompt": 0}, "--num_images_per_prompt must be at least 1"),
+        ({"pipeline_arguments": {"true_cfg": 1}}, "takes no argument true_cfg here"),
+        ({"pipeline_arguments": "[1]"}, "a JSON object expected"),
+        ({"num_frames": 5}, "takes no argument num_frames here"),
+        ({"lora_component": "unet"}, "StableDiffusion3Pipeline has transformer."),
+        ({"lora_component": "vae"}, "StableDiffusion3Pipeline has transformer."),
+        ({"steps": 4}, "unknown argument --steps"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_before_a_model_is_loaded(
+    arguments: dict[str, Any],
+    changes: dict[str, Any],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    check_refusal(NAME, {**arguments, **changes}, message, monkeypatch, capsys)
+
+
+def test_a_folder_of_other_settings_and_a_lora_of_another_model_are_refused(
+    script: ModuleType, models: dict[str, Path], arguments: dict[str, Any], tmp_path: Path
+) -> None:
+    few = {"num_prompts": 1, "num_images_per_prompt": 1}
+    script.main(command_line(arguments, **few))
+    with pytest.raises(ValueError, match="with seed 0, got 1; choose another folder"):
+        script.main(command_line(arguments, **few, seed=1))
+    pipe = tiny_wan_pipeline()
+    save_lora(pipe, tmp_path / "other", seed=0)
+    with pytest.raises(ValueError, match="--lora .*other: does not fit StableDiffusion3Pipeline"):
+        script.main(command_line(arguments, **few, lora=[tmp_path / "other"]))
+    encoder = {f"text_encoder.x.lora_{side}.weight": torch.ones(2, 2) for side in "AB"}
+    save_file(encoder, tmp_path / "other" / LORA_FILE)
+    with pytest.raises(ValueError, match="--lora .*other: (does not fit|has no layer)"):
+        script.main(command_line(arguments, **few, lora=[tmp_path / "other"]))
+
+
+# The demo.
+
+
+def test_the_demo_s_table_by_this_script(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "demo"))
+    pipeline = ROOT / "demo" / "pipeline"
+    save_lora(load_pipeline(pipeline), tmp_path, seed=0)
+    paths = ["--pretrained_model_name_or_path", str(pipeline), "--output_dir"]
+    six = [*paths, str(tmp_path), "--eval_prompts", str(ROOT / "demo" / "prompts_eval.txt"), "--num_eval_prompts", "6"]
+    evaluation = str(ROOT / "demo" / "evaluation.yaml")
+    importlib.import_module("evaluate").main(["--config", evaluation, *six, "--eval_batch_size", "4"])
+    expected = json.loads((tmp_path / "evaluation.json").read_text())["rows"]
+
+    config = str(ROOT / "demo" / "evaluate_flowbp.yaml")
+    same = [*paths, str(tmp_path / "run"), "--prompts", str(ROOT / "demo" / "prompts_eval.txt"), "--num_prompts", "6"]
+    script.main(["--config", config, *same, "--batch_size", "4", "--lora", f"aligned={tmp_path}"])
+    records = json.loads((tmp_path / "run" / "table.json").read_text())["records"]
+    assert len(records) == 2 * len(expected) == 8
+    for row, base, aligned in zip(expected, records[::2], records[1::2], strict=True):
+        assert (row["base"], row["aligned"]) == (base["score"], aligned["score"])
+        assert row["change"] == aligned["change"]
+    # The random LoRA changed what is compared.
+    assert records[1]["change"]["mean"] != 0

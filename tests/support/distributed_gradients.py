@@ -1,0 +1,124 @@
+# Copyright 2026 The FlowBP for diffusers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""What `test_distributed.py` runs in each of two processes: how far the shared gradient of each row is from the mean.
+
+Every process records its own rollouts, in two passes that add up. With the wrapped (DDP) or sharded (FSDP2)
+transformer the gradient must be the mean of what the processes find alone, whatever the row, and each `backward` may
+exchange gradients once.
+"""
+
+import json
+from collections import Counter
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from diffusers import StableDiffusion3Pipeline
+from tiny_sd3 import MAX_SEQUENCE_LENGTH, tiny_sd3_pipeline
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from flowbp import FlowBPCallback, get_method
+from flowbp.training.distributed import check_distributed, full_tensor, leave, prepare_transformer
+
+CALL = {
+    "num_inference_steps": 6,
+    "guidance_scale": 3.0,
+    "max_sequence_length": MAX_SEQUENCE_LENGTH,
+    "height": 8,
+    "width": 8,
+    "output_type": "pt",
+}
+ROWS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("full", {}, {"strict": True}),
+    ("draft-lv", {}, {"samples_per_decode": 1}),
+    ("drtune", {"num_active": 2}, {}),
+    ("leapalign", {}, {}),
+    ("flowbp-sparse", {"num_active": 3}, {}),
+    ("flowbp-bridge", {"num_active": 3}, {"velocity_anchor": 0.2}),
+    ("flowbp-lagrange", {}, {"unconditional_gradient": True}),
+]
+
+
+class Exchanges(TorchDispatchMode):
+    """Counts the process group's operations by name. The test's own (`full_tensor`) are inside DTensors, not seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if function.namespace == "c10d":
+            self.counts[function.overloadpacket.__name__] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def gradient(
+    pipe: StableDiffusion3Pipeline,
+    seed: int,
+    transformer: torch.nn.Module | None,
+    method: str,
+    options: dict[str, Any],
+    settings: dict[str, Any],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradient of all LoRA parameters in one vector, of two passes, and the norms of each step of each pass."""
+    parameters = [parameter for parameter in pipe.transformer.parameters() if parameter.requires_grad]
+    norms = []
+    for parameter in parameters:
+        parameter.grad = None
+    for part in range(2):
+        callback = FlowBPCallback(
+            get_method(method, **options),
+            generator=torch.Generator().manual_seed(part),
+            noise_generator=torch.Generator().manual_seed(seed),
+            measure_gradients=True,
+            **settings,
+        )
+        with callback.record(pipe):
+            images = [
+                pipe(["a", "b"], generator=torch.Generator().manual_seed(seed + 10 * part), **CALL).images
+                for _ in range(1 + callback.copies)
+            ]
+        out = callback.backward(
+            lambda pictures, prompts: pictures.square().mean((1, 2, 3)),
+            torch.cat(images),
+            ["a", "b"],
+            gradient_scale=0.5,
+            transformer=transformer,
+        )
+        norms += [out.gradient_norms[step] for step in sorted(out.gradient_norms)]
+    return torch.cat([full_tensor(parameter.grad).flatten() for parameter in parameters]), torch.stack(norms)
+
+
+def main() -> None:
+    """Compare, and print one JSON object in the first process."""
+    torch.set_num_threads(1)
+    accelerator = Accelerator()
+    check_distributed(accelerator)
+    rank = accelerator.process_index
+    alone, together = tiny_sd3_pipeline(lora_rank=2), tiny_sd3_pipeline(lora_rank=2)
+    shared = prepare_transformer(accelerator, together.transformer)
+    found = {}
+    for method, options, settings in ROWS:
+        each = [gradient(alone, 100 + number, None, method, options, settings) for number in range(2)]
+        mean = (each[0][0] + each[1][0]) / 2
+        with Exchanges() as exchanges:
+            result, norms = gradient(together, 100 + rank, shared, method, options, settings)
+        found[method] = {
+            "difference": ((result - mean).norm() / mean.norm()).item(),
+            "of_norms": ((norms - each[rank][1]).norm() / norms.norm()).item(),
+            "apart": ((each[0][0] - each[1][0]).norm() / mean.norm()).item(),
+            "exchanges": dict(exchanges.counts),
+        }
+    if rank == 0:
+        print(json.dumps(found), flush=True)
+    dist.barrier()
+    leave(0)
+
+
+if __name__ == "__main__":
+    main()
