@@ -29,7 +29,7 @@ from typing import Any
 
 STARTED = time.monotonic()
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = [str(ROOT / name) for name in ("pipelines", "benchmarks", "tests")]
+FOLDERS = [str(ROOT / name) for name in ("pipelines", "benchmarks", "tests/support")]
 sys.path[:0] = FOLDERS
 # Before torch and the Hugging Face libraries are imported.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -143,8 +143,8 @@ class ImageReward(nn.Module):
 def imagereward(model_path: Path | None = None, config: BlipConfig | None = None) -> ImageReward:
     """`imagereward`: ImageReward v1.0.
 
-    The loader was tested on random weights in the layout of the reference's own modules (`tests/rewards/golden`), not on
-    the public file, which this project's machines cannot download.
+    The loader was tested on random weights in the layout of the reference's own modules (`tests/rewards/golden`), not
+    on the public file, which this project's machines cannot download.
 
     Args:
         model_path: folder with `ImageReward.pt` of `THUDM/ImageReward`. The tokenizer is taken from there if it has
