@@ -5,13 +5,10 @@
 """The model card: what it says, that hostile texts break nothing, and that no path of this machine is in it."""
 
 import ast
-import importlib.util
 import inspect
 import json
 import re
 import shlex
-import shutil
-import site
 import subprocess
 import sys
 from collections.abc import Callable
@@ -36,12 +33,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny_pipelines import tiny_klein_pipeline, tiny_ovis_image_pipeline, tiny_wan_22_pipeline, tiny_wan_pipeline
 
-from flowbp.publishing import model_card
-from flowbp.publishing.model_card import code_block, find_template, hide_paths, markdown, write_card
+from flowbp.publishing.model_card import code_block, hide_paths, markdown, write_card
 from flowbp.publishing.push import LORA_FILE
 from flowbp.publishing.run_info import write_run_json
-
-ROOT = Path(__file__).parents[2]
 
 HOSTILE = (
     'a "quoted" | pipe, {{ 7 * 7 }} {% raw %} <b>&</b> `code` ``` \\ \n---\nkey: [x]\n# title ünïcödé 猫 \u2028 \x07'
@@ -569,28 +563,3 @@ def test_no_run_json(tmp_path: Path) -> None:
     """Without the record there is no card."""
     with pytest.raises(FileNotFoundError):
         write_card(tmp_path)
-
-
-@pytest.mark.parametrize(("package", "data"), [("", "share/flowbp"), ("lib", "user/share/flowbp")])
-def test_the_template_of_an_installed_package(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, data: str
-) -> None:
-    """`pip install --target` puts it beside the package, `--user` into the user's folder."""
-    monkeypatch.setattr(site, "USER_BASE", str(tmp_path / "user"))
-    code, template = tmp_path / package / "flowbp" / "model_card.py", tmp_path / data / "template.md"
-    code.parent.mkdir(parents=True)
-    template.parent.mkdir(parents=True)
-    shutil.copy(model_card.__file__, code)
-    shutil.copy(ROOT / "model_cards" / "template.md", template)
-    spec = importlib.util.spec_from_file_location("flowbp.installed_model_card", code)
-    installed = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(installed)
-    assert installed.find_template() == template
-
-
-def test_a_missing_template(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is known without a run, in one line with the remedy; here is one."""
-    assert find_template() == ROOT / "model_cards" / "template.md"
-    monkeypatch.setattr(model_card, "TEMPLATES", (tmp_path / "a.md", tmp_path))
-    with pytest.raises(FileNotFoundError, match=r"expected the model card's template at one of .*; install flowbp"):
-        find_template()

@@ -13,8 +13,6 @@ import json
 import math
 import re
 import shlex
-import site
-import sysconfig
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,14 +24,6 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from .push import LORA_FILE, allowed_files
 from .run_info import redact, write_whole
 
-# In a checkout, or where `pip install` put it: with --target, as it is, and with --user.
-TEMPLATES = (
-    Path(__file__).parents[3] / "model_cards" / "template.md",
-    *(
-        Path(root) / "share" / "flowbp" / "template.md"
-        for root in (Path(__file__).parents[2], sysconfig.get_path("data"), site.getuserbase())
-    ),
-)
 # Options of the table of the card's main part; the others are in the long one.
 SUMMARY = (
     "lora_layers rank lora_alpha learning_rate lr_scheduler max_grad_norm mixed_precision use_ema ema_decay "
@@ -270,19 +260,8 @@ def _summary(run: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def find_template() -> Path:
-    """The card's template. Scripts ask before they train, so that a card that cannot be written is known then.
-
-    Raises:
-        FileNotFoundError: in one line with the remedy.
-    """
-    for path in TEMPLATES:
-        if path.is_file():
-            return path
-    places = ", ".join(map(str, TEMPLATES))
-    raise FileNotFoundError(
-        f"expected the model card's template at one of {places}, found none; install flowbp again, or run from a "
-        "checkout (pip install -e .)."
-    )
+    """Only until training_run.py stops asking for it."""
+    return Path(__file__).with_name("card_template.md")
 
 
 def write_card(output_dir: Path) -> Path:

@@ -1,0 +1,32 @@
+# Copyright 2026 The FlowBP for diffusers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""Print the scripts, recipes and configurations of accelerate that are installed, with their absolute paths.
+
+    python -m flowbp.scripts
+"""
+
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parent
+
+
+def table() -> str:
+    """Scripts by module name, recipes and configurations of accelerate by file name; one per line, with its path."""
+    scripts = {f"flowbp.scripts.{path.stem}": path for path in FOLDER.glob("*.py") if not path.stem.startswith("__")}
+    recipes = {path.name: path for path in (FOLDER / "recipes").iterdir()}
+    configs = {path.name: path for path in (FOLDER / "accelerate_configs").iterdir()}
+    width = max(map(len, [*scripts, *recipes, *configs]))
+    parts = []
+    for title, files in (
+        ("Scripts: accelerate launch -m MODULE --help", scripts),
+        ("Recipes: accelerate launch -m MODULE --config PATH", recipes),
+        ("Configurations of accelerate: accelerate launch --config_file PATH -m MODULE", configs),
+    ):
+        parts.append("\n".join([title, *(f"  {name:{width}}  {path}" for name, path in sorted(files.items()))]))
+    return "\n\n".join(parts)
+
+
+if __name__ == "__main__":
+    print(table())
