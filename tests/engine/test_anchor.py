@@ -14,10 +14,10 @@ import pytest
 import torch
 from brute_force import Sampling, brute_force, relative_difference, sample, surrogate_graph, toy_reward
 from diffusers import StableDiffusion3Pipeline
+from gradient_rows import EXACT, PROMPTS, ROWS, drawn_steps, engine, found_gradients
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from test_gradients import EXACT, PROMPTS, ROWS, drawn_steps, engine, found_gradients
-from tiny_sd3 import tiny_sd3_pipeline
+from tiny_sd3 import mixing_samples, tiny_sd3_pipeline
 from torch.utils._pytree import tree_unflatten
 
 from flowbp import FlowBPCallback, Objective, get_method
@@ -36,11 +36,6 @@ def lora_pipeline() -> StableDiffusion3Pipeline:
 def base_transformer() -> torch.nn.Module:
     """The same weights without a LoRA, as another model."""
     return tiny_sd3_pipeline(seed=SEED, float64_scheduler=True).transformer
-
-
-def mixing_samples(module: torch.nn.Module, inputs: object, returned: torch.Tensor) -> torch.Tensor:
-    """A forward hook that makes every row of a batch depend on all of it."""
-    return returned + 0.3 * returned.mean(0, keepdim=True)
 
 
 def expected(

@@ -4,7 +4,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """What an accelerator would notice: float64 that it may not have, waiting for its numbers, bytes that are kept.
 
-`PretendedDevice` stands in for one. Bytes are counted by `LiveBytes` and `SavedBytes` of `test_recording.py`.
+`PretendedDevice` stands in for one. Bytes are counted by `memory_meters`.
 """
 
 import functools
@@ -25,12 +25,11 @@ from families.images import FAMILIES as IMAGE_FAMILIES
 from families.packed import FAMILIES as PACKED_FAMILIES
 from families.paper import FAMILIES as PAPER_FAMILIES
 from families.videos import FAMILIES as VIDEO_FAMILIES
+from gradient_rows import EXACT, ROWS, drawn_steps, engine
+from gradient_rows import PROMPTS as THREE_PROMPTS
+from memory_meters import LiveBytes, SavedBytes
 from pretended_device import DeviceError, PretendedDevice
-from test_anchor import mixing_samples
-from test_gradients import EXACT, ROWS, drawn_steps, engine
-from test_gradients import PROMPTS as THREE_PROMPTS
-from test_recording import LiveBytes, SavedBytes
-from tiny_sd3 import MAX_SEQUENCE_LENGTH, tiny_sd3_pipeline
+from tiny_sd3 import MAX_SEQUENCE_LENGTH, mixing_samples, tiny_sd3_pipeline
 from toy_reward import make_reward
 from training_scripts import PROMPTS, SHARED_ARGUMENTS, command_line, log_of, write_prompts
 

@@ -19,7 +19,7 @@ import torch
 from brute_force import Drawn, Sampling, brute_force, relative_difference, stock_gradients
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from families.paper import build_flux, build_flux2_klein
-from test_gradients import (
+from gradient_rows import (
     EXACT,
     FLOAT32_SCHEDULER,
     LEAPALIGN,

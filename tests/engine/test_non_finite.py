@@ -15,20 +15,12 @@ from typing import Any
 
 import pytest
 import torch
+from broken_loops import BROKEN, BeginsLater, MovingAverage, WordsDrift, assert_refused, loop
 from brute_force import relative_difference, toy_reward
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
-from test_gradients import NOISE_SEED, ROWS
-from test_refusals import (
-    BROKEN,
-    BeginsLater,
-    MovingAverage,
-    PlainLoop,
-    WordsDrift,
-    assert_refused,
-    found_gradients,
-    loop,
-)
+from gradient_rows import NOISE_SEED, ROWS, found_gradients
 from tiny_sd3 import MAX_SEQUENCE_LENGTH, tiny_sd3_pipeline
+from violations import PlainLoop
 
 from flowbp import FlowBPCallback, Objective, Surrogate, Term, get_method
 from flowbp.callback import BackwardOutput

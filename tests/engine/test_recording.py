@@ -9,7 +9,6 @@ on the transformer, dropout, callbacks that alter what they are given.
 """
 
 import re
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -25,10 +24,10 @@ from diffusers import (
     StableDiffusion3Pipeline,
 )
 from diffusers.training_utils import cast_training_params
+from memory_meters import LiveBytes, SavedBytes
 from peft import LoraConfig
 from tiny_sd3 import MAX_SEQUENCE_LENGTH, tiny_sd3_pipeline
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_unflatten
 from toy_reward import make_reward
 
 from flowbp import FlowBPCallback, Leg, Surrogate, Term, get_method
@@ -797,41 +796,6 @@ def test_a_surrogate_for_more_steps_than_the_rollout_has_is_refused(pipe: Stable
 # Memory.
 
 
-class Saved:
-    """A tensor that autograd saved."""
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self.tensor = tensor
-
-
-class SavedBytes:
-    """Bytes that autograd holds for backward: now, and the most so far. Parameters exist anyway and do not count."""
-
-    def __init__(self, transformer: torch.nn.Module) -> None:
-        self.parameters = {parameter.untyped_storage().data_ptr() for parameter in transformer.parameters()}
-        self.live = self.most = 0
-
-    def pack(self, tensor: torch.Tensor) -> Saved:
-        # Detached: an output that its own node saves would keep the graph alive if no backward pass frees it.
-        holder = Saved(tensor.detach())
-        if tensor.untyped_storage().data_ptr() not in self.parameters:
-            size = tensor.numel() * tensor.element_size()
-            self.live += size
-            self.most = max(self.most, self.live)
-            weakref.finalize(holder, self.release, size)
-        return holder
-
-    def release(self, size: int) -> None:
-        self.live -= size
-
-    @staticmethod
-    def unpack(holder: Saved) -> torch.Tensor:
-        return holder.tensor
-
-    def counting(self) -> Any:
-        return torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack)
-
-
 def sweep_memory(num_active: int, **changes: Any) -> tuple[int, list[int]]:
     """Most bytes saved for backward in `callback.backward`, and those held when each forward pass starts."""
     pipe = tiny_sd3_pipeline(torch.float32)
@@ -884,34 +848,6 @@ def test_the_usual_way_grows_with_the_number_of_active_steps():
                     outputs.append(call.module(*args, **kwargs))
         most[num_active] = saved.most
     assert most[8] / most[1] == pytest.approx(8, rel=0.01)
-
-
-class LiveBytes(TorchDispatchMode):
-    """Bytes of the tensors that operations made and that are still alive: now, and the most so far."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.most = 0
-        self.known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        inputs = {
-            leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)
-        }
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor):
-                storage = leaf.untyped_storage()
-                if storage._cdata not in self.known | inputs:
-                    self.known.add(storage._cdata)
-                    self.live += storage.nbytes()
-                    self.most = max(self.most, self.live)
-                    weakref.finalize(storage, self.release, storage._cdata, storage.nbytes())
-        return result
-
-    def release(self, storage: int, size: int) -> None:
-        self.known.discard(storage)
-        self.live -= size
 
 
 @pytest.mark.parametrize("samples", [6])

@@ -4,18 +4,17 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """Pipelines that are broken on purpose, each in one way, are refused whatever the method; `test_recording` has more.
 
-`violations.PlainLoop` is Stable Diffusion 3 with the plainest sampling loop, in parts. As it stands its gradient is
-exact; every broken pipeline is a subclass that overrides one part. Real pipelines and schedulers of diffusers that do
-not fit the recorder's picture follow.
+First those of `broken_loops`, then real pipelines, schedulers and caches of diffusers that the recorder does not
+support.
 """
 
 import copy
-import re
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from broken_loops import ALTERED, BROKEN, PROMPTS, BeginsLater, assert_refused, loop, trained
 from brute_force import Sampling, relative_difference, stock_gradients, toy_reward
 from diffusers import (
     DiffusionPipeline,
@@ -34,15 +33,10 @@ from diffusers import (
 )
 from families.family import embeddings
 from families.paper import build_flux
-from test_gradients import found_gradients
 from tiny_sd3 import tiny_sd3_pipeline
 from violations import GUIDANCE, STEPS, PlainLoop
 
 from flowbp import FlowBPCallback, Surrogate, Term, get_method
-from flowbp.checks import RecordingError
-from flowbp.hooks import is_patched
-
-PROMPTS = ["a 42", "the 7"]
 
 # Rows that look at every step, at two of them (several draws), at two legs, and at a posterior mean.
 METHODS: dict[str, Callable[[], FlowBPCallback]] = {
@@ -58,237 +52,6 @@ METHODS: dict[str, Callable[[], FlowBPCallback]] = {
         Surrogate(("posterior_mean", 4), (Term(1, -0.2), Term(3, -0.2, 0.5), Term(4, -0.5)))
     ),
 }
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Broken in the loop
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class AltersLatents(PlainLoop):
-    def step(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        return 0.99 * super().step(latents, timestep)
-
-
-class AddsNoise(PlainLoop):
-    def step(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        following = super().step(latents, timestep)
-        return following + 1e-3 * torch.randn(following.shape, dtype=following.dtype)
-
-
-class MovingAverage(PlainLoop):
-    """Guidance with momentum, as adaptive projected guidance has it."""
-
-    def velocity(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        self.seen.append(super().velocity(latents, timestep) + (0.3 * self.seen[-1] if self.seen else 0))
-        return self.seen[-1]
-
-
-class OldVelocity(PlainLoop):
-    """Memory that skips a step."""
-
-    def velocity(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        self.seen.append(super().velocity(latents, timestep))
-        return self.seen[-1] + (0.3 * self.seen[-3] if len(self.seen) > 2 else 0)
-
-
-class OldLatents(PlainLoop):
-    """Memory of an earlier step's latents, not of outputs."""
-
-    def velocity(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        self.seen.append(latents)
-        return super().velocity(latents, timestep) + (0.1 * self.seen[-2] if len(self.seen) > 1 else 0)
-
-
-class WordsDrift(PlainLoop):
-    """Text that follows the latents without a gradient."""
-
-    def branch(
-        self, latents: torch.Tensor, timestep: torch.Tensor, words: torch.Tensor, pooled: torch.Tensor
-    ) -> torch.Tensor:
-        return super().branch(latents, timestep, words + latents.detach().mean(), pooled)
-
-
-class LatentsThroughNumpy(PlainLoop):
-    def step(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(super().step(latents, timestep).detach().numpy())
-
-
-class DetachedVelocity(PlainLoop):
-    def velocity(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        return super().velocity(latents, timestep).detach()
-
-
-class GuidanceWithoutGradients(PlainLoop):
-    def velocity(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            return super().velocity(latents, timestep)
-
-
-class GuidanceThroughNumpy(PlainLoop):
-    def velocity(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(super().velocity(latents, timestep).numpy())
-
-
-class VelocityAgain(PlainLoop):
-    """Skips the transformer from the second step on."""
-
-    def velocity(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        if not self.seen:
-            self.seen.append(super().velocity(latents, timestep))
-        return self.seen[0]
-
-
-class StepFirst(PlainLoop):
-    def sampled(self, latents: torch.Tensor, steps: int) -> torch.Tensor:
-        self.scheduler.set_timesteps(steps)
-        first = self.scheduler.timesteps[0]
-        latents = self.scheduler.step(torch.zeros_like(latents), first, latents, return_dict=False)[0]
-        for timestep in self.scheduler.timesteps[1:]:
-            latents = self.step(latents, timestep)
-        return latents
-
-
-class TwoLoops(PlainLoop):
-    def sampled(self, latents: torch.Tensor, steps: int) -> torch.Tensor:
-        super().sampled(latents, steps)
-        return super().sampled(latents + 0.1, steps)
-
-
-class BeginsLater(PlainLoop):
-    """Image-to-image: the first steps of the schedule are left out."""
-
-    def sampled(self, latents: torch.Tensor, steps: int) -> torch.Tensor:
-        self.scheduler.set_timesteps(steps + 2)
-        for timestep in self.scheduler.timesteps[2:]:
-            latents = self.step(latents, timestep)
-        return latents
-
-
-class OwnScheduler(PlainLoop):
-    """Steps a copy of its scheduler."""
-
-    def sampled(self, latents: torch.Tensor, steps: int) -> torch.Tensor:
-        self.scheduler.set_timesteps(steps)
-        other = copy.deepcopy(self.scheduler)
-        for timestep in other.timesteps:
-            latents = other.step(self.velocity(latents, timestep), timestep, latents, return_dict=False)[0]
-        return latents
-
-
-class Refines(PlainLoop):
-    """One more transformer call between the loop and the decoder."""
-
-    def pictures(self, latents: torch.Tensor) -> torch.Tensor:
-        return super().pictures(latents - 0.1 * self.velocity(latents, self.scheduler.timesteps[-1]))
-
-
-class UsesParameters(PlainLoop):
-    """Calls a part of the transformer by itself."""
-
-    def velocity(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        words = self.texts[0][0]
-        return super().velocity(latents, timestep) + self.transformer.context_embedder(words).mean()
-
-
-class ChangesParameters(PlainLoop):
-    def velocity(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        self.transformer.proj_out.bias.data += 0.01
-        return super().velocity(latents, timestep)
-
-
-class ChangesSettings(PlainLoop):
-    """State of the transformer that differs from step to step."""
-
-    def velocity(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        self.seen.append(None)
-        self.transformer.transformer_blocks[1].norm1.norm.eps = 0.1 * len(self.seen)
-        return super().velocity(latents, timestep)
-
-
-class PicturesThroughNumpy(PlainLoop):
-    def pictures(self, latents: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(super().pictures(latents).numpy())
-
-
-class PicturesThroughDetachedNumpy(PlainLoop):
-    def pictures(self, latents: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(super().pictures(latents).detach().numpy())
-
-
-class DecodesWithoutGradients(PlainLoop):
-    def pictures(self, latents: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            return super().pictures(latents)
-
-
-# What is found, and what to do about it.
-ALTERED = ("the latents given to step 1 are not those that step 0 returned", "Record without such a callback")
-MEMORY = ("of earlier steps, other than through the latents of this one (guidance with memory)", "switch that")
-DRIFT = ("changed from step 0 to step 1, and neither the latents nor a timestep explain it", "is not supported")
-DISCONNECTED = ("is not connected to the transformer's outputs by autograd", "cannot be trained through")
-NUMPY = ("turns tensors into numpy arrays, which carry no gradient", 'call it with output_type="pt"')
-NO_GRADIENT = ("what the pipeline returned carries no gradient", 'call it with output_type="pt"')
-NOT_REPRODUCED = ("does not reproduce its recorded output", "change nothing between record and backward")
-
-BROKEN: dict[type[PlainLoop], tuple[str, str]] = {
-    AltersLatents: ALTERED,
-    AddsNoise: ALTERED,
-    MovingAverage: MEMORY,
-    OldVelocity: MEMORY,
-    OldLatents: MEMORY,
-    WordsDrift: DRIFT,
-    LatentsThroughNumpy: DRIFT,
-    DetachedVelocity: DISCONNECTED,
-    GuidanceWithoutGradients: DRIFT,
-    GuidanceThroughNumpy: NUMPY,
-    VelocityAgain: DISCONNECTED,
-    StepFirst: ("scheduler.step was called before any transformer ran", "expected a sampling loop"),
-    TwoLoops: ("a second sampling loop began", "in one loop"),
-    BeginsLater: ("the scheduler made step 2 of its sigmas, expected step 0", "strength 1"),
-    OwnScheduler: ("Expected a complete rollout, got none", "with its own scheduler"),
-    Refines: ("a transformer call that is not recorded", "switch that pass (a refiner, "),
-    UsesParameters: ("the trained parameter context_embedder.weight, used outside of", "switch that pass"),
-    ChangesParameters: ("parameters changed after the rollout was recorded", "call backward before they change"),
-    ChangesSettings: NOT_REPRODUCED,
-    PicturesThroughNumpy: NUMPY,
-    PicturesThroughDetachedNumpy: NO_GRADIENT,
-    DecodesWithoutGradients: NO_GRADIENT,
-}
-
-
-def loop(pipeline_class: type[PlainLoop], **changes: Any) -> PlainLoop:
-    """The tiny pipeline's components in another pipeline class."""
-    pipe = pipeline_class(**tiny_sd3_pipeline(**changes).components)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def trained(pipe: DiffusionPipeline, callback: FlowBPCallback, **arguments: Any) -> dict[str, torch.Tensor]:
-    """Record a call, score its images, and sweep; the gradients by name."""
-    pipe.transformer.zero_grad(set_to_none=True)
-    with callback.record(pipe):
-        output = pipe(**arguments)
-    images = output if isinstance(output, torch.Tensor) else output.images
-    callback.backward(toy_reward(images, PROMPTS))
-    return found_gradients(pipe)
-
-
-def assert_refused(
-    pipe: DiffusionPipeline, callback: FlowBPCallback, message: tuple[str, str], **arguments: Any
-) -> None:
-    """Refused in one line that names the pipeline, what was found and what to do; no gradient is left behind."""
-    with pytest.raises(RecordingError) as caught:
-        trained(pipe, callback, **arguments)
-    text = str(caught.value)
-    assert "\n" not in text and text.endswith(".")
-    assert text.startswith(f"{type(pipe).__name__}: ")
-    for part in message:
-        assert re.search(re.escape(part), text), text
-    # As if nothing had happened: gradients are on again and nothing is hooked.
-    assert torch.is_grad_enabled()
-    assert not is_patched(type(pipe.transformer), "__call__") and not is_patched(type(pipe), "__call__")
-    assert not hasattr(pipe.scheduler.step, "__wrapped__")
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from brute_force import Drawn, Sampling, brute_force, flat, relative_difference
 from diffusers import StableDiffusion3Pipeline
-from test_gradients import EXACT, PROMPTS, ROWS, engine
+from gradient_rows import EXACT, PROMPTS, ROWS, engine
 from tiny_sd3 import tiny_sd3_pipeline
 from violations import PlainLoop
 

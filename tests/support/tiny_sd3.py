@@ -10,22 +10,27 @@ step or a swapped guidance branch changes gradients by percents.
 """
 
 import math
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import (
     AutoencoderKL,
+    DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
-from peft import LoraConfig
+from diffusers.training_utils import _collate_lora_metadata
+from peft import LoraConfig, get_peft_model_state_dict
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 MAX_SEQUENCE_LENGTH = 2
 """What tests pass as `max_sequence_length`: without T5, the pipeline adds this many zero tokens (256 by default)."""
 
 TEXT_LENGTH = 20
+ATTENTION_LAYERS = ("to_q", "to_k", "to_v", "to_out.0")
 CHARACTERS = 'abcdefghijklmnopqrstuvwxyz0123456789"'
 
 
@@ -189,12 +194,47 @@ def tiny_sd3_pipeline(
     return pipe
 
 
-def add_random_lora(pipe: StableDiffusion3Pipeline, rank: int, generator: torch.Generator) -> None:
-    """Adds a LoRA of this rank to the attention layers, both of its matrices random; only it requires gradients."""
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["to_q", "to_k", "to_v", "to_out.0"])
+def add_random_lora(
+    pipe: DiffusionPipeline, rank: int, generator: torch.Generator, layers: Sequence[str] = ATTENTION_LAYERS
+) -> None:
+    """Adds a LoRA of this rank to the layers, both of its matrices random; only it requires gradients."""
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(layers))
     pipe.transformer.requires_grad_(False)
     pipe.transformer.add_adapter(config)
     for name, parameter in pipe.transformer.named_parameters():
         if "lora_" in name:
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             parameter.data.copy_(0.3 * noise)
+
+
+def save_random_lora(
+    pipe: DiffusionPipeline, folder: Path, seed: int, rank: int = 2, layers: Sequence[str] = ATTENTION_LAYERS
+) -> Path:
+    """A random LoRA, whose alpha is twice its rank, in a file as the scripts write it; `pipe` keeps it."""
+    add_random_lora(pipe, rank, torch.Generator().manual_seed(seed), layers)
+    type(pipe).save_lora_weights(
+        folder,
+        transformer_lora_layers=get_peft_model_state_dict(pipe.transformer),
+        **_collate_lora_metadata({"transformer": pipe.transformer}),
+    )
+    return folder
+
+
+def draw(pipe: StableDiffusion3Pipeline) -> torch.Tensor:
+    """The pipeline's image of one prompt, always from the same noise."""
+    with torch.no_grad():
+        return pipe(
+            'the text "42"',
+            height=8,
+            width=8,
+            num_inference_steps=3,
+            max_sequence_length=MAX_SEQUENCE_LENGTH,
+            generator=torch.Generator().manual_seed(1),
+            output_type="pt",
+            return_dict=False,
+        )[0]
+
+
+def mixing_samples(module: torch.nn.Module, inputs: object, returned: torch.Tensor) -> torch.Tensor:
+    """A forward hook that makes every sample of a batch depend on all of it."""
+    return returned + 0.3 * returned.mean(0, keepdim=True)
