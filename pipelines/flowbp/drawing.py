@@ -4,9 +4,9 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """Drawing rules: which steps of a rollout are active.
 
-Every rule takes a CPU generator and returns step numbers; all draws of a surrogate come from that one generator, so
-that processes which share its seed draw the same surrogate. Steps are named as in docs/methods.md, section 1:
-`k < j`, step 0 starts from noise. A trainable window is `[start, num_steps)`.
+Each rule takes a CPU generator and returns step numbers. All draws of a surrogate come from that generator, so that
+processes with the same seed draw the same surrogate. Steps are named as in docs/methods.md, section 1: `k < j`, and
+step 0 starts from noise. The trainable window is `[start, num_steps)`.
 """
 
 import math
@@ -22,7 +22,9 @@ def uniform_integer(low: int, high: int, generator: torch.Generator | None) -> i
 
 
 def tail_window(num_steps: int, tail_ratio: float, smallest: int = 1) -> int:
-    """First step of the trainable window: the last `ceil(tail_ratio * num_steps)` steps, at least `smallest`.
+    """First step of the trainable window, the last `ceil(tail_ratio * num_steps)` steps but at least `smallest`.
+
+    As in the reference code, `flowbp/trainers/common/rollout_window.py`.
 
     Args:
         num_steps: N.
@@ -44,24 +46,29 @@ def tail_window(num_steps: int, tail_ratio: float, smallest: int = 1) -> int:
 
 
 def late_biased_steps(
-    first: int, last: int, count: int, late_bias: float, generator: torch.Generator | None
+    first: int, last: int, count: int, late_bias: float, generator: torch.Generator | None, origin: int
 ) -> tuple[int, ...]:
-    """`count` distinct steps of `[first, last)`; the step at place m (from 0) has weight `(m + 1) ** late_bias`.
+    """Draw `count` distinct steps of `[first, last)`; step i has the weight `(i - origin + 1) ** late_bias`.
+
+    As in the reference code, `_sample_late_biased_indices` in `flowbp/trainers/*/flowbp_sparse.py`: FlowBP-Sparse
+    counts from the rollout's start also inside a tail window (`origin=0`), FlowBP-Bridge from the start of each part
+    (`origin=first`).
 
     Args:
-        first: first step that can be drawn.
+        first: first step that can be drawn, at least `origin`.
         last: one past the last.
-        count: how many, at most `last - first`.
-        late_bias: 0 is uniform, larger prefers late steps.
+        count: how many, from 0 to `last - first`.
+        late_bias: at least 0, which is uniform; larger values prefer late steps.
         generator: CPU generator.
+        origin: the step that has weight 1.
 
     Returns:
         Rising steps.
     """
     if count == 0:
         return ()
-    places = torch.arange(1, 1 + last - first, dtype=torch.float64)
-    # Relative to the largest, so that a strong bias over many steps cannot overflow.
+    places = torch.arange(1 + first - origin, 1 + last - origin, dtype=torch.float64)
+    # Relative to the largest place, so that a strong bias over many steps does not overflow.
     chances = (places / places[-1]) ** late_bias
     drawn = torch.multinomial(chances, count, replacement=False, generator=generator).tolist()
     return tuple(sorted(first + place for place in drawn))
@@ -76,6 +83,8 @@ def draw_two_steps(
     max_tail: int | None,
 ) -> tuple[int, int]:
     """Draw `k < j` inside the window `[start, num_steps)` (docs/methods.md, "Drawing rules").
+
+    As in the reference code, `flowbp/trainers/common/jk_sampling.py`, which counts steps from the end.
 
     - `uniform`: two distinct uniform steps; with `max_tail`, j uniform within the cap, then k uniform before it.
     - `dirichlet`: one Dirichlet draw over (tail, middle, head), times the window's length, rounded, each at least 1,

@@ -2,15 +2,17 @@
 #
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""The method table: every way to send a reward's gradient back is one row.
+"""The method table: each row is a way to backpropagate a reward through a rollout.
 
 A row draws a `Surrogate` (an endpoint, legs and terms; docs/methods.md, section 2) from the scheduler's sigmas and a
-CPU generator. Nothing here knows about models. Adding a method is adding a row to `METHODS` with its drawing function;
-an option that no row has yet is declared in `OPTIONS`. The command line, its help, recipes and the table in
-docs/methods.md are generated from these two.
+CPU generator; it knows nothing about models. To add a method, add a row with its drawing function to `METHODS`, and
+declare an option that no row has yet in `OPTIONS`. The command line, its help, the checks of recipes and the table in
+docs/methods.md follow from these two. Users name a row in a module of their own `package.module:row`; it declares its
+further options itself (docs/methods.md, section 4).
 """
 
 import difflib
+import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,16 +32,16 @@ ENDPOINTS = ("sample", "posterior-mean")
 
 @dataclass(frozen=True)
 class Kind:
-    """The values that an option can take.
+    """The values that an option can take: `COUNT`, `FACTOR`, ..., or `choice(...)`.
 
     Attributes:
         expected: type and range in words, for error messages and docs/methods.md.
         convert: from a Python value; raises TypeError, ValueError or OverflowError for a value of another type.
         fits: whether a converted value is in range.
-        parse: from a word of the command line (argparse's `type`), to what `convert` takes.
+        parse: turns a word of the command line (argparse's `type`) into what `convert` takes.
         choices: the values, where they can be listed.
-        nargs: how many words the command line takes, `None` for one.
-        metavar: their names in `--help`.
+        nargs: how many words the command line takes; `None` for one.
+        metavar: names of these words in `--help`.
     """
 
     expected: str
@@ -53,12 +55,12 @@ class Kind:
 
 @dataclass(frozen=True)
 class Option:
-    """The declaration of an option; its defaults are in the rows that have it.
+    """The declaration of an option. Its defaults are in the rows that have it.
 
     Attributes:
-        name: as a keyword of `get_method`, a key of recipes and, after `--`, on the command line.
+        name: keyword of `get_method`, key of recipes and, after `--`, option of the command line.
         kind: the values that it can take.
-        help: what it means, a sentence.
+        help: its meaning, one sentence.
     """
 
     name: str
@@ -66,10 +68,10 @@ class Option:
     help: str
 
     def read(self, value: Any) -> Any:
-        """The value, converted and in range.
+        """Convert a value and check its range.
 
         Raises:
-            ValueError: for a value of another type or outside the range.
+            ValueError: for a value of another type or outside of the range.
         """
         try:
             converted = self.kind.convert(value)
@@ -106,27 +108,28 @@ def number_or_none(word: str) -> float | str:
     return word if word == "none" else float(word)
 
 
-def _choice(choices: tuple[str, ...]) -> Kind:
+def choice(choices: tuple[str, ...]) -> Kind:
+    """The kind of an option whose value is one of `choices`."""
     return Kind(f"one of {', '.join(choices)}", str, lambda value: value in choices, str, choices)
 
 
-_COUNT = Kind("a whole number of at least 1", _integer, lambda value: value >= 1, int)
-_COUNT_OR_NONE = Kind(
+COUNT = Kind("a whole number of at least 1", _integer, lambda value: value >= 1, int)
+COUNT_OR_NONE = Kind(
     "a whole number of at least 1, or none",
     _optional(_integer),
     lambda value: value is None or value >= 1,
     integer_or_none,
 )
-_FACTOR = Kind("a number of at least 0", _number, lambda value: 0 <= value < math.inf, float)
-_SHARE = Kind("a number from 0 to 1", _number, lambda value: 0 <= value <= 1, float)
-_RATIO = Kind("a number above 0 and at most 1", _number, lambda value: 0 < value <= 1, float)
-_GAP = Kind(
+FACTOR = Kind("a number of at least 0", _number, lambda value: 0 <= value < math.inf, float)
+SHARE = Kind("a number from 0 to 1", _number, lambda value: 0 <= value <= 1, float)
+RATIO = Kind("a number above 0 and at most 1", _number, lambda value: 0 < value <= 1, float)
+GAP = Kind(
     "a number above 0, or none",
     _optional(_number),
     lambda value: value is None or 0 < value < math.inf,
     number_or_none,
 )
-_CONCENTRATIONS = Kind(
+CONCENTRATIONS = Kind(
     "three numbers above 0 (tail, middle, head)",
     lambda value: tuple(_number(part) for part in value),
     lambda value: len(value) == 3 and all(0 < part < math.inf for part in value),
@@ -135,61 +138,65 @@ _CONCENTRATIONS = Kind(
     metavar=("TAIL", "MIDDLE", "HEAD"),
 )
 
-# Every option of every row, declared once. docs/methods.md has the formulas.
+# Every option of the rows below, declared once. docs/methods.md has the formulas.
 OPTIONS: dict[str, Option] = {
     option.name: option
     for option in (
-        Option("last_k", _COUNT, "How many of the last steps are active."),
-        Option("last_n", _COUNT, "How many of the last steps the endpoint is drawn from."),
-        Option("num_noised", _COUNT, "How many re-noised copies of the sample are scored too."),
-        Option("num_active", _COUNT, "How many steps are active."),
-        Option("early_stop_ratio", _RATIO, "Share of the steps, the last ones, that the endpoint is drawn from."),
-        Option("alpha", _FACTOR, "Coupling at step j: factor on the gradient that its input passes to earlier terms."),
-        Option("tau", _GAP, "Floor of the connector gaps in the sample weights; none gives every sample weight 1."),
+        Option("last_k", COUNT, "How many of the last steps are active."),
+        Option("last_n", COUNT, "How many of the last steps the endpoint is drawn from."),
+        Option("num_noised", COUNT, "How many re-noised copies of the sample are scored too."),
+        Option("num_active", COUNT, "How many steps are active."),
+        Option("early_stop_ratio", RATIO, "Share of the steps, the last ones, that the endpoint is drawn from."),
+        Option("alpha", FACTOR, "Coupling at step j: factor on the gradient that its input passes to earlier terms."),
+        Option("tau", GAP, "Floor of the connector gaps in the sample weights; none gives every sample weight 1."),
         Option(
-            "late_bias", _FACTOR, "Preference for late steps: the weight of place m (from 0) is (m + 1)^late_bias."
+            "late_bias",
+            FACTOR,
+            "Preference for late steps: step m has the weight (m + 1)^late_bias, where m counts from the start of the "
+            "rollout (flowbp-sparse) or of the part (flowbp-bridge).",
         ),
         Option(
             "grad_rescale",
-            _FACTOR,
+            FACTOR,
             "Scale of the active weights: 0 leaves them, 1 makes them sum to the window or leg.",
         ),
-        Option("order", _COUNT, "How many support steps a leg has."),
-        Option("active_supports", _choice(ACTIVE_SUPPORTS), "Which supports of a leg are active."),
-        Option("support_scale", _FACTOR, "Factor on the weights of active supports other than the leg's left end."),
-        Option("weights", _choice(LEG_WEIGHTS), "Quadrature rule of a leg."),
+        Option("order", COUNT, "How many support steps a leg has."),
+        Option("active_supports", choice(ACTIVE_SUPPORTS), "Which supports of a leg are active."),
+        Option("support_scale", FACTOR, "Factor on the weights of active supports other than the leg's left end."),
+        Option("weights", choice(LEG_WEIGHTS), "Quadrature rule of a leg."),
         Option(
-            "anchor_lambda", _SHARE, "Share of the first leg's own weights; the rest is one leap from its left end."
+            "anchor_lambda", SHARE, "Share of the first leg's own weights; the rest is one leap from its left end."
         ),
-        Option("step_sampling", _choice(STEP_SAMPLING), "How the steps k < j are drawn."),
-        Option("dirichlet", _CONCENTRATIONS, "Concentrations of step_sampling dirichlet."),
-        Option("max_tail", _COUNT_OR_NONE, "Largest number of steps from j to the end, N - j; none for no limit."),
-        Option("tail_ratio", _RATIO, "Share of the steps, the last ones, that can be active."),
-        Option("endpoint", _choice(ENDPOINTS), "What the reward sees."),
-        Option("max_gap_j", _GAP, "Samples whose connector gap at step j is larger are dropped; none keeps all."),
-        Option("max_gap_0", _GAP, "Samples whose connector gap at the end is larger are dropped; none keeps all."),
+        Option("step_sampling", choice(STEP_SAMPLING), "How the steps k < j are drawn."),
+        Option("dirichlet", CONCENTRATIONS, "Concentrations of step_sampling dirichlet."),
+        Option("max_tail", COUNT_OR_NONE, "Largest number of steps from j to the end, N - j; none for no limit."),
+        Option("tail_ratio", RATIO, "Share of the steps, the last ones, that can be active."),
+        Option("endpoint", choice(ENDPOINTS), "What the reward sees."),
+        Option("max_gap_j", GAP, "Samples whose connector gap at step j is larger are dropped; none keeps all."),
+        Option("max_gap_0", GAP, "Samples whose connector gap at the end is larger are dropped; none keeps all."),
     )
 }
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the method table. It checks itself, so that a mistake in the table fails at import.
+    """One line of the method table. A row checks itself, so that a mistake fails at import.
 
     Attributes:
-        draw: `(sigmas, options, generator) -> Surrogate`, with the sigmas as N + 1 Python numbers. What it cannot draw
-            it refuses with a ValueError; the method's name is put before its message.
-        title: the method's name as papers write it.
+        draw: `(sigmas, options, generator) -> Surrogate`, with the sigmas as N + 1 Python floats. It raises ValueError
+            for options that the rollout cannot hold; the method's name is put before the message.
+        title: the method's name as papers and model cards write it.
         source: where it comes from.
         options: the options that the row has, with their defaults: one value, or a mapping from each of `BACKBONES`
             to a value.
-        check: raises ValueError for options that do not go together, before anything is drawn.
+        check: raises ValueError for options that are incompatible with each other, before anything is drawn.
         unconditional_gradient: backbones on which gradients flow through both guidance branches by default.
         undo_guidance: backbones on which the loss is divided by the guidance scale by default.
+        own_options: declarations of those of `options` that are not in `OPTIONS`, for rows outside of this module.
 
     Raises:
-        ValueError: for an option that `OPTIONS` does not declare, a default outside its range or refused by `check`,
-            or an unknown or missing backbone.
+        ValueError: for an option that is not declared, or declared twice; a default that is out of range or refused
+            by `check`; an unknown or missing backbone.
     """
 
     draw: Callable[[Sequence[float], Mapping[str, Any], torch.Generator | None], Surrogate]
@@ -199,14 +206,14 @@ class Row:
     check: Callable[[Mapping[str, Any]], None] = lambda options: None
     unconditional_gradient: tuple[str, ...] = ()
     undo_guidance: tuple[str, ...] = ()
+    own_options: tuple[Option, ...] = ()
 
     def __post_init__(self) -> None:
         for backbone in (*self.unconditional_gradient, *self.undo_guidance):
             if backbone not in BACKBONES:
                 raise ValueError(f"{self.title}: unknown backbone {backbone!r}; choose from {', '.join(BACKBONES)}.")
+        self._check_declarations()
         for name, default in self.options.items():
-            if name not in OPTIONS:
-                raise ValueError(f"{self.title}: option {name!r} is not declared; add it to `OPTIONS`.")
             if isinstance(default, Mapping) and set(default) != set(BACKBONES):
                 raise ValueError(
                     f"{self.title}: the defaults of `{name}` must be one value or a value for each of "
@@ -215,11 +222,33 @@ class Row:
         for backbone in BACKBONES:
             defaults = self.defaults(backbone)
             try:
-                for name, default in defaults.items():
-                    OPTIONS[name].read(default)
+                for name, declared in self.declarations.items():
+                    declared.read(defaults[name])
                 self.check(defaults)
             except ValueError as error:
                 raise ValueError(f"{self.title}, default for {backbone}: {error}") from None
+
+    def _check_declarations(self) -> None:
+        own = [option.name for option in self.own_options]
+        for name in own:
+            if name in OPTIONS or own.count(name) > 1:
+                raise ValueError(f"{self.title}: option {name!r} is declared twice; give it another name.")
+            if not name.isidentifier() or name in ("name", "backbone"):
+                raise ValueError(f"{self.title}: option {name!r} cannot be a keyword of get_method; rename it.")
+            if name not in self.options:
+                raise ValueError(f"{self.title}: option {name!r} has no default; add it to `options`.")
+        for name in self.options:
+            if name not in OPTIONS and name not in own:
+                raise ValueError(
+                    f"{self.title}: option {name!r} is not declared; add it to `OPTIONS`, or to `own_options` for a "
+                    "row of your own."
+                )
+
+    @property
+    def declarations(self) -> dict[str, Option]:
+        """The declaration of each option, in the order of `options`."""
+        own = {option.name: option for option in self.own_options}
+        return {name: own[name] if name in own else OPTIONS[name] for name in self.options}
 
     def defaults(self, backbone: str) -> dict[str, Any]:
         """Each option's default for one of `BACKBONES`."""
@@ -231,13 +260,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Method:
-    """A row of the table with its options settled; make one with `get_method`.
+    """A row with a value for each of its options; `get_method` makes one.
 
     Attributes:
-        name: key of `METHODS`.
-        options: every option of the row.
+        name: key of `METHODS`, or `package.module:row`.
+        options: the value of every option of the row.
         unconditional_gradient: whether gradients flow through the unconditional branch of guidance by default.
-        undo_guidance: whether the recipe divides the loss by the guidance scale by default.
+        undo_guidance: whether the loss is divided by the guidance scale by default.
     """
 
     name: str
@@ -261,11 +290,11 @@ class Method:
             The surrogate, in pure numbers.
 
         Raises:
-            ValueError: for other sigmas, or options that the number of steps cannot hold, saying what would fit.
+            ValueError: for other sigmas, or options that the number of steps cannot hold; the message says what fits.
         """
         values = _read_sigmas(sigmas)
         try:
-            surrogate = METHODS[self.name].draw(values, self.options, generator)
+            surrogate = find_row(self.name).draw(values, self.options, generator)
             surrogate.check(len(values) - 1)
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from error
@@ -273,32 +302,79 @@ class Method:
 
 
 def get_method(name: str, backbone: str = "sd3", **options: Any) -> Method:
-    """A row of the table, with the backbone's defaults and the given options.
+    """A method with the backbone's defaults and the given options.
 
     Args:
-        name: key of `METHODS`.
-        backbone: `"sd3"`, `"flux"` or `"flux2"`; chooses the defaults of the paper's reference code.
-        **options: options of the row; each is checked, and one that the row does not have is refused.
+        name: key of `METHODS`, or `package.module:row` for a `Row` of your own (docs/methods.md, section 4).
+        backbone: `"sd3"`, `"flux"` or `"flux2"`: whose defaults of the paper's reference code to take.
+        **options: options of the row, in place of their defaults.
 
     Raises:
-        ValueError: for an unknown name, backbone or option (with the choices), or a value outside its range.
+        ValueError: for an unknown name, backbone or option (the message has the choices), a value out of range, or
+            options that are incompatible with each other.
     """
-    if name not in METHODS:
-        raise ValueError(f"Unknown method {name!r}{_nearest(name, METHODS)}; choose one of {', '.join(METHODS)}.")
+    row = find_row(name)
     if backbone not in BACKBONES:
         raise ValueError(f"Unknown backbone {backbone!r}; choose one of {', '.join(BACKBONES)}.")
-    row = METHODS[name]
-    settled = row.defaults(backbone)
+    values, declarations = row.defaults(backbone), row.declarations
     for option in options:
-        if option not in settled:
-            choices = f"it has {', '.join(settled)}" if settled else "it has none"
-            raise ValueError(f"{name} has no option {option!r}{_nearest(option, settled)}; {choices}.")
+        if option not in declarations:
+            choices = f"it has {', '.join(declarations)}" if declarations else "it has none"
+            raise ValueError(f"{name} has no option {option!r}{_nearest(option, declarations)}; {choices}.")
     try:
-        settled |= {option: OPTIONS[option].read(value) for option, value in options.items()}
-        row.check(settled)
+        values |= {option: declarations[option].read(value) for option, value in options.items()}
+        row.check(values)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
-    return Method(name, settled, backbone in row.unconditional_gradient, backbone in row.undo_guidance)
+    return Method(name, values, backbone in row.unconditional_gradient, backbone in row.undo_guidance)
+
+
+def find_row(name: str) -> Row:
+    """The row of a method's name.
+
+    Args:
+        name: key of `METHODS`, or `package.module:row`, which is imported.
+
+    Raises:
+        ValueError: for an unknown name, a module that cannot be imported, or an attribute that is missing or no `Row`.
+    """
+    if name in METHODS:
+        return METHODS[name]
+    module_name, _, attribute = name.partition(":")
+    if not all(word.isidentifier() for word in [*module_name.split("."), attribute]):
+        raise ValueError(
+            f"Unknown method {name!r}{_nearest(name, METHODS)}; choose one of {', '.join(METHODS)}, or "
+            "package.module:row for one of your own."
+        )
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # a user's module may raise anything
+        message = " ".join(str(error).split())
+        raise ValueError(
+            f"method {name!r}: expected an importable package.module:row, got {type(error).__name__}: {message}; "
+            "its folder must be on PYTHONPATH."
+        ) from error
+    row = getattr(module, attribute, None)
+    if not isinstance(row, Row):
+        found = type(row).__name__ if hasattr(module, attribute) else "no such attribute"
+        rows = {known: value for known, value in vars(module).items() if isinstance(value, Row)}
+        remedy = f"it has {', '.join(rows)}" if rows else "define one with `flowbp.methods.Row`"
+        raise ValueError(
+            f"method {name!r}: expected a Row in {module_name}, got {found}{_nearest(attribute, rows)}; {remedy}."
+        )
+    return row
+
+
+def row_options(name: str) -> dict[str, Option]:
+    """The declarations of a method's options, in the row's order.
+
+    Args:
+        name: see `find_row`.
+
+    Raises:
+        ValueError: see `find_row`.
+    """
+    return find_row(name).declarations
 
 
 def _nearest(word: str, choices: Mapping[str, Any]) -> str:
@@ -307,7 +383,7 @@ def _nearest(word: str, choices: Mapping[str, Any]) -> str:
 
 
 def _read_sigmas(sigmas: torch.Tensor) -> list[float]:
-    # One transfer from the device; all arithmetic on sigmas is that of Python's floats, which are float64.
+    # One transfer from the device; arithmetic on sigmas uses Python's floats, which are float64.
     if sigmas.ndim != 1 or len(sigmas) < 2 or not sigmas.is_floating_point():
         raise ValueError(
             f"`sigmas` must be a floating point tensor of shape (N + 1,) with N >= 1, got {tuple(sigmas.shape)} of "
@@ -340,7 +416,7 @@ def _fault_of_sigmas(sigmas: Sequence[float]) -> str | None:
 
 
 def _rescale(grad_rescale: float, whole: float, active: float) -> float:
-    # rho of docs/methods.md, "The rows": 1 leaves the active weights, full grad_rescale makes them sum to the whole.
+    # rho of docs/methods.md, "The rows": grad_rescale 0 keeps the active weights, 1 makes them sum to the whole.
     return 1.0 + grad_rescale * (whole / active - 1.0)
 
 
@@ -414,7 +490,7 @@ def _flowbp_sparse(
     start = tail_window(num_steps, options["tail_ratio"])
     if num_active > num_steps - start:
         raise ValueError(_too_many(num_active, num_steps, start))
-    steps = late_biased_steps(start, num_steps, num_active, options["late_bias"], generator)
+    steps = late_biased_steps(start, num_steps, num_active, options["late_bias"], generator, origin=0)
     return _euler_terms(sigmas, steps, start, options)
 
 
@@ -429,8 +505,9 @@ def _flowbp_bridge(
     first_part, second_part = j - start, num_steps - j
     in_first = round(num_active * first_part / (first_part + second_part))
     in_first = min(max(in_first, 1, num_active - second_part), num_active - 1, first_part)
-    steps = late_biased_steps(start, j, in_first, options["late_bias"], generator) + (j,)
-    steps += late_biased_steps(j + 1, num_steps, num_active - in_first - 1, options["late_bias"], generator)
+    late_bias, in_second = options["late_bias"], num_active - in_first - 1
+    steps = late_biased_steps(start, j, in_first, late_bias, generator, origin=start) + (j,)
+    steps += late_biased_steps(j + 1, num_steps, in_second, late_bias, generator, origin=j + 1)
     return _euler_terms(sigmas, steps, start, options, coupled=j)
 
 
@@ -536,7 +613,8 @@ def _check_lagrange(options: Mapping[str, Any]) -> None:
 _UNIFORM_STEPS = {"step_sampling": "uniform", "dirichlet": (2.5, 6.0, 2.0), "max_tail": None}
 _GAPS = {"max_gap_j": None, "max_gap_0": None}
 
-# The defaults are those of the reference code.
+# The defaults are those of the reference implementation (github.com/RuoyuWang-2077/FlowBP): configs/final/*/*.yaml,
+# and its parsers' defaults for what these leave out. `full`, `draft-k` and options that it does not have are ours.
 METHODS: dict[str, Row] = {
     "full": Row(_full, "Full backpropagation", "exact chain rule through all steps"),
     # The DRaFT paper's single-step variant is the default.

@@ -148,9 +148,14 @@ def of_two_samples(pair: list[int], draws: int) -> float:
     return sum((seen - mean) ** 2 / mean for seen, mean in zip(pair, expected, strict=True))
 
 
-def subset_chances(first: int, last: int, number: int, bias: float) -> dict[tuple[int, ...], float]:
-    """Chance of each set of steps drawn one after the other without replacement, by enumeration."""
-    weights = {first + place: (place + 1) ** bias for place in range(last - first)}
+def subset_chances(
+    first: int, last: int, number: int, bias: float, origin: int | None = None
+) -> dict[tuple[int, ...], float]:
+    """Chance of each set of steps drawn one after the other without replacement, by enumeration.
+
+    Steps are counted from `origin`, which is `first` if it is None.
+    """
+    weights = {step: (step - (first if origin is None else origin) + 1) ** bias for step in range(first, last)}
     chances: Counter = Counter()
     for order in itertools.permutations(weights, number):
         left, chance = sum(weights.values()), 1.0
@@ -165,7 +170,7 @@ def subset_chances(first: int, last: int, number: int, bias: float) -> dict[tupl
 @pytest.mark.parametrize(("first", "last", "number"), [(0, 5, 2), (3, 8, 3), (2, 6, 1), (0, 4, 4)])
 def test_late_biased_steps(first: int, last: int, number: int, bias: float):
     chances = subset_chances(first, last, number, bias)
-    seen = count(lambda g: late_biased_steps(first, last, number, bias, g))
+    seen = count(lambda g: late_biased_steps(first, last, number, bias, g, origin=first))
     if number == last - first:
         assert seen == {tuple(range(first, last)): DRAWS}
     else:
@@ -176,7 +181,7 @@ def test_late_biased_steps(first: int, last: int, number: int, bias: float):
 def test_late_biased_inclusion(bias: float):
     """How often each step is among the drawn, against enumeration, within five standard errors."""
     chances = subset_chances(0, 7, 3, bias)
-    seen = count(lambda g: late_biased_steps(0, 7, 3, bias, g), seed=1)
+    seen = count(lambda g: late_biased_steps(0, 7, 3, bias, g, 0), seed=1)
     for step in range(7):
         expected = sum(chance for steps, chance in chances.items() if step in steps)
         found = sum(number for steps, number in seen.items() if step in steps) / DRAWS
@@ -184,12 +189,12 @@ def test_late_biased_inclusion(bias: float):
 
 
 def test_late_bias_is_a_preference_for_late_steps():
-    seen = count(lambda g: late_biased_steps(0, 10, 1, 4.0, g))
+    seen = count(lambda g: late_biased_steps(0, 10, 1, 4.0, g, 0))
     assert seen[(9,)] > seen[(5,)] > seen.get((1,), 0)
 
 
 def test_a_strong_bias_over_many_steps_does_not_overflow():
-    assert late_biased_steps(0, 1000, 1, 500.0, generator()) > (950,)
+    assert late_biased_steps(0, 1000, 1, 500.0, generator(), 0) > (950,)
 
 
 def sigmas(num_steps: int) -> torch.Tensor:
@@ -221,15 +226,26 @@ def test_drtune_draws_t_then_the_offset(num_steps: int, ratio: float, active: in
     assert fits(count(draw), chances) > SMALLEST_P
 
 
-def test_bridge_places():
-    """j is the later of two distinct uniform steps; the free places of each part are late-biased within the part."""
-    num_steps, active, bias = 6, 3, 2.0
-    method = get_method("flowbp-bridge", num_active=active, late_bias=bias)
+def test_sparse_counts_steps_from_the_start_of_the_rollout():
+    """A tail window does not change the steps' weights relative to each other (the reference's flowbp_sparse.py)."""
+    method = get_method("flowbp-sparse", num_active=2, late_bias=2.0, tail_ratio=0.4)
+    seen = count(lambda g: tuple(term.step for term in method.draw(sigmas(10), g).terms))
+    assert fits(seen, subset_chances(6, 10, 2, 2.0, origin=0)) > SMALLEST_P
+    assert fits(seen, subset_chances(6, 10, 2, 2.0)) < SMALLEST_P  # places in the window would show
+
+
+@pytest.mark.parametrize("start", [0, 4])
+def test_bridge_places(start: int):
+    """j is the later of two distinct uniform steps; each part's other steps are late-biased from the part's start."""
+    window, active, bias = 6, 3, 2.0
+    num_steps = start + window
+    method = get_method("flowbp-bridge", num_active=active, late_bias=bias, tail_ratio=window / num_steps)
     chances: Counter = Counter()
-    for j in range(1, num_steps):
-        chance_of_j = j / 15
-        in_first = min(max(round(active * j / num_steps), 1, active - (num_steps - j)), active - 1, j)
-        for early, chance in subset_chances(0, j, in_first, bias).items():
+    for j in range(start + 1, num_steps):
+        first_part = j - start
+        chance_of_j = first_part / 15
+        in_first = min(max(round(active * first_part / window), 1, active - (num_steps - j)), active - 1, first_part)
+        for early, chance in subset_chances(start, j, in_first, bias).items():
             rest = active - in_first - 1
             late = subset_chances(j + 1, num_steps, rest, bias) if rest else {(): 1.0}
             for steps, chance_of_late in late.items():
@@ -335,7 +351,7 @@ def golden_pairs(rule: str, max_tail: int | None) -> list[tuple[int, int]]:
 
 def golden_sets(bias: float) -> list[tuple[int, ...]]:
     source = generator(20261123)
-    return [late_biased_steps(0, 25, 4, bias, source) for _ in range(4)]
+    return [late_biased_steps(0, 25, 4, bias, source, 0) for _ in range(4)]
 
 
 def golden_steps(name: str) -> list[tuple[int, ...]]:

@@ -4,11 +4,13 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """The method table: names, defaults and refusals of every row, and its terms against docs/methods.md's formulas."""
 
+import importlib
 import math
 import re
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import flowbp
 from flowbp import METHODS, Leg, Method, Surrogate, Term, get_method
-from flowbp.methods import BACKBONES, OPTIONS, Row
+from flowbp.methods import BACKBONES, COUNT, OPTIONS, Option, Row, find_row, row_options
 from flowbp.weights import leg_supports, leg_weights
 
 N = 12
@@ -523,7 +525,34 @@ def refuse_two(options: Any) -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"options": {"sharpness": 1.0}}, "New: option 'sharpness' is not declared; add it to `OPTIONS`."),
+        (
+            {"options": {"sharpness": 1.0}},
+            "New: option 'sharpness' is not declared; add it to `OPTIONS`, or to `own_options` for a row of your own.",
+        ),
+        (
+            {"options": {"last_k": 1}, "own_options": (Option("last_k", COUNT, "Again."),)},
+            "New: option 'last_k' is declared twice; give it another name.",
+        ),
+        (
+            {"options": {"twice": 1}, "own_options": (Option("twice", COUNT, "A."), Option("twice", COUNT, "B."))},
+            "New: option 'twice' is declared twice; give it another name.",
+        ),
+        (
+            {"options": {"backbone": 1}, "own_options": (Option("backbone", COUNT, "Which."),)},
+            "New: option 'backbone' cannot be a keyword of get_method; rename it.",
+        ),
+        (
+            {"options": {"last-k": 1}, "own_options": (Option("last-k", COUNT, "How many."),)},
+            "New: option 'last-k' cannot be a keyword of get_method; rename it.",
+        ),
+        (
+            {"own_options": (Option("sharpness", COUNT, "How sharp."),)},
+            "New: option 'sharpness' has no default; add it to `options`.",
+        ),
+        (
+            {"options": {"sharpness": 0}, "own_options": (Option("sharpness", COUNT, "How sharp."),)},
+            "New, default for sd3: `sharpness` must be a whole number of at least 1, got 0.",
+        ),
         ({"options": {"last_k": 0}}, "New, default for sd3: `last_k` must be a whole number of at least 1, got 0."),
         (
             {"options": {"last_k": {"sd3": 1, "flux": 1, "flux2": 0}}},
@@ -564,6 +593,91 @@ def test_what_a_row_refuses_has_the_method_s_name(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(METHODS, "new", Row(refuse, "New", "here", {"last_k": 1}, check=refuse_two))
     assert_refused(lambda: get_method("new").draw(SIGMAS), "new: not today")
     assert_refused(lambda: get_method("new", last_k=2), "new: two is one too many")
+
+
+# A row in a module of the user's own.
+
+METHODS_PAGE = Path(__file__).parents[2] / "docs" / "methods.md"
+
+
+@pytest.fixture
+def user_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
+    """Writes an importable module."""
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def write(name: str, code: str) -> None:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        (tmp_path / f"{name}.py").write_text(code, encoding="utf-8")
+        importlib.invalidate_caches()
+
+    return write
+
+
+def test_the_row_of_the_page(user_module: Callable[[str, str], None]):
+    (code,) = re.findall(r"```python\n(.*?)```", METHODS_PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    user_module("my_methods", code)
+    name = "my_methods:one_step"
+    row = find_row(name)
+    assert row.title == "One step"
+    assert row_options(name) == {"among_last": Option("among_last", COUNT, row.own_options[0].help)}
+    assert get_method(name, "flux").options == {"among_last": 10}
+    method = get_method(name, among_last=3)
+    assert method.name == name and method == get_method(name, among_last=3)
+    drawn = {method.draw(SIGMAS, generator(seed)).terms for seed in SEEDS}
+    assert drawn == {(Term(step, H[step]),) for step in range(N - 3, N)}
+    assert_refused(
+        lambda: get_method(name, among_last=0), f"{name}: `among_last` must be a whole number of at least 1, got 0."
+    )
+    assert_refused(lambda: get_method(name, amon_last=3), f"{name} has no option 'amon_last' (nearest: 'among_last')")
+    # The table itself has no such option.
+    assert "among_last" not in OPTIONS
+    assert_refused(lambda: get_method("refl", among_last=3), "refl has no option 'among_last'")
+
+
+def test_a_row_with_an_option_of_the_table(user_module: Callable[[str, str], None]):
+    user_module(
+        "mixed_methods",
+        "from flowbp.methods import COUNT, METHODS, Option, Row\n"
+        "wider = Option('wider', COUNT, 'How much.')\n"
+        "row = Row(METHODS['draft-k'].draw, 'Mixed', 'ours', {'wider': 2, 'last_k': 3}, own_options=(wider,))\n",
+    )
+    options = row_options("mixed_methods:row")
+    assert list(options) == ["wider", "last_k"] and options["last_k"] is OPTIONS["last_k"]
+    assert get_method("mixed_methods:row", wider=5).options == {"wider": 5, "last_k": 3}
+    assert_refused(
+        lambda: get_method("mixed_methods:row", last_k=N + 1).draw(SIGMAS), "mixed_methods:row: `last_k` is 13, the"
+    )
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_options_of_a_row_of_the_table(name: str):
+    assert find_row(name) is METHODS[name]
+    assert list(row_options(name)) == list(METHODS[name].options)
+    assert all(option is OPTIONS[key] for key, option in row_options(name).items())
+
+
+BROKEN_ROW = "from flowbp.methods import Row\nrow = Row(None, 'Mine', 'ours', {'last_k': 0})\n"
+NO_ROW = "from flowbp.methods import METHODS\nnot_a_row, mine = print, METHODS['full']\n"
+
+
+@pytest.mark.parametrize(
+    ("code", "name", "message"),
+    [
+        (NO_ROW, "my_broken:", "Unknown method 'my_broken:'"),
+        (NO_ROW, "my broken:row", "or package.module:row for one of your own."),
+        (NO_ROW, "my_absent:row", "expected an importable package.module:row, got ModuleNotFoundError: No"),
+        (NO_ROW, "my_broken:min", "expected a Row in my_broken, got no such attribute (nearest: 'mine'); it has"),
+        (NO_ROW, "my_broken:not_a_row", "got builtin_function_or_method; it has mine."),
+        ("x = 1\n", "my_broken:x", "expected a Row in my_broken, got int; define one with `flowbp.methods.Row`."),
+        ("raise KeyError('a\\nb')\n", "my_broken:row", "got KeyError: 'a\\nb'; its folder must be on PYTHONPATH."),
+        ("raise OSError('a\\nb')\n", "my_broken:row", "got OSError: a b; its folder must be on PYTHONPATH."),
+        (BROKEN_ROW, "my_broken:row", "got ValueError: Mine, default for sd3: `last_k` must be a whole number"),
+    ],
+)
+def test_a_row_that_cannot_be_had(user_module: Callable[[str, str], None], code: str, name: str, message: str):
+    user_module("my_broken", code)
+    for find in (find_row, row_options, get_method):
+        assert_refused(lambda find=find: find(name), message)
 
 
 @pytest.mark.parametrize("option", ["tau", "max_tail", "max_gap_j", "max_gap_0"])
