@@ -121,6 +121,9 @@ def test_missing_weights_name_all_that_helps(name, cache):
         f"--reward_model_path {name}=FOLDER",
     ):
         assert part in message
+    # What the documentation says of the weights.
+    assert repository in REWARDS[name].weights
+    assert file == "model.safetensors" or file in REWARDS[name].weights
 
 
 def test_a_revision_or_name_that_cannot_be(cache):
@@ -209,8 +212,3 @@ def test_model_paths_of_no_part_are_refused(spec, name, known, tmp_path):
 def test_model_paths_are_not_options(tmp_path):
     with pytest.raises(ValueError, match="expected options among none; got model_path"):
         load_reward("clip", model_path=tmp_path)
-
-
-def test_every_name_of_the_table_is_registered():
-    named = "clip pickscore hpsv2.1 imagereward aesthetic ocr hpsv3 geneval"
-    assert {*named.split(), "unifiedreward-alignment", "unifiedreward-quality"} <= set(REWARDS)

@@ -4,6 +4,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """The registry of rewards, the ONNX module and the text recogniser."""
 
+import dataclasses
 import itertools
 import re
 import subprocess
@@ -17,7 +18,19 @@ import torch
 from onnx import TensorProto, helper
 from PIL import Image, ImageDraw, ImageFont
 
-from flowbp.rewards import REWARDS, WeightedReward, load_reward, ocr
+from flowbp.rewards import (
+    REWARDS,
+    RewardSpec,
+    WeightedReward,
+    check_prompts,
+    load_reward,
+    ocr,
+    option_names,
+    part_names,
+    reward_needs,
+    reward_spec,
+    titles,
+)
 from flowbp.rewards.ocr import VERSIONS, OCRReward, quoted_text
 from flowbp.rewards.onnx_module import OnnxModule
 
@@ -390,6 +403,23 @@ def nothing():
     return None
 
 
+def reading(texts, *, case=True, **others):
+    return lambda images, prompts: images.mean((1, 2, 3)) + len(texts)
+
+
+def raising():
+    raise RuntimeError("no weights")
+
+
+class Brightness:
+    def __call__(self, images, prompts):
+        return images.mean((1, 2, 3))
+
+
+def making_a_class():
+    return Brightness
+
+
 number = 3
 """
 
@@ -461,6 +491,9 @@ def test_users_own_reward(images, user_module):
         ("no_such_module:factory", {}, "No module named 'no_such_module'"),
         ("users_rewards:number", {}, "expected a factory to call, got int"),
         ("users_rewards:nothing", {}, "expected the factory to return a reward, got NoneType"),
+        ("users_rewards:making_a_class", {}, "got the class Brightness; create an instance"),
+        ("users_rewards:reading", {"others": 1}, "expected options among case, texts; got others"),
+        ("users_rewards:raising", {}, "'users_rewards:raising': its factory raised RuntimeError: no weights"),
     ],
 )
 def test_bad_specs_are_refused(user_module, spec, options, message):
@@ -471,7 +504,121 @@ def test_bad_specs_are_refused(user_module, spec, options, message):
 
 def test_everything_is_checked_before_a_reward_is_made(monkeypatch):
     made = []
-    monkeypatch.setitem(REWARDS, "ocr", lambda: made.append(1))
+    monkeypatch.setitem(REWARDS, "ocr", RewardSpec("ocr", "ocr", lambda: made.append(1)))
     with pytest.raises(ValueError):
         load_reward("ocr,no-such-reward")
     assert not made
+
+
+# The specs
+
+
+@pytest.mark.parametrize("spec", REWARDS.values(), ids=list(REWARDS))
+def test_every_spec_is_complete(spec):
+    assert spec is reward_spec(spec.name) and part_names(spec.name) == [spec.name]
+    assert all([spec.score, spec.weights, spec.licence]) and "|" not in spec.score + spec.weights + spec.licence
+    # Judges, and only these, are known before they are loaded.
+    assert spec.is_trainable == (spec.name not in ("geneval", "hpsv3") and "unified" not in spec.name)
+    assert spec.has_model_path == (spec.needs != {"texts"})
+
+
+def test_what_rewards_need_and_take(user_module):
+    assert reward_needs("ocr:0.5,clip") == {"texts"}
+    assert reward_needs("clip,pickscore:2") == set()
+    assert reward_needs("geneval,ocr-v5,ocr-shapes") == {"metadata_path", "texts"}
+    assert option_names("ocr,clip") == {"augment", "generator", "texts"}
+    assert option_names("geneval") == {"metadata_path"} and option_names("hpsv3") == set()
+    # A user's factory needs what it has no default for.
+    assert reward_needs(f"{user_module}:reading") == {"texts"}
+    assert option_names(f"{user_module}:reading") == {"texts", "case"}
+    assert reward_needs(f"{user_module}:brightness") == set()
+    with pytest.raises(ValueError, match="the nearest is 'ocr-v"):
+        reward_needs("clip,ocr-v6")
+
+
+def test_a_spec_of_a_users_reward(user_module):
+    spec = reward_spec(f"{user_module}:brightness")
+    assert (spec.name, spec.title, spec.is_trainable) == (f"{user_module}:brightness", "brightness", True)
+    assert spec.options == {"gain"} and not spec.has_model_path
+    assert spec.factory(gain=2.0)(torch.ones(1, 3, 2, 2), ["a"]) == 2
+
+
+def test_titles():
+    names = ["hpsv2.1", "unifiedreward-alignment", "ocr-v5", "my_measures:read"]
+    # Users' modules are not imported: there is no my_measures.
+    assert list(titles(names).values()) == ["HPSv2.1", "UR-Align", "ocr-v5", "read"]
+    assert titles(["one:make", "two:make", "clip"]) == {"one:make": "one:make", "two:make": "two:make", "clip": "CLIP"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"title": ""}, "expected a name and a title, got 'ocr' and ''"),
+        ({"factory": 3}, "reward 'ocr': expected a factory to call, got int"),
+        ({"needs": frozenset({"metadata_path"})}, "arguments of its factory, got metadata_path; add the argument"),
+        ({"needs": frozenset({"augment"})}, "expected needs among texts, metadata_path that are arguments of its"),
+    ],
+)
+def test_bad_rows_of_the_table_are_refused(changes, message):
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        dataclasses.replace(REWARDS["ocr"], **changes)
+    refusal(error)
+
+
+def test_prompts_are_checked():
+    check_prompts(load_reward("ocr"), ['a "42"'])
+    check_prompts(torch.nn.Identity(), ["no quotes"])
+    with pytest.raises(ValueError, match="expected a text between double quotes"):
+        check_prompts(load_reward("ocr:2"), ['a "42"', "no quotes"])
+
+
+# Functions and modules as rewards
+
+
+class Scaled(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, images, prompts):
+        return self.scale * images.mean((1, 2, 3))
+
+
+def test_a_function_is_a_reward(images):
+    def darkness(images, prompts):
+        return -images.mean((1, 2, 3))
+
+    reward = load_reward(darkness)
+    assert isinstance(reward, torch.nn.Module) and not reward.training
+    torch.testing.assert_close(reward(images, TEXTS), darkness(images, TEXTS))
+    offloaded = load_reward(darkness, offload=True)
+    assert isinstance(offloaded, WeightedReward) and offloaded.weights == {"darkness": 1.0} and offloaded.offload
+    torch.testing.assert_close(offloaded(images, TEXTS), darkness(images, TEXTS))
+
+
+def test_a_module_is_a_reward_and_is_frozen(images):
+    module = Scaled()
+    assert load_reward(module) is module
+    assert not module.training and not module.scale.requires_grad
+    images = images.clone().requires_grad_()
+    module(images, TEXTS).sum().backward()
+    assert images.grad.abs().min() > 0
+
+
+@pytest.mark.parametrize(
+    ("reward", "arguments", "message"),
+    [
+        (3, {}, "reward 'int': expected a function or a module, got int."),
+        (Scaled, {}, "reward 'Scaled': expected a function or a module, got the class Scaled; create an instance."),
+        (
+            Scaled(),
+            {"augment": True},
+            "expected no model paths and no options for a function or a module, got augment",
+        ),
+        (len, {"model_paths": {"clip": "folder"}}, "reward 'len': expected no model paths and no options"),
+    ],
+)
+def test_what_is_no_reward_is_refused(reward, arguments, message):
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        load_reward(reward, **arguments)
+    refusal(error)

@@ -1,0 +1,174 @@
+# Copyright 2026 The FlowBP for diffusers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""Makes rewards from their names, from weighted sums of names, and from users' functions."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from .specs import REWARDS, reward_spec
+from .weighted import WeightedReward
+
+
+class _FunctionReward(nn.Module):
+    """A reward that is a plain function, as a module."""
+
+    def __init__(self, function: Callable[[Tensor, Sequence[str]], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return self.function(images, prompts)
+
+
+def load_reward(
+    reward: str | Callable[[Tensor, Sequence[str]], Tensor],
+    model_paths: Mapping[str, str | Path] | None = None,
+    offload: bool = False,
+    **options: Any,
+) -> nn.Module:
+    """Makes a reward from its name, or wraps a user's function.
+
+    Args:
+        reward: a name of `REWARDS` (`"ocr"`); a weighted sum (`"hpsv2.1:0.7,clip:0.3"`, where a part without a weight
+            has 1); a user's own factory, `"package.module:factory"`, alone or in a sum; or a function or module
+            `reward(images, prompts) -> (B,)`. What follows a part's last colon is a weight if it parses as a number
+            (`"package.module:factory:0.5"`). A factory returns a module or a function. A user's module is frozen and
+            set to evaluation mode in place.
+        model_paths: name -> local folder with the weights, used in place of the Hub. The factory gets it as
+            `model_path`.
+        offload: keep the rewards on the CPU; each moves to the images' device while it scores, see `WeightedReward`.
+        options: keyword arguments of the factories. Each must be known to at least one part, and goes to every part
+            that knows it, see `option_names`. The `ocr` rewards have `augment` (False), its `generator` (None: torch's
+            global one) and `texts` (prompt -> text to look for; None: what the prompt quotes); `geneval` has
+            `metadata_path`.
+
+    Returns:
+        A module `reward(images, prompts) -> (B,)`, frozen and in evaluation mode. For several parts, a weight or
+        `offload` it is a `WeightedReward`.
+
+    Raises:
+        ValueError: an unknown name, option or factory, a weight that is not a finite number, a name given twice, or a
+            model path for none of the parts; all before any reward is made. Also a factory that fails or does not
+            return a reward.
+        ModuleNotFoundError, FileNotFoundError: something that a reward needs is missing; the message names the
+            package, or the repository and how to get it.
+    """
+    if not isinstance(reward, str):
+        name = getattr(reward, "__name__", type(reward).__name__)
+        if model_paths or options:
+            raise ValueError(
+                f"reward {name!r}: expected no model paths and no options for a function or a module, got "
+                f"{', '.join([*(model_paths or {}), *options])}; give them to it directly."
+            )
+        module = _as_frozen_module(name, reward, "a function or a module")
+        return WeightedReward({name: module}, {name: 1.0}, offload) if offload else module
+    weights: dict[str, float] = {}
+    for name, weight in _parts(reward):
+        if name in weights:
+            raise ValueError(f"reward: expected each name once, got {name!r} twice in {reward!r}; add up its weights.")
+        weights[name] = weight
+    specs = {name: reward_spec(name) for name in weights}
+    folders = {name: Path(folder) for name, folder in (model_paths or {}).items()}
+    with_folder = [name for name, spec in specs.items() if spec.has_model_path]
+    for name in folders:
+        if name not in with_folder:
+            raise ValueError(
+                f"reward {reward!r}: expected model paths of {', '.join(with_folder) or 'none of its parts'}, got one "
+                f"of {name!r}."
+            )
+    choices = option_names(reward)
+    if unknown := sorted(set(options) - choices):
+        raise ValueError(
+            f"reward {reward!r}: expected options among {', '.join(sorted(choices)) or 'none'}; got "
+            f"{', '.join(unknown)}."
+        )
+    rewards = {}
+    for name, spec in specs.items():
+        given = {key: value for key, value in options.items() if key in spec.options}
+        if name in folders:
+            given["model_path"] = folders[name]
+        try:
+            made = spec.factory(**given)
+        except Exception as error:
+            if name in REWARDS:
+                raise
+            raise ValueError(f"reward {name!r}: its factory raised {type(error).__name__}: {error}") from error
+        rewards[name] = _as_frozen_module(name, made, "the factory to return a reward")
+    if list(weights.values()) == [1.0] and not offload:
+        return rewards[next(iter(rewards))]
+    return WeightedReward(rewards, weights, offload)
+
+
+def _as_frozen_module(name: str, reward: Any, expected: str) -> nn.Module:
+    if not callable(reward):
+        raise ValueError(f"reward {name!r}: expected {expected}, got {type(reward).__name__}.")
+    if isinstance(reward, type):
+        raise ValueError(f"reward {name!r}: expected {expected}, got the class {reward.__name__}; create an instance.")
+    module = reward if isinstance(reward, nn.Module) else _FunctionReward(reward)
+    return module.requires_grad_(False).eval()
+
+
+def part_names(reward: str) -> list[str]:
+    """The names in a reward's string, see `load_reward`, without their weights.
+
+    Raises:
+        ValueError: a weight that is not a finite number.
+    """
+    return [name for name, _ in _parts(reward)]
+
+
+def option_names(reward: str) -> set[str]:
+    """The options that `load_reward` takes for a reward's string: its factories' keyword arguments.
+
+    Raises:
+        ValueError: an unknown name or factory, or a weight that is not a finite number.
+    """
+    return set().union(*(reward_spec(name).options for name in part_names(reward)))
+
+
+def reward_needs(reward: str) -> set[str]:
+    """What a reward's string needs of the prompts besides their text: the union of its parts' `RewardSpec.needs`.
+
+    `"texts"` is satisfied by the option or by a text in double quotes in each prompt (`check_prompts` verifies that),
+    `"metadata_path"` by the option alone.
+
+    Raises:
+        ValueError: an unknown name or factory, or a weight that is not a finite number.
+    """
+    return set().union(*(reward_spec(name).needs for name in part_names(reward)))
+
+
+def check_prompts(reward: nn.Module, prompts: Sequence[str]) -> None:
+    """Checks that a loaded reward can score these prompts, before anything is trained.
+
+    Raises:
+        ValueError: the first prompt in which an `ocr` reward finds no text to look for.
+    """
+    for part in reward.all_parts() if isinstance(reward, WeightedReward) else [reward]:
+        if hasattr(part, "text_of"):
+            for prompt in prompts:
+                part.text_of(prompt)
+
+
+def _parts(reward: str) -> list[tuple[str, float]]:
+    return [_split_weight(part.strip(), reward) for part in reward.split(",")]
+
+
+def _split_weight(part: str, reward: str) -> tuple[str, float]:
+    name, colon, text = part.rpartition(":")
+    try:
+        weight = float(text)
+    except ValueError:
+        # Not a number: "module:factory" is a name without a weight; anything else with a colon is a bad weight.
+        if not colon or (":" not in name and name not in REWARDS and text.isidentifier()):
+            return part, 1.0
+        raise ValueError(f"reward {reward!r}: expected a number as the weight of {name!r}, got {text!r}.") from None
+    if not colon or not math.isfinite(weight):
+        raise ValueError(f"reward {reward!r}: expected a name, a colon and a finite weight, got {part!r}.")
+    return name, weight

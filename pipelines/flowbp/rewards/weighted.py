@@ -1,0 +1,138 @@
+# Copyright 2026 The FlowBP for diffusers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""Weighted sums of rewards."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+
+class WeightedReward(nn.Module):
+    """A weighted sum of rewards that keeps each part's scores and differentiates one part at a time.
+
+    Where the images require a gradient, `forward` computes each part's gradient together with its scores, so that only
+    one part's graph is alive at a time: memory is that of the largest part, not of the sum. This relies on every
+    reward scoring each image independently of its batch. There are no second derivatives.
+
+    Args:
+        rewards: name -> reward.
+        weights: name -> weight, for the same names.
+        offload: keep the parts on the CPU, whatever `.to` is told; each moves to the images' device while it scores.
+
+    Attributes:
+        last_scores: name -> scores (B,) of each part in the last `forward`, not weighted, detached.
+    """
+
+    def __init__(self, rewards: Mapping[str, nn.Module], weights: Mapping[str, float], offload: bool = False) -> None:
+        super().__init__()
+        self.weights = {name: weights[name] for name in rewards}
+        self.offload = offload
+        # Modules in a dict are not moved when this one is.
+        self._parts = dict(rewards)
+        if not offload:
+            # A list, because a submodule's name may not contain the dots of a user's own reward.
+            self.rewards = nn.ModuleList(rewards.values())
+        self.last_scores: dict[str, Tensor] = {}
+        self._sums: dict[str, Tensor] = {}
+        self._count = 0
+
+    @torch.no_grad()
+    def parts(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Name -> scores (B,) of each part, not weighted, without gradients.
+
+        Raises:
+            ValueError: a part does not return a tensor (B,).
+        """
+        scores = {}
+        for name, reward in self._parts.items():
+            with self._on_device(reward, images.device):
+                scores[name] = self._checked(name, reward(images, prompts), images)
+        return scores
+
+    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Scores images (B, 3, H, W) in [0, 1] against B prompts: the sum of weight x score, (B,).
+
+        Raises:
+            ValueError: a part does not return a tensor (B,), or has no gradient although the images require one.
+        """
+        if torch.is_grad_enabled() and images.requires_grad:
+            return _PartByPart.apply(images, self, prompts)
+        self.last_scores = self.parts(images, prompts)
+        return self._sum(self.last_scores)
+
+    def all_parts(self) -> list[nn.Module]:
+        """The rewards of the sum."""
+        return list(self._parts.values())
+
+    def pop_means(self) -> dict[str, float]:
+        """Name -> mean score, not weighted, over all images that were differentiated since the last call."""
+        means = {name: total.item() / self._count for name, total in self._sums.items()}
+        self._sums, self._count = {}, 0
+        return means
+
+    def scores_and_gradient(self, images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """The weighted sum (B,), and its gradient (B, 3, H, W) in the images in float32 or float64."""
+        images = images.detach().to(torch.promote_types(images.dtype, torch.float32))
+        scores, gradient = {}, torch.zeros_like(images)
+        for name, reward in self._parts.items():
+            with self._on_device(reward, images.device), torch.enable_grad():
+                leaf = images.detach().requires_grad_()
+                score = self._checked(name, reward(leaf, prompts), images)
+                if not score.requires_grad:
+                    raise ValueError(
+                        f"reward {name!r}: expected scores with a gradient in the images, got none; leave it out of "
+                        "--reward and use it as --eval_reward."
+                    )
+                gradient += self.weights[name] * torch.autograd.grad(score.sum(), leaf)[0]
+                scores[name] = score.detach()
+        self.last_scores = scores
+        self._sums = {name: self._sums.get(name, 0) + score.sum() for name, score in scores.items()}
+        self._count += len(images)
+        return self._sum(scores), gradient
+
+    def _sum(self, scores: Mapping[str, Tensor]) -> Tensor:
+        return sum(self.weights[name] * score for name, score in scores.items())
+
+    @contextmanager
+    def _on_device(self, reward: nn.Module, device: torch.device) -> Iterator[None]:
+        if not self.offload:
+            yield
+            return
+        try:
+            reward.to(device)
+            yield
+        finally:
+            reward.to("cpu")
+
+    @staticmethod
+    def _checked(name: str, score: Any, images: Tensor) -> Tensor:
+        if not isinstance(score, Tensor) or score.shape != (len(images),):
+            found = tuple(score.shape) if isinstance(score, Tensor) else type(score).__name__
+            raise ValueError(f"reward {name!r}: expected a tensor of shape ({len(images)},), got {found}.")
+        return score.to(images.device)
+
+
+class _PartByPart(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, reward: WeightedReward, prompts: Sequence[str]) -> Tensor:
+        score, gradient = reward.scores_and_gradient(images, prompts)
+        ctx.save_for_backward(gradient)
+        ctx.dtype = images.dtype
+        return score
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient * cotangent.to(gradient).view(-1, 1, 1, 1)).to(ctx.dtype), None, None
+
+
+def part_means(reward: nn.Module) -> dict[str, float]:
+    """`WeightedReward.pop_means` of a sum, for logs; {} for a single reward."""
+    return reward.pop_means() if isinstance(reward, WeightedReward) else {}
