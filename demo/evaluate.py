@@ -21,7 +21,7 @@ from diffusers import StableDiffusion3Pipeline
 from text_pictures import colours_right
 from tqdm.auto import tqdm
 
-from flowbp.judging.evaluation import interval
+from flowbp.judging.statistics import interval
 from flowbp.rewards import load_reward
 from flowbp.rewards.ocr import OCRReward
 from flowbp.training.command_line import parse_args_with_config

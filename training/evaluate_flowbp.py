@@ -36,23 +36,15 @@ from PIL import Image
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
+from flowbp.files import write_atomically
 from flowbp.inference import BaseForLast, call_arguments, lora_models, saved_class
-from flowbp.judging.evaluation import (
-    Row,
-    Store,
-    lora_file,
-    make_rows,
-    report_html,
-    reward_names,
-    summarise,
-    table_csv,
-    table_markdown,
-    titles,
-    write_parquet,
-)
 from flowbp.judging.figures import comparison
 from flowbp.judging.images import frames, to_pil
-from flowbp.publishing.run_info import write_whole
+from flowbp.judging.models import EvaluatedModel, evaluated_models, lora_file, reward_names
+from flowbp.judging.report import report_html
+from flowbp.judging.statistics import summarise
+from flowbp.judging.store import Store, write_parquet
+from flowbp.judging.tables import table_csv, table_markdown, titles
 from flowbp.rewards import REWARDS, WeightedReward, load_reward
 from flowbp.rewards.loading import parse_model_paths
 from flowbp.rewards.ocr import quoted_text
@@ -179,7 +171,7 @@ def geneval_tasks(path: str, prompts: Sequence[str]) -> dict[str, str]:
     return {prompt: tasks[prompt] for prompt in sorted(prompts, key=lambda prompt: TASKS.index(tasks[prompt]))}
 
 
-def load_loras(pipe: DiffusionPipeline, rows: Sequence[Row], component: str) -> dict[str, str]:
+def load_loras(pipe: DiffusionPipeline, rows: Sequence[EvaluatedModel], component: str) -> dict[str, str]:
     """Load the rows' LoRAs side by side; returns adapter names by source."""
     names: dict[str, str] = {}
     for source in dict.fromkeys(row.lora for row in rows if row.lora is not None):
@@ -202,7 +194,7 @@ def load_loras(pipe: DiffusionPipeline, rows: Sequence[Row], component: str) -> 
     return names
 
 
-def use_row(pipe: DiffusionPipeline, row: Row, adapters: dict[str, str], steps: int) -> BaseForLast | None:
+def use_row(pipe: DiffusionPipeline, row: EvaluatedModel, adapters: dict[str, str], steps: int) -> BaseForLast | None:
     """Switch to a row's model; returns the callback that its calls need."""
     # Loaders of pipelines know LoRAs of text encoders too.
     parts = [pipe] if hasattr(pipe, "set_adapters") else lora_models(pipe)
@@ -271,7 +263,7 @@ def main(argv: list[str] | None = None) -> None:
         grouped = load_texts(args.prompts, args.group_column, **columns)
     elif "geneval" in rewards:
         grouped, grouped_rewards = geneval_tasks(args.prompts, prompts), ["geneval"]
-    rows = make_rows(args.lora, args.lora_scale, args.base_for_last)
+    rows = evaluated_models(args.lora, args.lora_scale, args.base_for_last)
     for lora in {row.lora for row in rows if row.lora is not None and row.digest is None}:
         try:
             snapshot_download(lora, allow_patterns="*.safetensors")
@@ -343,7 +335,7 @@ def main(argv: list[str] | None = None) -> None:
         if accelerator.is_main_process and len(pending) < len(store.batches()):
             print(f"Going on: {len(store.batches()) - len(pending)} of {len(store.batches())} batches were finished.")
         progress = tqdm(mine, unit="batch", disable=not accelerator.is_main_process)
-        current: Row | None = None
+        current: EvaluatedModel | None = None
         for row, batch in progress:
             if row is not current:
                 callback, current = use_row(pipe, row, adapters, steps), row
@@ -383,24 +375,24 @@ def write_results(
 ) -> None:
     """Write scores, tables, report and grid of a finished evaluation, and print the tables."""
     folder, count = args.output_dir, args.num_images_per_prompt
-    found = {row.name: store.scores(row) for row in store.rows}
+    found = {row.name: store.scores(row) for row in store.models}
     columns: dict[str, list[Any]] = {
-        "row": [row.name for row in store.rows for _ in seeds],
-        "lora": [row.lora for row in store.rows for _ in seeds],
-        "lora_scale": [row.scale for row in store.rows for _ in seeds],
-        "base_for_last": [row.base_for_last for row in store.rows for _ in seeds],
-        "prompt_index": [place // count for place in range(len(seeds))] * len(store.rows),
-        "prompt": [prompts[place // count] for place in range(len(seeds))] * len(store.rows),
-        "image_index": [place % count for place in range(len(seeds))] * len(store.rows),
-        "seed": list(seeds) * len(store.rows),
+        "model": [row.name for row in store.models for _ in seeds],
+        "lora": [row.lora for row in store.models for _ in seeds],
+        "lora_scale": [row.scale for row in store.models for _ in seeds],
+        "base_for_last": [row.base_for_last for row in store.models for _ in seeds],
+        "prompt_index": [place // count for place in range(len(seeds))] * len(store.models),
+        "prompt": [prompts[place // count] for place in range(len(seeds))] * len(store.models),
+        "image_index": [place % count for place in range(len(seeds))] * len(store.models),
+        "seed": list(seeds) * len(store.models),
         "image": [
-            str(store.image(row, place).relative_to(folder)) for row in store.rows for place in range(len(seeds))
+            str(store.image(row, place).relative_to(folder)) for row in store.models for place in range(len(seeds))
         ],
     }
     if groups:
         group_of = {place: group for group, places in next(iter(groups.values())).items() for place in places}
-        columns["group"] = [group_of[place // count] for place in range(len(seeds))] * len(store.rows)
-    columns |= {reward: [value for row in store.rows for value in found[row.name][reward]] for reward in rewards}
+        columns["group"] = [group_of[place // count] for place in range(len(seeds))] * len(store.models)
+    columns |= {reward: [value for row in store.models for value in found[row.name][reward]] for reward in rewards}
     write_parquet(folder / "scores.parquet", columns)
 
     scores = {
@@ -416,14 +408,16 @@ def write_results(
         del scores[reward]
     if not records:
         raise ValueError("Expected scores, got none from any reward; see scores.parquet.")
-    write_whole(folder / "table.json", json.dumps({"settings": store.settings, "records": records}, indent=2) + "\n")
-    write_whole(folder / "table.md", table_markdown(records))
-    write_whole(folder / "table.csv", table_csv(records))
-    write_whole(folder / "report.html", report_html(store, records, scores, prompts, args.report_images))
+    write_atomically(
+        folder / "table.json", json.dumps({"settings": store.settings, "records": records}, indent=2) + "\n"
+    )
+    write_atomically(folder / "table.md", table_markdown(records))
+    write_atomically(folder / "table.csv", table_csv(records))
+    write_atomically(folder / "report.html", report_html(store, records, scores, prompts, args.report_images))
 
     first = [place * count for place in range(min(GRID_PROMPTS, len(prompts)))]
     pictures = {}
-    for row in store.rows:
+    for row in store.models:
         pictures[row.name] = []
         for place in first:
             with Image.open(store.image(row, place)) as image:

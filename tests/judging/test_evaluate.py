@@ -20,13 +20,12 @@ import datasets
 import pyarrow.parquet
 import pytest
 import torch
-from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
-from peft import get_peft_model_state_dict
+from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors.torch import save_file
-from test_geneval import METADATA, tiny_clip, tiny_detector
 from tiny_pipelines import tiny_ovis_image_pipeline, tiny_wan_22_pipeline, tiny_wan_pipeline
-from tiny_sd3 import MAX_SEQUENCE_LENGTH, add_random_lora, tiny_sd3_pipeline
+from tiny_rewards import GENEVAL_METADATA, tiny_clip, tiny_detector
+from tiny_sd3 import MAX_SEQUENCE_LENGTH, add_random_lora, save_random_lora, tiny_sd3_pipeline
 from training_scripts import ROOT, check_refusal, command_line, environment, load_pipeline, load_script, script_path
 
 from flowbp.judging.images import to_pil
@@ -36,15 +35,6 @@ NAME = "evaluate_flowbp"
 STEPS = 4
 PROMPTS = ('the text "42"', 'a "7" in red', 'blue "k9"')
 RESULTS = ("scores.parquet", "table.md", "table.json", "table.csv", "report.html", "grid.png")
-
-
-def save_lora(pipe: StableDiffusion3Pipeline, folder: Path, seed: int, layers: Sequence[str] | None = None) -> Path:
-    """A LoRA of random numbers, of the attention layers that `layers` names."""
-    add_random_lora(pipe, 2, torch.Generator().manual_seed(seed))
-    state = get_peft_model_state_dict(pipe.transformer)
-    kept = {name: x for name, x in state.items() if layers is None or any(layer in name for layer in layers)}
-    type(pipe).save_lora_weights(folder, transformer_lora_layers=kept)
-    return folder
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -70,8 +60,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     )
     return {
         "base": folder / "base",
-        "one": save_lora(tiny_sd3_pipeline(torch.float32), folder / "one", seed=1),
-        "two": save_lora(tiny_sd3_pipeline(torch.float32), folder / "two", seed=2, layers=["to_q", "to_k"]),
+        "one": save_random_lora(tiny_sd3_pipeline(torch.float32), folder / "one", seed=1),
+        "two": save_random_lora(tiny_sd3_pipeline(torch.float32), folder / "two", seed=2, layers=["to_q", "to_k"]),
         "prompts": folder / "prompts.jsonl",
     }
 
@@ -94,9 +84,9 @@ def arguments(models: dict[str, Path], tmp_path: Path) -> dict[str, Any]:
     }
 
 
-def scores_of(folder: Path, row: str, column: str = "toy_reward:make_reward") -> list[Any]:
+def scores_of(folder: Path, model: str, column: str = "toy_reward:make_reward") -> list[Any]:
     table = pyarrow.parquet.read_table(folder / "scores.parquet").to_pylist()
-    return [line[column] for line in table if line["row"] == row]
+    return [line[column] for line in table if line["model"] == model]
 
 
 def content_of(folder: Path) -> dict[str, bytes]:
@@ -133,7 +123,7 @@ def test_every_row_is_what_users_get(
     assert len(lines) == (1 + 2 * 3 * 2) * len(PROMPTS) * 2
     by_row: dict[str, list[dict]] = {}
     for line in lines:
-        by_row.setdefault(line["row"], []).append(line)
+        by_row.setdefault(line["model"], []).append(line)
     seeds = [line["seed"] for line in by_row["base"]]
     assert len(set(seeds)) == 6 and all([x["seed"] for x in row] == seeds for row in by_row.values())
 
@@ -285,7 +275,7 @@ def test_loras_that_no_pipeline_loads(
 def test_videos_are_scored_by_frame(script: ModuleType, arguments: dict[str, Any], tmp_path: Path) -> None:
     pipe = tiny_wan_pipeline()
     pipe.save_pretrained(tmp_path / "wan")
-    save_lora(pipe, tmp_path / "lora", seed=0)
+    save_random_lora(pipe, tmp_path / "lora", seed=0)
     changes = {"pretrained_model_name_or_path": tmp_path / "wan", "lora": [tmp_path / "lora"]}
     size = {"height": 16, "width": 16, "num_frames": 5, "num_images_per_prompt": 1, "num_prompts": 1}
     script.main(command_line(arguments, **changes, **size, pipeline_arguments={"max_sequence_length": 16}))
@@ -322,7 +312,7 @@ def test_geneval_has_a_table_of_its_tasks(script: ModuleType, arguments: dict[st
     tokenizer.save_pretrained(tmp_path / "geneval" / "clip")
     metadata = tmp_path / "evaluation_metadata.jsonl"
     # Not in the order of the benchmark's table.
-    chosen = [entry for tag in ("colors", "single_object") for entry in METADATA if entry["tag"] == tag]
+    chosen = [entry for tag in ("colors", "single_object") for entry in GENEVAL_METADATA if entry["tag"] == tag]
     metadata.write_text("".join(json.dumps(entry) + "\n" for entry in chosen))
     changes = {"prompts": metadata, "rewards": "toy_reward:make_reward,geneval", "num_images_per_prompt": 1}
     script.main(command_line(arguments, **changes, reward_model_path=[f"geneval={tmp_path / 'geneval'}"]))
@@ -379,7 +369,7 @@ def test_a_folder_of_other_settings_and_a_lora_of_another_model_are_refused(
     with pytest.raises(ValueError, match="with seed 0, got 1; choose another folder"):
         script.main(command_line(arguments, **few, seed=1))
     pipe = tiny_wan_pipeline()
-    save_lora(pipe, tmp_path / "other", seed=0)
+    save_random_lora(pipe, tmp_path / "other", seed=0)
     with pytest.raises(ValueError, match="--lora .*other: does not fit StableDiffusion3Pipeline"):
         script.main(command_line(arguments, **few, lora=[tmp_path / "other"]))
     encoder = {f"text_encoder.x.lora_{side}.weight": torch.ones(2, 2) for side in "AB"}
@@ -396,7 +386,7 @@ def test_the_demo_s_table_by_this_script(
 ) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "demo"))
     pipeline = ROOT / "demo" / "pipeline"
-    save_lora(load_pipeline(pipeline), tmp_path, seed=0)
+    save_random_lora(load_pipeline(pipeline), tmp_path, seed=0)
     paths = ["--pretrained_model_name_or_path", str(pipeline), "--output_dir"]
     six = [*paths, str(tmp_path), "--eval_prompts", str(ROOT / "demo" / "prompts_eval.txt"), "--num_eval_prompts", "6"]
     evaluation = str(ROOT / "demo" / "evaluation.yaml")

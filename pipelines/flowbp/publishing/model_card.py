@@ -21,8 +21,9 @@ import diffusers
 from diffusers import DiffusionPipeline
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..files import write_atomically
 from .push import LORA_FILE, allowed_files
-from .run_info import redact, write_whole
+from .run_info import redact
 
 # Options of the table of the card's main part; the others are in the long one.
 SUMMARY = (
@@ -267,7 +268,7 @@ def find_template() -> Path:
 def write_card(output_dir: Path) -> Path:
     """Write README.md of a run's folder, see `make_card`; returns the file."""
     path = output_dir / "README.md"
-    write_whole(path, make_card(output_dir))
+    write_atomically(path, make_card(output_dir))
     return path
 
 

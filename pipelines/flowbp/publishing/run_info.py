@@ -18,6 +18,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..files import write_atomically
+
 if TYPE_CHECKING:
     # Seconds of import that `python -m flowbp.publishing.push` does not need.
     import torch
@@ -222,18 +224,6 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file that is whole or not there; a link at its place is replaced, not followed."""
-    partial = path.with_name(path.name + ".partial")
-    partial.unlink(missing_ok=True)
-    # What was no UTF-8 on the command line becomes an escape that JSON reads back.
-    with partial.open("x", encoding="utf-8", errors="backslashreplace") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
 def write_run_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write `content` as JSON without secrets; the file is whole or the old one stays.
 
@@ -245,4 +235,4 @@ def write_run_json(path: Path, content: Mapping[str, Any]) -> None:
     text = json.dumps(_finite(redact(content)), indent=2, ensure_ascii=False, allow_nan=False)
     home = json.dumps(str(Path.home()), ensure_ascii=False)[1:-1]
     text = re.sub(rf"(?<![\w/.~-]){re.escape(home)}(?=[/\\\s\"',:;])", "~", text)
-    write_whole(path, text + "\n")
+    write_atomically(path, text + "\n")

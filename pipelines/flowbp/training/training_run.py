@@ -35,10 +35,10 @@ from tqdm.auto import tqdm
 
 from ..callback import BackwardOutput
 from ..checks import RecordingError
-from ..judging.evaluation import interval
 from ..judging.figures import before_after, image_grid, reward_curve
 from ..judging.guard import MIN_PICTURES, Alarm, Guard, Measurement
 from ..judging.images import Drawn, draw_pictures
+from ..judging.statistics import interval
 from ..methods import METHODS, Method, Surrogate
 from ..observers import adapters_off
 from ..publishing.model_card import find_template, write_card

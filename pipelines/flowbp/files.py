@@ -1,0 +1,28 @@
+# Copyright 2026 The FlowBP for diffusers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""Writing files that are complete or absent, whatever interrupts the process."""
+
+import os
+from pathlib import Path
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file as UTF-8 so that `path` holds either its old content or all of `text`.
+
+    Args:
+        path: file to write, in an existing folder; a symbolic link there is replaced, not followed.
+        text: the whole content; surrogates (bytes of the command line that are not UTF-8) are written as escapes,
+            which JSON can read.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    partial = path.with_name(path.name + ".partial")
+    partial.unlink(missing_ok=True)
+    with partial.open("x", encoding="utf-8", errors="backslashreplace") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)

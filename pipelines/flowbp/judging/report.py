@@ -1,0 +1,174 @@
+# Copyright 2026 The FlowBP for diffusers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""The report of an evaluation: one HTML file with the images, the tables and the settings."""
+
+import base64
+import io
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from PIL import Image
+
+from .models import EvaluatedModel
+from .store import Store
+from .tables import Table, tables, titles
+
+TEMPLATE = "report.html.jinja"
+EMBEDDED_SIDE = 384
+"""Longest side in pixels of an image in the report; larger images are reduced."""
+
+
+def report_html(
+    store: Store,
+    records: Sequence[Mapping[str, Any]],
+    scores: Mapping[str, Mapping[str, torch.Tensor]],
+    prompts: Sequence[str],
+    limit: int,
+) -> str:
+    """The report as a page that needs no other file.
+
+    Its images are sorted by the change of the first reward, for the model that gained most. With JavaScript, readers
+    choose the reward and the model.
+
+    Args:
+        store: all of its batches are finished; it has a base model and at least one other.
+        records: from `summarise`.
+        scores: as given to `summarise`.
+        prompts: P prompts.
+        limit: number of images of each model in the report: those whose score changed most.
+    """
+    cards = _Cards(store, scores, prompts)
+    shown = largest_changes(cards.changes(cards.rewards[0], cards.leader), limit)
+    environment = Environment(
+        # The template lies beside this module, in a checkout and in an installed package.
+        loader=PackageLoader(__package__, ""),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
+    return environment.get_template(TEMPLATE).render(
+        base_model=store.settings["model"],
+        num_prompts=len(prompts),
+        images_per_prompt=cards.per_prompt,
+        num_images=store.images,
+        titles=cards.titles,
+        rewards=cards.rewards,
+        models=[model.name for model in cards.others],
+        leader=cards.leader.name,
+        cards=[cards.card(place) for place in shown],
+        tables=tables(records),
+        described=_described(store.models),
+        settings={
+            name: value if isinstance(value, str) else json.dumps(value) for name, value in store.settings.items()
+        },
+    )
+
+
+def largest_changes(changes: Sequence[float], limit: int) -> list[int]:
+    """Indices of the `limit` largest gains and losses, half of each, in falling order of change."""
+    order = sorted(range(len(changes)), key=lambda place: (-changes[place], place))
+    if len(order) <= limit:
+        return order
+    return order[: limit - limit // 2] + order[len(order) - limit // 2 :]
+
+
+class _Cards:
+    """What the report shows of one image of every model: a card with its prompt, the images and their scores."""
+
+    def __init__(self, store: Store, scores: Mapping[str, Mapping[str, torch.Tensor]], prompts: Sequence[str]) -> None:
+        self._store, self._prompts = store, prompts
+        self.base, *self.others = store.models
+        self.rewards = list(scores)
+        self.titles = titles(self.rewards)
+        self.per_prompt = store.images // len(prompts)
+        self._scores = {
+            (reward, model.name): scores[reward][model.name].flatten().tolist()
+            for reward in scores
+            for model in store.models
+        }
+        gains = {model: statistics.fmean(self.changes(self.rewards[0], model)) for model in self.others}
+        self.leader = max(gains, key=lambda model: gains[model])
+
+    def changes(self, reward: str, model: EvaluatedModel) -> list[float]:
+        """By how much each image scores above the base model's; 0 for images without a score."""
+        pairs = zip(self._scores[reward, model.name], self._scores[reward, self.base.name], strict=True)
+        changes = [score - base for score, base in pairs]
+        return [0.0 if math.isnan(change) else change for change in changes]
+
+    def card(self, place: int) -> dict[str, Any]:
+        """What the template shows of the image with this index."""
+        changes = {
+            f"{model.name}/{reward}": self.changes(reward, model)[place]
+            for model in self.others
+            for reward in self.rewards
+        }
+        return {
+            "prompt": self._prompts[place // self.per_prompt],
+            "number": place % self.per_prompt + 1,
+            "changes": json.dumps(changes),
+            "images": [self._image(model, place, changes) for model in self._store.models],
+        }
+
+    def _image(self, model: EvaluatedModel, place: int, changes: Mapping[str, float]) -> dict[str, Any]:
+        scores = []
+        for reward in self.rewards:
+            value = self._scores[reward, model.name][place]
+            change = changes.get(f"{model.name}/{reward}")
+            scores.append(
+                {
+                    "reward": self.titles[reward],
+                    "value": "no score" if math.isnan(value) else _short(value),
+                    "change": "" if change is None else f"({_short(change, '+')})",
+                    "direction": "up" if change and change > 0 else "down" if change and change < 0 else "",
+                }
+            )
+        source, is_small = _embedded(self._store.image(model, place))
+        words = ", ".join(f"{score['reward']} {score['value']}" for score in scores)
+        prompt = self._prompts[place // self.per_prompt]
+        return {
+            "model": model.name,
+            "scores": scores,
+            "source": source,
+            "is_small": is_small,
+            "alt": f"Image of {model.name} for the prompt “{prompt}”; {words}",
+        }
+
+
+def _embedded(path: Path) -> tuple[str, bool]:
+    """An image as a `data:` address, PNG for small images and JPEG for others; and whether it is small."""
+    with Image.open(path) as opened:
+        image = opened.convert("RGB")
+    is_small = max(image.size) <= EMBEDDED_SIDE // 2
+    image.thumbnail((EMBEDDED_SIDE, EMBEDDED_SIDE), Image.Resampling.LANCZOS)
+    file = io.BytesIO()
+    if is_small:
+        image.save(file, "PNG")
+    else:
+        image.save(file, "JPEG", quality=90)
+    kind = "png" if is_small else "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}", is_small
+
+
+def _short(value: float, sign: str = "") -> str:
+    """A number with at most three decimals."""
+    return f"{round(value, 3) + 0.0:{sign}.3f}".rstrip("0").rstrip(".")
+
+
+def _described(models: Sequence[EvaluatedModel]) -> Table:
+    columns = [
+        [model.name for model in models],
+        [model.lora or "" for model in models],
+        ["" if model.lora is None else f"{model.scale:g}" for model in models],
+        [str(model.base_for_last or "") for model in models],
+        [(model.digest or "")[:12] for model in models],
+    ]
+    return Table("Models", ["", "LoRA", "scale", "base for last", "SHA-256"], columns)

@@ -1,0 +1,144 @@
+# Copyright 2026 The FlowBP for diffusers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""The tables of an evaluation, as Markdown and as CSV."""
+
+import csv
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+# Names of rewards in tables; other rewards keep their name, users' own have their factory's.
+TITLES = {
+    "hpsv2.1": "HPSv2.1",
+    "hpsv3": "HPSv3",
+    "pickscore": "PickScore",
+    "imagereward": "ImageReward",
+    "unifiedreward-alignment": "UR-Align",
+    "unifiedreward-quality": "UR-IQ",
+    "clip": "CLIP",
+    "aesthetic": "Aesthetic",
+    "geneval": "GenEval",
+}
+
+
+def titles(names: Sequence[str]) -> dict[str, str]:
+    """Column titles by reward: the paper's name, a user's factory name, else the reward's name."""
+    short = {name: TITLES.get(name, name.rpartition(":")[2]) for name in names}
+    return {name: title if [*short.values()].count(title) == 1 else name for name, title in short.items()}
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells of a table.
+
+    Attributes:
+        caption: text above the table.
+        heads: titles of the columns; the first is empty.
+        columns: cells by column, all of the same length; the first column has the names of the models.
+    """
+
+    caption: str
+    heads: Sequence[str]
+    columns: Sequence[Sequence[str]]
+
+    @property
+    def lines(self) -> list[tuple[str, ...]]:
+        """Cells by line."""
+        return list(zip(*self.columns, strict=True))
+
+
+def tables(records: Sequence[Mapping[str, Any]]) -> list[Table]:
+    """The tables of an evaluation: scores, scores by group, changes and win rates; a line for each model.
+
+    Args:
+        records: from `summarise`; at least one.
+    """
+    rewards = list(dict.fromkeys(record["reward"] for record in records))
+    models = list(dict.fromkeys(record["model"] for record in records))
+    found = {(record["reward"], record["model"]): record for record in records}
+    title = titles(rewards)
+    for reward in rewards:
+        if left_out := found[reward, models[0]]["left_out"]:
+            title[reward] += f" ({left_out} without a score)"
+    is_share = {reward: found[reward, models[0]]["share"] for reward in rewards}
+    unit = {reward: ", %" if is_share[reward] else "" for reward in rewards}
+
+    def column(reward: str, measure: str, models: Sequence[str], sign: str = "") -> list[str]:
+        return _cells([found[reward, model][measure] for model in models], is_share[reward], sign)
+
+    heads = ["", *(title[reward] + unit[reward] for reward in rewards)]
+    scores = [column(reward, "score", models) for reward in rewards]
+    result = [Table("Score: mean [95 % interval]", heads, [models, *scores])]
+    for reward in rewards:
+        groups = found[reward, models[0]].get("groups", {})
+        columns = [
+            _cells([found[reward, model]["groups"][group] for model in models], is_share[reward]) for group in groups
+        ]
+        if columns:
+            columns = [models, *columns, column(reward, "overall", models)]
+            result.append(Table(f"{title[reward]} by group{unit[reward]}", ["", *groups, "overall"], columns))
+    if others := models[1:]:
+        changes = [column(reward, "change", others, "+") for reward in rewards]
+        result.append(Table("Change against the base, same noise", heads, [others, *changes]))
+        rates = [_cells([found[reward, model]["win_rate"] for model in others], True) for reward in rewards]
+        heads = ["", *(title[reward] for reward in rewards)]
+        result.append(Table("Win rate against the base, same noise, %", heads, [others, *rates]))
+    return result
+
+
+def _cells(estimates: Sequence[Mapping[str, Any]], is_share: bool, sign: str = "") -> list[str]:
+    """A column of `mean [low, high]`: shares in per cent, others to two digits of the widest interval's half width."""
+    factor, digits = (100, 1) if is_share else (1, 3)
+    halves = [(estimate["interval"][1] - estimate["interval"][0]) / 2 for estimate in estimates]
+    # The interval of equal values is wide by a rounding error only, which says nothing about digits.
+    halves = [half for half in halves if half > 1e-6]
+    if not is_share and halves:
+        digits = min(max(1 - math.floor(math.log10(max(halves))), 0), 6)
+    cells = []
+    for estimate in estimates:
+        # Adding 0 turns -0.0 into 0.0.
+        mean, low, high = (
+            f"{round(factor * value, digits) + 0.0:{sign}.{digits}f}"
+            for value in (estimate["mean"], *estimate["interval"])
+        )
+        cells.append(f"{mean} [{low}, {high}]")
+    return cells
+
+
+def table_markdown(records: Sequence[Mapping[str, Any]]) -> str:
+    """All tables as Markdown, for records from `summarise`."""
+    return "\n\n".join(f"{table.caption}\n\n{_markdown(table)}" for table in tables(records)) + "\n"
+
+
+def _markdown(table: Table) -> str:
+    """Columns are padded to equal widths, the first to the left and the others to the right."""
+    lines = [[cell.replace("|", r"\|") for cell in line] for line in (table.heads, *table.lines)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    padded = []
+    for first, *others in lines:
+        cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))]
+        padded.append(f"| {' | '.join(cells)} |")
+    rules = ["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])]
+    return "\n".join([padded[0], f"|{'|'.join(rules)}|", *padded[1:]])
+
+
+def table_csv(records: Sequence[Mapping[str, Any]]) -> str:
+    """All numbers as CSV with the columns reward, model, measure, mean, low and high.
+
+    Args:
+        records: from `summarise`; a line for each of their measures: `score`, `change`, `win_rate`, `overall` and
+            `group NAME`.
+    """
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["reward", "model", "measure", "mean", "low", "high"])
+    for record in records:
+        estimates = {name: record[name] for name in ("score", "change", "win_rate", "overall") if name in record}
+        estimates |= {f"group {name}": estimate for name, estimate in record.get("groups", {}).items()}
+        for name, estimate in estimates.items():
+            writer.writerow([record["reward"], record["model"], name, estimate["mean"], *estimate["interval"]])
+    return file.getvalue()

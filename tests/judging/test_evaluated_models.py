@@ -1,0 +1,63 @@
+# Copyright 2026 The FlowBP for diffusers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""Models and rewards as the command line names them."""
+
+from pathlib import Path
+
+import pytest
+
+from flowbp.judging.models import EvaluatedModel, evaluated_models, lora_file, reward_names
+
+
+def write_lora(folder: Path, name: str = "pytorch_lora_weights.safetensors", content: bytes = b"1") -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_bytes(content)
+    return folder
+
+
+def test_rows_are_the_base_and_every_lora_at_every_setting(tmp_path: Path) -> None:
+    one, two = write_lora(tmp_path / "one"), write_lora(tmp_path / "two", "other.safetensors", b"2")
+    rows = evaluated_models([str(one), f"second={two}", "user/third"], [0.5, 1.0], [0, 2])
+    assert [row.name for row in rows[:5]] == [
+        "base", "one × 0.5", "one × 0.5, base for last 2", "one × 1", "one × 1, base for last 2"
+    ]  # fmt: skip
+    assert len(rows) == 13 and rows[5].name == "second × 0.5" and rows[-1].name == "third × 1, base for last 2"
+    assert rows[1].digest == rows[4].digest != rows[5].digest and rows[-1].digest is None
+    assert len({row.folder for row in rows}) == 13
+    assert evaluated_models([f"x={one}"], [1.0], [0])[1] == EvaluatedModel("x", str(one), 1.0, 0, rows[1].digest)
+
+
+def test_the_file_of_a_lora(tmp_path: Path) -> None:
+    folder = write_lora(write_lora(tmp_path / "one"), "second.safetensors")
+    assert lora_file(str(folder)) == folder / "pytorch_lora_weights.safetensors"
+    assert lora_file(str(folder / "second.safetensors")) == folder / "second.safetensors"
+    assert lora_file("user/name") is None
+
+
+@pytest.mark.parametrize(
+    ("loras", "expected"),
+    [
+        (["{here}/missing"], "no such file or folder"),
+        (["{here}/empty"], "expected one .safetensors file in the folder, got none"),
+        (["{here}/two"], "got a.safetensors, b.safetensors"),
+        (["={here}/one"], "expected NAME=SOURCE"),
+        (["{here}/one", "{here}/one"], "'one' twice"),
+        (["base={here}/one"], "'base' twice"),
+    ],
+)
+def test_rows_that_make_no_sense_are_refused(loras: list[str], expected: str, tmp_path: Path) -> None:
+    write_lora(tmp_path / "one")
+    (tmp_path / "empty").mkdir()
+    write_lora(write_lora(tmp_path / "two", "a.safetensors"), "b.safetensors")
+    with pytest.raises(ValueError, match=expected) as caught:
+        evaluated_models([lora.format(here=tmp_path) for lora in loras], [1.0], [0])
+    assert "\n" not in str(caught.value)
+
+
+def test_rewards_are_names_without_weights() -> None:
+    assert reward_names("hpsv2.1, pickscore/26,module:make") == ["hpsv2.1", "pickscore/26", "module:make"]
+    for spec, expected in (("ocr,,clip", "different names"), ("clip,clip", "different"), ("ocr:0.7,clip", "weights")):
+        with pytest.raises(ValueError, match=expected):
+            reward_names(spec)

@@ -1,0 +1,70 @@
+# Copyright 2026 The FlowBP for diffusers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""Tables as Markdown and CSV."""
+
+import csv
+import io
+import re
+
+import torch
+
+from flowbp.judging.statistics import summarise
+from flowbp.judging.tables import table_csv, table_markdown, titles
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def paper_records() -> list[dict]:
+    names = ["hpsv2.1", "pickscore", "imagereward", "unifiedreward-alignment", "unifiedreward-quality"]
+    scores = {}
+    for place, name in enumerate(names):
+        base = normal(40, 1, seed=place)
+        scores[name] = {"base": base, "Sparse": base + 0.1, "Bridge": base - 0.2}
+    scores["geneval"] = {row: (normal(40, 1, seed=9) > 0).double() for row in ("base", "Sparse", "Bridge")}
+    tasks = {"single_object": range(0, 40, 2), "two_object": range(1, 40, 2)}
+    return summarise(scores, {"geneval": {task: list(places) for task, places in tasks.items()}})
+
+
+def test_the_table_has_the_paper_s_shape() -> None:
+    parts = re.split(r"\n\n", table_markdown(paper_records()))
+    assert parts[0] == "Score: mean [95 % interval]"
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in parts[1].splitlines()]
+    assert lines[0] == ["", "HPSv2.1", "PickScore", "ImageReward", "UR-Align", "UR-IQ", "GenEval, %"]
+    assert [line[0] for line in lines[2:]] == ["base", "Sparse", "Bridge"]
+    assert len({len(line) for line in parts[1].splitlines()}) == 1
+    assert re.fullmatch(r"-?\d\.\d\d \[-?\d\.\d\d, -?\d\.\d\d\]", lines[2][1])
+    captions = parts[::2]
+    assert "Change against the base, same noise" in captions and "GenEval by group, %" in captions
+    by_group = parts[2 * captions.index("GenEval by group, %") + 1].splitlines()
+    heads = [cell.strip() for cell in by_group[0].strip("|").split("|")]
+    assert heads == ["", "single_object", "two_object", "overall"]
+    assert len(captions) == 4
+    change = parts[2 * captions.index("Change against the base, same noise") + 1]
+    assert "+0.100 [+0.100, +0.100]" in change and "-0.200 [-0.200, -0.200]" in change
+
+
+def test_numbers_are_rounded_to_their_interval() -> None:
+    values = {"base": 20 + 1e-3 * normal(100, 1), "lora": 20 + 1e-3 * normal(100, 1, seed=1)}
+    table = table_markdown(summarise({"pickscore": values}, {}))
+    assert re.search(r"\| base +\| +(19\.99|20\.00)\d{3} \[", table), table
+
+
+def test_csv_holds_every_number_of_the_records() -> None:
+    records = paper_records()
+    lines = list(csv.DictReader(io.StringIO(table_csv(records))))
+    assert {line["measure"] for line in lines} == {
+        "score", "change", "win_rate", "overall", "group single_object", "group two_object"
+    }  # fmt: skip
+    for record in records:
+        line = next(x for x in lines if (x["reward"], x["model"]) == (record["reward"], record["model"]))
+        assert float(line["mean"]) == record["score"]["mean"]
+        assert [float(line["low"]), float(line["high"])] == record["score"]["interval"]
+
+
+def test_titles_are_short_where_that_is_clear() -> None:
+    assert titles(["clip", "measures:read_v4"]) == {"clip": "CLIP", "measures:read_v4": "read_v4"}
+    assert titles(["one:make", "two:make"]) == {"one:make": "one:make", "two:make": "two:make"}
