@@ -2,10 +2,7 @@
 #
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""Print the scripts, recipes and configurations of accelerate that are installed, with their absolute paths.
-
-    python -m flowbp.scripts
-"""
+"""`python -m flowbp.scripts`: print the scripts, recipes and configurations of accelerate, with their paths."""
 
 from pathlib import Path
 
