@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from diffusers import DiffusionPipeline
 from families import FAMILIES
-from families.family import Case, Family
+from families.family import Case
 from families.oracle import try_case
-from matrix import BOUND, MARKERS, is_verified, uncovered, verified_in
+from matrix import BOUND, DOCUMENT, MARKERS, by_class, is_verified, models, reason, uncovered, verified_in
 
 from flowbp.verified_pipelines import VERIFIED_PIPELINES
 
@@ -35,6 +35,7 @@ def test_gradient_is_the_stock_pipelines_or_refused(number: int) -> None:
         if case.refused is not None:
             assert outcome.refused is not None and re.search(case.refused, outcome.refused), outcome
             assert outcome.refused.startswith(type(pipe).__name__) and "\n" not in outcome.refused
+            assert reason(outcome.refused)  # the table has words for it
             continue
         assert outcome.refused is None, outcome
         assert outcome.difference < BOUND, outcome
@@ -61,19 +62,25 @@ def test_every_pipeline_of_diffusers_is_in_the_matrix() -> None:
     assert uncovered() == []
 
 
-def test_readme_shows_the_matrix() -> None:
-    shown = README.read_text(encoding="utf-8")
+def test_the_document_shows_the_matrix() -> None:
+    shown = DOCUMENT.read_text(encoding="utf-8")
     table = shown[shown.index(MARKERS[0]) : shown.index(MARKERS[1])]
-    rows = [line for line in table.splitlines() if line.startswith("| ") and "`" in line]
-
-    def state(family: Family) -> str:
-        return "verified" if is_verified(family) else "refused"
-
-    assert [(line.split(" | ")[0][2:], line.split(" | ")[2]) for line in rows] == [
-        (family.name, state(family)) for family in FAMILIES
-    ]
-    # The list that the scripts read.
+    rows = [line.strip("| ").split(" | ")[:4] for line in table.splitlines() if line.startswith("| `")]
+    expected = []
+    for pipeline, families in by_class().items():
+        cases = [case for family in families for case in family.cases(family.build())]
+        verified = list(dict.fromkeys(case.label for case in cases if case.refused is None))
+        state = "verified" if verified else "refused"
+        expected.append([f"`{pipeline}`", models(families), state, "; ".join(verified) or "-"])
+    assert rows == expected
+    # The list that the scripts read, and README's sentence.
     assert set(verified_in(table)) == VERIFIED_PIPELINES
+    assert f"{len(VERIFIED_PIPELINES)} of {len(rows)} pipeline classes" in README.read_text(encoding="utf-8")
+
+
+def test_variants_are_not_models_of_their_own() -> None:
+    assert models(by_class()["SanaPipeline"]) == "Sana"
+    assert models(by_class()["WanPipeline"]) == "Wan 2.1, Wan 2.2, Wan 2.2 5B"
 
 
 @pytest.mark.parametrize("frozen", ["transformer", "transformer_2"])

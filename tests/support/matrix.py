@@ -2,15 +2,16 @@
 #
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""Makes the matrix of the README: every family of `families` put through the oracle.
+"""Makes the matrix of docs/pipelines.md: every family of `families` compared with the oracle, one line for each class.
 
 python tests/support/matrix.py            prints the table
-python tests/support/matrix.py --write    puts it into README.md, and the verified classes into flowbp (make matrix)
+python tests/support/matrix.py --write    writes it to docs/pipelines.md, and the verified classes into the package
 """
 
 import argparse
 import inspect
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import diffusers
@@ -23,12 +24,22 @@ from tqdm import tqdm
 
 BOUND = 1e-6
 ROOT = Path(__file__).parents[2]
-README = ROOT / "README.md"
+DOCUMENT = ROOT / "docs" / "pipelines.md"
 VERIFIED = ROOT / "pipelines" / "flowbp" / "verified_pipelines.py"
 # Arguments of pipelines that begin with more than text.
 OTHER_INPUTS = re.compile("^(.*_)?(image|images|video|audio)$|^(image|video|audio)_|audio")
 SOUND = {"StableAudio3Pipeline"}
 MARKERS = ("<!-- matrix: made by `make matrix` -->", "<!-- end of the matrix -->")
+# What the table says of a refusal, by a pattern of the engine's message; \1 is the pattern's group.
+REASONS = {
+    r"step \d+ of (\w+) is not latents \+": r"`\1` does not take plain Euler steps",
+    r"passes an? (\w+) to the transformer": r"a `\1` carries state from step to step",
+    r"exchanged or switched after the call": "parts of the transformer are exchanged during the call",
+    r"runs without gradients inside": "a part of the transformer runs without gradients",
+    r"depend on outputs of earlier steps": "a step uses outputs of earlier steps",
+    r"`sigmas` must fall": "the sigmas do not fall from 1 to 0",
+    r"a second sampling loop": "one call has several sampling loops",
+}
 
 
 def is_verified(family: Family) -> bool:
@@ -62,52 +73,95 @@ def largest(differences: list[float]) -> str:
     return f"{max(differences):.0e}".replace("e-0", "e-") if max(differences) else "0"
 
 
-def row(family: Family, outcomes: list[Outcome]) -> str:
-    """One line of the table."""
-    verified = [outcome for outcome in outcomes if outcome.refused is None]
-    refused = [outcome for outcome in outcomes if outcome.refused is not None]
+def reason(message: str) -> str:
+    """A refusal in the table's words."""
+    for pattern, words in REASONS.items():
+        if match := re.search(pattern, message):
+            return match.expand(words)
+    raise ValueError(f"REASONS has no words for: {message}")
+
+
+def models(families: Iterable[Family]) -> str:
+    """The names of a class' models, without those that are variants of another, such as "Sana, DPM-Solver"."""
+    names = [family.name for family in families]
+    return ", ".join(
+        name for name in names if not any(re.match(f"{re.escape(other)}(,| with)", name) for other in names)
+    )
+
+
+def notes(family: Family, outcomes: list[Outcome], alone: bool) -> list[str]:
+    """The family's note, and what its pipeline refuses, one entry for each reason.
+
+    Args:
+        family: whose calls were tried.
+        outcomes: of its calls.
+        alone: whether the class has no other family, so that its name need not be repeated.
+    """
+    refused = [(outcome.case, reason(outcome.refused)) for outcome in outcomes if outcome.refused is not None]
+    if len(refused) == len(outcomes):
+        words = "; ".join(dict.fromkeys(words for _, words in refused)) + (f" ({family.note})" if family.note else "")
+        return [words if alone else f"refused ({family.name}): {words}"]
+    entries = [family.note] if family.note else []
+    for words in dict.fromkeys(words for _, words in refused):
+        calls = ", ".join(case for case, of_case in refused if of_case == words)
+        entries.append(f"refused ({calls}): {words}")
+    return entries
+
+
+def row(tried: list[tuple[Family, list[Outcome]]]) -> str:
+    """The line of a class.
+
+    Args:
+        tried: the families of the class, with the outcomes of their calls.
+    """
+    verified = [outcome for _, outcomes in tried for outcome in outcomes if outcome.refused is None]
     differences = [outcome.difference for outcome in verified]
     conditional = [o.conditional_difference for o in verified if o.conditional_difference is not None]
-    state = "verified" if verified else "refused"
-    notes = [family.note] if family.note else []
-    # What was found; what to do about it follows the semicolon.
-    found = [outcome.refused.removeprefix(f"{family.pipeline}: ").split(";")[0] for outcome in refused]
-    for message in dict.fromkeys(found):
-        cases = ", ".join(outcome.case for outcome, of_case in zip(refused, found, strict=True) if of_case == message)
-        notes.append(f"refused{f' ({cases})' if verified else ''}: *{message}*")
+    remarks = [entry for family, outcomes in tried for entry in notes(family, outcomes, len(tried) == 1)]
     kept_out = [outcome.case for outcome in verified if outcome.conditional_refused is not None]
     if kept_out:
-        notes.append("conditional branch alone refused: " + ", ".join(kept_out))
+        remarks.append("conditional branch alone refused: " + ", ".join(kept_out))
     cells = [
-        family.name,
-        f"`{family.pipeline}`",
-        state,
-        "; ".join(outcome.case for outcome in verified) or "-",
+        f"`{tried[0][0].pipeline}`",
+        models(family for family, _ in tried),
+        "verified" if verified else "refused",
+        "; ".join(dict.fromkeys(outcome.case for outcome in verified)) or "-",
         largest(differences),
         largest(conditional),
-        "; ".join(notes),
+        "; ".join(remarks),
     ]
     return "| " + " | ".join(cells) + " |"
+
+
+def by_class() -> dict[str, list[Family]]:
+    """The families of each pipeline class."""
+    classes: dict[str, list[Family]] = {}
+    for family in FAMILIES:
+        classes.setdefault(family.pipeline, []).append(family)
+    return classes
 
 
 def table() -> str:
     """The whole matrix in Markdown."""
     lines = [
-        "| model | pipeline | outcome | calls that were verified | both branches | conditional only | note |",
+        "| pipeline | models | outcome | verified calls | both branches | conditional only | notes |",
         "|---|---|---|---|---|---|---|",
     ]
-    for family in tqdm(FAMILIES):
-        pipe = family.build()
-        lines.append(row(family, [try_case(pipe, case) for case in family.cases(pipe)]))
+    for families in tqdm(by_class().values()):
+        tried = []
+        for family in families:
+            pipe = family.build()
+            tried.append((family, [try_case(pipe, case) for case in family.cases(pipe)]))
+        lines.append(row(tried))
     verified = verified_in("\n".join(lines))
-    classes = len({family.pipeline for family in FAMILIES})
-    summary = f"Of {classes} pipeline classes ({len(FAMILIES)} rows) {len(verified)} are verified in some row."
-    return "\n".join([f"{summary} By diffusers {diffusers.__version__}, torch {torch.__version__}.", "", *lines])
+    summary = f"{len(verified)} of {len(lines) - 2} pipeline classes are verified"
+    versions = f"diffusers {diffusers.__version__}, torch {torch.__version__}"
+    return "\n".join([f"{summary}, in {len(FAMILIES)} configurations ({versions}).", "", *lines])
 
 
 def verified_in(text: str) -> list[str]:
     """The classes that a table has as verified, sorted by name."""
-    lines = [line for line in text.splitlines() if line.startswith("| ") and "`" in line]
+    lines = [line for line in text.splitlines() if line.startswith("| `")]
     return sorted({line.split("`")[1] for line in lines if line.split(" | ")[2] == "verified"})
 
 
@@ -120,7 +174,7 @@ def write_verified(classes: list[str]) -> None:
 
 
 def main() -> None:
-    """Print the table, or put it between the README's markers and the verified classes into the package."""
+    """Print the table; with `--write` put it between the document's markers, and the classes into the package."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--write", action="store_true", help="write the table and the classes to their files")
     args = parser.parse_args()
@@ -128,10 +182,9 @@ def main() -> None:
     made = table()
     print(made)
     if args.write:
-        text = README.read_text(encoding="utf-8")
-        before, rest = text.split(MARKERS[0])
+        before, rest = DOCUMENT.read_text(encoding="utf-8").split(MARKERS[0])
         after = rest.split(MARKERS[1])[1]
-        README.write_text(f"{before}{MARKERS[0]}\n{made}\n{MARKERS[1]}{after}", encoding="utf-8")
+        DOCUMENT.write_text(f"{before}{MARKERS[0]}\n{made}\n{MARKERS[1]}{after}", encoding="utf-8")
         write_verified(verified_in(made))
 
 
