@@ -28,14 +28,18 @@ from golden.make_hpsv3 import CONFIG as HPSV3_CONFIG
 from golden.make_hpsv3 import QUESTION
 from golden.make_imagereward import VOCABULARY
 from safetensors.torch import save_file
-from test_evaluate import save_lora
-from test_geneval import METADATA, tiny_detector
-from test_judges import save_processor
-from test_reward_clip import CONFIG as CLIP_CONFIG
-from test_reward_clip import HEAD_FILE, HPS_FILE, save_tokenizer
-from test_reward_imagereward import tiny_config
 from tiny_pipelines import tiny_flux_pipeline, tiny_klein_pipeline
-from tiny_sd3 import tiny_sd3_pipeline
+from tiny_rewards import (
+    CLIP_CONFIG,
+    GENEVAL_METADATA,
+    HEAD_FILE,
+    HPS_FILE,
+    save_clip_tokenizer,
+    save_qwen_processor,
+    tiny_blip_config,
+    tiny_detector,
+)
+from tiny_sd3 import save_random_lora, tiny_sd3_pipeline
 from training_scripts import ROOT, SHARED_ARGUMENTS, command_line, environment, script_path, write_prompts
 from transformers import AutoConfig, CLIPModel
 
@@ -260,7 +264,7 @@ def test_the_hostile_code_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def clip_files(folder: Path) -> None:
     CLIPModel(CLIP_CONFIG).save_pretrained(folder)
-    save_tokenizer(folder)
+    save_clip_tokenizer(folder)
 
 
 def aesthetic_files(folder: Path) -> None:
@@ -279,19 +283,19 @@ def imagereward_files(folder: Path) -> None:
 
 
 def hpsv3_files(folder: Path) -> None:
-    save_processor(folder, HPSV3_CONFIG)
+    save_qwen_processor(folder, HPSV3_CONFIG)
     save_file({"embed_tokens.weight": torch.zeros(1)}, folder / "HPSv3.safetensors")
 
 
 def unifiedreward_files(folder: Path) -> None:
-    save_processor(folder, HPSV3_CONFIG)
+    save_qwen_processor(folder, HPSV3_CONFIG)
     save_file({}, folder / "model.safetensors")
 
 
 def geneval_files(folder: Path) -> None:
     tiny_detector().save_pretrained(folder / "detector")
     clip_files(folder / "clip")
-    (folder / "metadata.jsonl").write_text(json.dumps(METADATA[0]) + "\n")
+    (folder / "metadata.jsonl").write_text(json.dumps(GENEVAL_METADATA[0]) + "\n")
 
 
 # By reward: what writes a folder of the public files' layout, what loads it, and its files of weights.
@@ -306,7 +310,7 @@ REWARD_FOLDERS: dict[str, tuple[Callable[[Path], None], Callable[[Path], Any], t
     "hpsv2.1": (hpsv2_files, lambda folder: hpsv2_1(folder, CLIP_CONFIG), (HPS_FILE,)),
     "imagereward": (
         imagereward_files,
-        lambda folder: imagereward(folder, tiny_config()),
+        lambda folder: imagereward(folder, tiny_blip_config()),
         ("ImageReward.pt",),
     ),
     "hpsv3": (hpsv3_files, lambda folder: hpsv3(folder, QUESTION), ("HPSv3.safetensors",)),
@@ -481,7 +485,7 @@ def evaluation(saved: Callable[[str], Path], tmp_path: Path) -> dict[str, Any]:
     """Arguments of an evaluation of a random LoRA."""
     return {
         "pretrained_model_name_or_path": saved("train_flowbp_sd3"),
-        "lora": [save_lora(tiny_sd3_pipeline(torch.float32), tmp_path / "lora", seed=1)],
+        "lora": [save_random_lora(tiny_sd3_pipeline(torch.float32), tmp_path / "lora", seed=1)],
         "prompts": write_prompts(tmp_path),
         "num_prompts": 1,
         "rewards": "toy_reward:make_reward",
@@ -583,11 +587,12 @@ def test_a_test_that_reaches_for_the_network_fails(tmp_path: Path):
     (tmp_path / "test_guarded.py").write_text(GUARDED)
     words = ["-m", "pytest", "-q", "-p", "conftest", "-p", "no:cacheprovider", "-rA", "--rootdir", str(tmp_path)]
     # Its `conftest` sets a file of its own for what is refused, so none of this fails this test too.
+    paths = [str(ROOT / "tests"), environment()["PYTHONPATH"]]
     done = subprocess.run(
         [sys.executable, *words, "-c", os.devnull, str(tmp_path)],
         capture_output=True,
         text=True,
-        env=environment(),
+        env={**environment(), "PYTHONPATH": os.pathsep.join(paths)},
         cwd=tmp_path,
         timeout=300,
     )

@@ -14,15 +14,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageColor
+from tiny_rewards import GENEVAL_METADATA as METADATA
+from tiny_rewards import tiny_clip, tiny_detector
 from transformers import (
-    CLIPConfig,
     CLIPImageProcessorPil,
-    CLIPModel,
-    CLIPTokenizer,
-    Mask2FormerConfig,
-    Mask2FormerForUniversalSegmentation,
     Mask2FormerImageProcessorPil,
-    SwinConfig,
 )
 
 from flowbp.rewards import load_reward
@@ -44,32 +40,6 @@ from flowbp.rewards.geneval import (
 )
 from flowbp.rewards.tokens import Tokens
 
-# One entry per task, of the benchmark's form.
-METADATA = [
-    {"tag": "single_object", "include": [{"class": "dog", "count": 1}], "prompt": "a photo of a dog"},
-    {
-        "tag": "two_object",
-        "include": [{"class": "dog", "count": 1}, {"class": "tv remote", "count": 1}],
-        "prompt": "a photo of a dog and a tv remote",
-    },
-    {
-        "tag": "counting",
-        "include": [{"class": "cat", "count": 3}],
-        "exclude": [{"class": "cat", "count": 4}],
-        "prompt": "a photo of three cats",
-    },
-    {"tag": "colors", "include": [{"class": "car", "count": 1, "color": "pink"}], "prompt": "a photo of a pink car"},
-    {
-        "tag": "position",
-        "include": [{"class": "cat", "count": 1}, {"class": "dog", "count": 1, "position": ["left of", 0]}],
-        "prompt": "a photo of a dog left of a cat",
-    },
-    {
-        "tag": "color_attr",
-        "include": [{"class": "cup", "count": 1, "color": "red"}, {"class": "bowl", "count": 1, "color": "green"}],
-        "prompt": "a photo of a red cup and a green bowl",
-    },
-]
 BY_TASK = {entry["tag"]: entry for entry in METADATA}
 
 
@@ -229,34 +199,6 @@ def test_no_metadata(tmp_path: Path) -> None:
         geneval(tmp_path / "nothing.jsonl")
 
 
-def tiny_detector() -> Mask2FormerForUniversalSegmentation:
-    backbone = SwinConfig(
-        image_size=64,
-        embed_dim=8,
-        depths=[1, 1, 1, 1],
-        num_heads=[1, 1, 2, 2],
-        window_size=4,
-        out_features=["stage1", "stage2", "stage3", "stage4"],
-    )
-    sizes = {"feature_size": 32, "mask_feature_size": 32, "hidden_dim": 32, "dim_feedforward": 16}
-    layers = {"encoder_layers": 1, "decoder_layers": 2, "num_attention_heads": 2, "encoder_feedforward_dim": 16}
-    config = Mask2FormerConfig(
-        backbone_config=backbone, num_queries=8, num_labels=len(CLASSES), init_xavier_std=3.0, **sizes, **layers
-    )
-    return Mask2FormerForUniversalSegmentation(config)
-
-
-def tiny_clip() -> tuple[CLIPModel, CLIPTokenizer]:
-    letters = [chr(code) for code in range(ord("!"), ord("~") + 1)]
-    words = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
-    text = {"num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 77, "vocab_size": len(words)}
-    text |= {"hidden_size": 32, "intermediate_size": 32, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
-    vision = {"num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16, "patch_size": 4}
-    vision |= {"hidden_size": 32, "intermediate_size": 32}
-    model = CLIPModel(CLIPConfig(projection_dim=8, text_config=text, vision_config=vision))
-    return model, CLIPTokenizer(vocab={word: place for place, word in enumerate(words)}, merges=[])
-
-
 @pytest.fixture(scope="module")
 def reward() -> GenEval:
     torch.manual_seed(0)
@@ -377,7 +319,7 @@ def test_bad_input(reward: GenEval) -> None:
     images = torch.rand(1, 3, 48, 48)
     with pytest.raises(ValueError, match=r"got 'a dog'; nearest: \['a photo of a dog'\]"):
         reward(images, ["a dog"])
-    with pytest.raises(ValueError, match="ask for a gradient"):
+    with pytest.raises(ValueError, match="images that require a gradient"):
         reward(images.requires_grad_(), ["a photo of a dog"])
     with pytest.raises(ValueError, match="at least one"):
         reward.scores([], [])

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden.make_hpsv3 import BYTES, CHAT_TEMPLATE, CONFIG, PROMPTS, QUESTION, SPECIAL, byte_vocabulary, weight
+from golden.make_hpsv3 import BYTES, CHAT_TEMPLATE, CONFIG, PROMPTS, QUESTION, SPECIAL, weight
 from safetensors.torch import load_file, save_file
+from tiny_rewards import GOLDEN, save_qwen_processor
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForImageTextToText, Qwen2Tokenizer, Qwen2VLImageProcessorPil
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from flowbp.rewards import judges, load_reward
 from flowbp.rewards.judges import (
@@ -31,18 +32,6 @@ from flowbp.rewards.judges import (
     unifiedreward_quality,
 )
 
-GOLDEN = Path(__file__).parent / "golden"
-
-
-def save_processor(folder: Path, config: dict[str, object]) -> None:
-    """A configuration, a tokenizer and an image processor as repositories of Qwen2-VL's family have them."""
-    tokenizer = Qwen2Tokenizer(vocab=byte_vocabulary(), merges=[])
-    tokenizer.add_special_tokens({"extra_special_tokens": list(SPECIAL[1:])})
-    tokenizer.chat_template = CHAT_TEMPLATE
-    tokenizer.save_pretrained(folder)
-    Qwen2VLImageProcessorPil().save_pretrained(folder)
-    (folder / "config.json").write_text(json.dumps(config))
-
 
 @pytest.fixture(autouse=True)
 def _fresh_models() -> Iterator[None]:
@@ -54,7 +43,7 @@ def _fresh_models() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def hpsv3_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("hpsv3")
-    save_processor(folder, CONFIG)
+    save_qwen_processor(folder, CONFIG)
     layout = json.loads((GOLDEN / "hpsv3.json").read_text())
     save_file({name: weight(name, tuple(shape)) for name, shape in layout.items()}, folder / "HPSv3.safetensors")
     return folder
@@ -94,7 +83,7 @@ def written_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     config = {**CONFIG, "model_type": "qwen2_5_vl", "vision_config": vision}
     config["architectures"] = ["Qwen2_5_VLForConditionalGeneration"]
-    save_processor(folder, config)
+    save_qwen_processor(folder, config)
     torch.manual_seed(0)
     AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder)).save_pretrained(folder)
     return folder
@@ -125,7 +114,7 @@ def test_hpsv3_scores_are_the_references(judge: HPSv3, images: Tensor, golden: d
 
 
 def test_hpsv3_inputs_are_the_references(judge: HPSv3, images: Tensor, golden: dict[str, Tensor]) -> None:
-    pictures = judges.to_pictures("hpsv3", images, PROMPTS)
+    pictures = judges.to_pil_images("hpsv3", images, PROMPTS)
     pixels = []
     for number, (picture, prompt) in enumerate(zip(pictures, PROMPTS, strict=True)):
         inputs = judge.conversation(picture, QUESTION, prompt, torch.device("cpu"))
@@ -138,7 +127,7 @@ def test_hpsv3_inputs_are_the_references(judge: HPSv3, images: Tensor, golden: d
 
 def test_hpsv3_counts_positions_as_the_reference(judge: HPSv3, images: Tensor, golden: dict[str, Tensor]) -> None:
     """With Qwen2-VL's own positions of a picture the score is another: the parity above could fail."""
-    inputs = judge.conversation(judges.to_pictures("hpsv3", images, PROMPTS)[0], QUESTION, PROMPTS[0], "cpu")
+    inputs = judge.conversation(judges.to_pil_images("hpsv3", images, PROMPTS)[0], QUESTION, PROMPTS[0], "cpu")
     with torch.no_grad():
         hidden = judge.model(**inputs).last_hidden_state[inputs["input_ids"] == judge.reward_token_id]
         first, second, third = judge.head
@@ -162,7 +151,7 @@ def test_hpsv3_in_bfloat16_and_under_autocast(hpsv3_folder: Path, images: Tensor
 
 def test_judges_refuse_to_give_a_gradient(judge: HPSv3, images: Tensor) -> None:
     leaf = images.clone().requires_grad_()
-    with pytest.raises(ValueError, match="ask for a gradient") as error:
+    with pytest.raises(ValueError, match="images that require a gradient") as error:
         judge(leaf, PROMPTS)
     assert "\n" not in str(error.value) and "hpsv3" in str(error.value)
     with torch.no_grad():
@@ -171,7 +160,7 @@ def test_judges_refuse_to_give_a_gradient(judge: HPSv3, images: Tensor) -> None:
 
 
 def test_hpsv3_refuses_other_weights(hpsv3_folder: Path, tmp_path: Path) -> None:
-    save_processor(tmp_path, CONFIG)
+    save_qwen_processor(tmp_path, CONFIG)
     weights = load_file(hpsv3_folder / "HPSv3.safetensors")
     weights["visual.blocks.7.norm1.weight"] = weights.pop("visual.blocks.1.norm1.weight")
     save_file(weights, tmp_path / "HPSv3.safetensors")
@@ -181,7 +170,7 @@ def test_hpsv3_refuses_other_weights(hpsv3_folder: Path, tmp_path: Path) -> None
 
 
 def test_hpsv3_refuses_a_head_of_another_shape(hpsv3_folder: Path, tmp_path: Path) -> None:
-    save_processor(tmp_path, CONFIG)
+    save_qwen_processor(tmp_path, CONFIG)
     weights = load_file(hpsv3_folder / "HPSv3.safetensors")
     weights["rm_head.5.weight"] = torch.zeros(1, 16)
     save_file(weights, tmp_path / "HPSv3.safetensors")
@@ -231,7 +220,7 @@ def test_unifiedreward_by_name(written_folder: Path, images: Tensor, name: str) 
 def test_unifiedreward_reads_the_score_that_is_written(written_folder: Path, images: Tensor) -> None:
     reward = unifiedreward_alignment(written_folder, dtype=torch.float32)
     make_it_say(reward, "Final Score:3")
-    assert reward.answer(judges.to_pictures("x", images, PROMPTS)[0], PROMPTS[0]) == "Final Score:3"
+    assert reward.answer(judges.to_pil_images("x", images, PROMPTS)[0], PROMPTS[0]) == "Final Score:3"
     scores = reward(images, PROMPTS)
     assert scores.tolist() == [3.0, 3.0] and scores.dtype == torch.float32 and reward.unparsed == 0
 
@@ -250,7 +239,7 @@ def test_an_answer_without_a_score_is_nan_and_counted(
 def test_unifiedreward_writes_what_greedy_decoding_writes(written_folder: Path, images: Tensor) -> None:
     """Random weights, and the model's own forward pass token by token instead of `generate`."""
     reward = unifiedreward_alignment(written_folder, "{prompt}?", torch.float32)
-    picture = judges.to_pictures("x", images, PROMPTS)[0]
+    picture = judges.to_pil_images("x", images, PROMPTS)[0]
     inputs = reward.inputs(picture, PROMPTS[0])
     assert inputs["image_grid_thw"].tolist() == [[1, 36, 36]]  # 512 rounded to a multiple of 28, by 14
     start, written = inputs["input_ids"].shape[1], 12
@@ -303,7 +292,7 @@ def test_bad_input(judge: HPSv3, images: Tensor) -> None:
 
 
 def test_a_chat_template_in_the_file_of_older_versions(hpsv3_folder: Path, tmp_path: Path) -> None:
-    save_processor(tmp_path, CONFIG)
+    save_qwen_processor(tmp_path, CONFIG)
     (tmp_path / "chat_template.jinja").unlink()
     (tmp_path / "HPSv3.safetensors").write_bytes((hpsv3_folder / "HPSv3.safetensors").read_bytes())
     with pytest.raises(ValueError, match="expected a chat template"):

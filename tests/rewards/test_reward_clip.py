@@ -15,46 +15,20 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_rewards import CLIP_CONFIG, HEAD_FILE, HPS_FILE, save_clip_tokenizer
+from tiny_rewards import GOLDEN as GOLDEN_FOLDER
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from flowbp.rewards import load_reward
 from flowbp.rewards.clip import PICKSCORE_DIVISOR, aesthetic_head
 from flowbp.rewards.openclip import VIT_H_14, convert_openclip, hpsv2_1
 
-GOLDEN = load_file(Path(__file__).parent / "golden" / "openclip.safetensors")
+GOLDEN = load_file(GOLDEN_FOLDER / "openclip.safetensors")
 WEIGHTS = {name.removeprefix("weights."): value for name, value in GOLDEN.items() if name.startswith("weights.")}
 # Those of the golden vectors; the third is longer than the context.
 PROMPTS = ["a red dog", "cats", "many words that do not fit in it"]
-CONFIG = CLIPConfig(
-    projection_dim=12,
-    text_config={
-        "hidden_size": 16,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "max_position_embeddings": 16,
-        "vocab_size": 55,
-        "bos_token_id": 53,
-        "eos_token_id": 54,
-        "pad_token_id": 54,
-        "hidden_act": "gelu",
-        "projection_dim": 12,
-    },
-    vision_config={
-        "hidden_size": 24,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 3,
-        "image_size": 16,
-        "patch_size": 4,
-        "hidden_act": "gelu",
-        "projection_dim": 12,
-    },
-)
 # The head's file has numbers 0, 2, 4, 6 and 7: between its first layers are dropouts.
 HEAD_KEYS = [f"layers.{place}.{kind}" for place in (0, 2, 4, 6, 7) for kind in ("weight", "bias")]
-HPS_FILE = "HPS_v2.1_compressed.pt"
-HEAD_FILE = "sac+logos+ava1-l14-linearMSE.pth"
 
 
 def head_weight(number: int, shape: torch.Size) -> torch.Tensor:
@@ -63,22 +37,16 @@ def head_weight(number: int, shape: torch.Size) -> torch.Tensor:
     return (2 * torch.sin(number + 1.7 * n + 0.013 * n**2) / shape[-1] ** 0.5).view(shape).float()
 
 
-def save_tokenizer(folder: Path) -> None:
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    vocabulary = ["!", *letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    CLIPTokenizer(vocab={text: place for place, text in enumerate(vocabulary)}, merges=[]).save_pretrained(folder)
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
     """Folders for `--reward_model_path`, in the layouts of the public files."""
     folders = {name: tmp_path_factory.mktemp(name.replace("/", "-")) for name in ("clip", "hpsv2.1", "aesthetic")}
-    model = CLIPModel(CONFIG)
+    model = CLIPModel(CLIP_CONFIG)
     model.load_state_dict(convert_openclip(WEIGHTS))
     model.save_pretrained(folders["clip"])
     model.save_pretrained(folders["aesthetic"])
-    save_tokenizer(folders["clip"])
-    save_tokenizer(folders["hpsv2.1"])
+    save_clip_tokenizer(folders["clip"])
+    save_clip_tokenizer(folders["hpsv2.1"])
     torch.save({"epoch": 3, "name": "HPS", "state_dict": WEIGHTS}, folders["hpsv2.1"] / HPS_FILE)
     shapes = [parameter.shape for parameter in aesthetic_head(12).parameters()]
     head = {key: head_weight(number, shape) for number, (key, shape) in enumerate(zip(HEAD_KEYS, shapes, strict=True))}
@@ -88,7 +56,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 
 def load(name: str, folders: dict[str, Path]) -> torch.nn.Module:
     # load_reward's hpsv2.1 is always ViT-H-14.
-    return hpsv2_1(folders[name], CONFIG) if name == "hpsv2.1" else load_reward(name, {name: folders[name]})
+    return hpsv2_1(folders[name], CLIP_CONFIG) if name == "hpsv2.1" else load_reward(name, {name: folders[name]})
 
 
 NAMES = ["aesthetic", "clip", "hpsv2.1", "pickscore", "pickscore/26"]
@@ -136,7 +104,7 @@ def test_scores_and_gradients_agree_with_openclip(folders, name, case, factor):
 
 def test_conversion_takes_every_weight_once():
     converted = convert_openclip(WEIGHTS)
-    assert set(converted) == set(CLIPModel(CONFIG).state_dict())
+    assert set(converted) == set(CLIPModel(CLIP_CONFIG).state_dict())
     assert sum(value.numel() for value in converted.values()) == sum(value.numel() for value in WEIGHTS.values())
 
 
@@ -238,7 +206,7 @@ def test_long_prompts_are_cut_counted_and_warned_of(folders, caplog):
     assert torch.equal(first, same)  # nothing of what follows the context counts
     assert reward.tokens.truncated == 2
     assert [record.getMessage() for record in caplog.records] == [
-        f"reward 'clip': {count} prompts so far were longer than 16 tokens; what follows these is not seen."
+        f"reward 'clip': {count} prompts so far were longer than 16 tokens and were truncated."
         for count in (1, 2)
     ]
     with caplog.at_level(logging.WARNING, "flowbp"):
@@ -297,10 +265,10 @@ def changed(**changes: torch.Tensor | None) -> dict[str, torch.Tensor]:
     ],
 )
 def test_other_weights_are_refused(tmp_path, content, message):
-    save_tokenizer(tmp_path)
+    save_clip_tokenizer(tmp_path)
     torch.save(content, tmp_path / HPS_FILE)
     with pytest.raises(ValueError, match=re.escape(message)) as error:
-        hpsv2_1(tmp_path, CONFIG)
+        hpsv2_1(tmp_path, CLIP_CONFIG)
     assert "\n" not in str(error.value) and "https://huggingface.co/xswu/HPSv2" in str(error.value)
 
 
@@ -313,10 +281,10 @@ class Code:
 
 @pytest.mark.parametrize("content", [{"state_dict": Code()}, Code()])
 def test_no_code_of_a_checkpoint_is_run(tmp_path, content, capsys):
-    save_tokenizer(tmp_path)
+    save_clip_tokenizer(tmp_path)
     torch.save(content, tmp_path / HPS_FILE)
-    with pytest.raises(ValueError, match="is not a whole checkpoint of tensors") as error:
-        hpsv2_1(tmp_path, CONFIG)
+    with pytest.raises(ValueError, match="is not a complete checkpoint of tensors") as error:
+        hpsv2_1(tmp_path, CLIP_CONFIG)
     assert "\n" not in str(error.value) and not capsys.readouterr().out
 
 
@@ -326,7 +294,7 @@ def test_a_tokenizer_with_another_end_token_is_refused(folders, tmp_path):
             (tmp_path / file.name).write_bytes(file.read_bytes())
     vocabulary = {"!": 0, "<|startoftext|>": 1, "<|endoftext|>": 2}
     CLIPTokenizer(vocab=vocabulary, merges=[]).save_pretrained(tmp_path)
-    for load_one in (lambda: load_reward("clip", {"clip": tmp_path}), lambda: hpsv2_1(tmp_path, CONFIG)):
+    for load_one in (lambda: load_reward("clip", {"clip": tmp_path}), lambda: hpsv2_1(tmp_path, CLIP_CONFIG)):
         with pytest.raises(ValueError, match="expected a tokenizer whose end token has id 54, got 2 in") as error:
             load_one()
         assert "\n" not in str(error.value)
@@ -334,11 +302,11 @@ def test_a_tokenizer_with_another_end_token_is_refused(folders, tmp_path):
 
 def test_cut_files_are_refused(folders, tmp_path):
     whole = (folders["hpsv2.1"] / HPS_FILE).read_bytes()
-    save_tokenizer(tmp_path)
+    save_clip_tokenizer(tmp_path)
     for size in (0, 100, len(whole) // 2):
         (tmp_path / HPS_FILE).write_bytes(whole[:size])
         with pytest.raises(ValueError, match="download HPS_v2.1_compressed.pt again from") as error:
-            hpsv2_1(tmp_path, CONFIG)
+            hpsv2_1(tmp_path, CLIP_CONFIG)
         assert "\n" not in str(error.value)
 
 

@@ -11,32 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden.make_imagereward import IMAGE_SIZE, PROMPTS, TEXT, VISION, VOCABULARY, random_weight
+from golden.make_imagereward import IMAGE_SIZE, PROMPTS, VOCABULARY, random_weight
 from safetensors.torch import load_file
+from tiny_rewards import GOLDEN, tiny_blip_config
 from torch import Tensor
 from transformers import BlipConfig
 
 from flowbp.rewards import load_reward
 from flowbp.rewards.blip import BLIP_LARGE, MAX_TOKENS, ImageReward, convert_imagereward, imagereward
-
-GOLDEN = Path(__file__).parent / "golden"
-
-
-def tiny_config() -> BlipConfig:
-    """The sizes of the golden script over `BLIP_LARGE`, so that everything else in that is tested too."""
-    vision = {
-        "hidden_size": VISION["embed_dim"],
-        "intermediate_size": 4 * VISION["embed_dim"],
-        "num_hidden_layers": VISION["depth"],
-        "num_attention_heads": VISION["num_heads"],
-        "image_size": IMAGE_SIZE,
-        "patch_size": VISION["patch_size"],
-    }
-    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
-    text = {**{name: TEXT[name] for name in names}, "vocab_size": len(VOCABULARY) + 2}
-    return BlipConfig(
-        vision_config={**BLIP_LARGE["vision_config"], **vision}, text_config={**BLIP_LARGE["text_config"], **text}
-    )
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +45,7 @@ def make(folder: Path, weights: dict[str, Tensor]) -> Callable[[torch.dtype], Im
     """The reward through its loader; in float64 with the weights in full."""
 
     def load(dtype: torch.dtype = torch.float32) -> ImageReward:
-        reward = imagereward(folder, tiny_config()).to(dtype)
+        reward = imagereward(folder, tiny_blip_config()).to(dtype)
         if dtype == torch.float64:
             reward.load_state_dict(convert_imagereward(weights))
         return reward
@@ -168,7 +150,7 @@ def test_names_that_are_not_the_references(folder: Path, weights: dict[str, Tens
     changed = {name.replace("blocks.1.norm2", "blocks.1.norm3"): value for name, value in weights.items()}
     torch.save(changed, tmp_path / "ImageReward.pt")
     with pytest.raises(ValueError, match=r"no vision\.encoder\.layers\.1\.layer_norm2\.weight") as error:
-        imagereward(tmp_path, tiny_config())
+        imagereward(tmp_path, tiny_blip_config())
     assert "THUDM/ImageReward" in str(error.value) and "\n" not in str(error.value)
 
 
@@ -181,8 +163,8 @@ def test_missing_weights(tmp_path: Path) -> None:
 def test_a_checkpoint_that_runs_code_is_refused(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "vocab.txt").write_text((folder / "vocab.txt").read_text())
     torch.save({"blip": print}, tmp_path / "ImageReward.pt")
-    with pytest.raises(ValueError, match="not a whole checkpoint"):
-        imagereward(tmp_path, tiny_config())
+    with pytest.raises(ValueError, match="not a complete checkpoint"):
+        imagereward(tmp_path, tiny_blip_config())
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from flowbp.rewards.openclip import crop_long
 from flowbp.rewards.preprocessing import CLIP_MEAN, CLIP_STD, center_crop, check_images, normalize, pad, resize
 
 STD = torch.tensor(CLIP_STD).view(3, 1, 1)
-GOLDEN = Path(__file__).parent / "golden" / "openclip.safetensors"
+GOLDEN = Path(__file__).parents[1] / "support" / "golden" / "openclip.safetensors"
 
 
 def random_picture(generator: np.random.Generator) -> Image.Image:

@@ -14,13 +14,11 @@ from types import ModuleType
 import pytest
 import torch
 from diffusers import FluxPipeline, StableDiffusion3Pipeline
-from diffusers.training_utils import _collate_lora_metadata
 from loopback_hub import USER, loopback_hub
-from peft import get_peft_model_state_dict
 from resume_harness import sd3_arguments
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_sd3 import MAX_SEQUENCE_LENGTH, add_random_lora, tiny_sd3_pipeline
+from tiny_sd3 import add_random_lora, draw, save_random_lora, tiny_sd3_pipeline
 from training_scripts import command_line
 
 from flowbp.publishing.push import LORA_FILE
@@ -28,32 +26,6 @@ from flowbp.publishing.push import LORA_FILE
 ROOT = Path(__file__).parents[2]
 RANK = 3
 EXPORT = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "loading.md").read_text(encoding="utf-8"), re.DOTALL)[1]
-
-
-def save_random_lora(pipe: StableDiffusion3Pipeline, folder: Path, seed: int) -> Path:
-    """A random LoRA, whose alpha is twice its rank, in a file as the scripts write it; `pipe` keeps it."""
-    add_random_lora(pipe, RANK, torch.Generator().manual_seed(seed))
-    pipe.save_lora_weights(
-        folder,
-        transformer_lora_layers=get_peft_model_state_dict(pipe.transformer),
-        **_collate_lora_metadata({"transformer": pipe.transformer}),
-    )
-    return folder
-
-
-def draw(pipe: StableDiffusion3Pipeline) -> torch.Tensor:
-    """Its picture of a prompt."""
-    with torch.no_grad():
-        return pipe(
-            'the text "42"',
-            height=8,
-            width=8,
-            num_inference_steps=3,
-            max_sequence_length=MAX_SEQUENCE_LENGTH,
-            generator=torch.Generator().manual_seed(1),
-            output_type="pt",
-            return_dict=False,
-        )[0]
 
 
 def base() -> StableDiffusion3Pipeline:
@@ -64,7 +36,7 @@ def base() -> StableDiffusion3Pipeline:
 @pytest.fixture(scope="module")
 def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a LoRA of the base model."""
-    return save_random_lora(base(), tmp_path_factory.mktemp("lora"), seed=5)
+    return save_random_lora(base(), tmp_path_factory.mktemp("lora"), seed=5, rank=RANK)
 
 
 def test_file_and_folder(lora: Path) -> None:
@@ -83,13 +55,13 @@ def test_file_and_folder(lora: Path) -> None:
 
 LOAD_BOTH = """
 import sys, torch
-from test_lora_loading import base, draw
-remote, local = base(), base()
+from tiny_sd3 import draw, tiny_sd3_pipeline
+remote, local, plain = (tiny_sd3_pipeline(torch.float32) for _ in range(3))
 remote.load_lora_weights(sys.argv[1])
 local.load_lora_weights(sys.argv[2])
 here, there = ({n: p for n, p in pipe.transformer.named_parameters() if "lora_" in n} for pipe in (local, remote))
 assert here and here.keys() == there.keys() and all(torch.equal(here[name], there[name]) for name in here)
-assert torch.equal(draw(remote), draw(local)) and not torch.equal(draw(base()), draw(local))
+assert torch.equal(draw(remote), draw(local)) and not torch.equal(draw(plain), draw(local))
 print("equal")
 """
 
@@ -172,7 +144,7 @@ def test_fuse_and_unload(lora: Path) -> None:
 
 def test_two_adapters_with_weights(lora: Path, tmp_path: Path) -> None:
     """`set_adapters` adds both with their weights: the weights' change is the weighted sum of the two."""
-    other = save_random_lora(base(), tmp_path / "other", seed=6)
+    other = save_random_lora(base(), tmp_path / "other", seed=6, rank=RANK)
     pipe = base()
     pipe.load_lora_weights(lora, adapter_name="one")
     pipe.load_lora_weights(other, adapter_name="two")

@@ -9,7 +9,7 @@ packages go to a folder of their own, not into the environment of the tests:
 
     pip install --no-deps --target /tmp/openclip open_clip_torch==3.3.0 timm==1.0.31 torchvision==0.29.2 ftfy==6.3.1 \\
         regex==2026.11.15 wcwidth==0.9.4
-    PYTHONPATH=/tmp/openclip python tests/rewards/golden/make_openclip.py
+    PYTHONPATH=/tmp/openclip python tests/support/golden/make_openclip.py
 
 torchvision's compiled operators do not load beside a CPU build of torch; none of them is used.
 """

@@ -9,7 +9,7 @@ this repository:
 
     pip install --target SCRATCH --no-deps hpsv3==1.0.0 transformers==4.45.2 tokenizers==0.20.3 \
         huggingface_hub==0.30.2 torchvision==0.29.2
-    python tests/rewards/golden/make_hpsv3.py SCRATCH
+    python tests/support/golden/make_hpsv3.py SCRATCH
 
 torch, numpy, Pillow, pandas and requests are this repository's. Run are the reference's `Qwen2VLRewardModelBT`, the
 methods of its `HPSv3RewardInferencer` that prepare a batch and score it, and its resizing of pictures, unchanged; the
@@ -30,7 +30,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "support"))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from golden.make_imagereward import random_weight
 
 FOLDER = Path(__file__).parent

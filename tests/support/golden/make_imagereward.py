@@ -9,7 +9,7 @@ of this repository:
 
     pip install --target SCRATCH --no-deps image-reward==1.5 timm==0.6.13 fairscale==0.4.13 transformers==4.45.2 \
         tokenizers==0.20.3 huggingface_hub==0.30.2 torchvision==0.29.2
-    python tests/rewards/golden/make_imagereward.py SCRATCH
+    python tests/support/golden/make_imagereward.py SCRATCH
 
 torch, numpy and Pillow are this repository's. Run are the reference's constructor, tokenizer, preprocessing, `score`
 and `score_gard`, unchanged; replaced are the sizes of the vision transformer and of BERT, the 224 pixels, and the
