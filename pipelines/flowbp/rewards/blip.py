@@ -26,13 +26,13 @@ from .loading import (
 from .preprocessing import check_images
 from .tokens import Tokens
 
-# What raw scores are shifted and divided by: their mean and standard deviation on the authors' prompts, constants of
+# Raw scores are standardised by their mean and standard deviation on the authors' prompts, constants of
 # `ImageReward/ImageReward.py` in the package image-reward 1.5.
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
 MAX_TOKENS = 35  # of a prompt, the first and last token included
 
-# BLIP with ViT-L/16 at 224 pixels, and the BERT of the reference's `med_config.json`. The two kinds of layer
-# normalisation differ in what keeps them from dividing by 0, and transformers' defaults are neither's.
+# BLIP with ViT-L/16 at 224 pixels, and the BERT of the reference's `med_config.json`. The two encoders' layer norms
+# have different epsilons, and neither is transformers' default.
 BLIP_LARGE = {
     "vision_config": {
         "hidden_size": 1024,
@@ -79,8 +79,8 @@ _UNUSED = ("blip.vision_proj.", "blip.text_proj.", "blip.text_encoder.embeddings
 def convert_imagereward(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Weights of the reference's `ImageReward` module by the names of `ImageReward` here; no tensor changes.
 
-    What the score does not use is left out: two projections, and BERT's list of positions. Names that are not the
-    reference's are kept, for the loader to refuse.
+    Tensors that the score does not use are left out: two projections and BERT's list of positions. Names that are not
+    the reference's are kept, and the loader rejects them.
     """
     return {_new_name(name): value for name, value in weights.items() if not name.startswith(_UNUSED)}
 
@@ -99,10 +99,10 @@ def _new_name(name: str) -> str:
 class ImageReward(nn.Module):
     """`reward(images, prompts)`: ImageReward's preference score (Xu et al., arXiv 2304.05977), mostly within -2 to 2.
 
-    The picture goes through BLIP's vision transformer, the prompt through BERT, whose layers attend to the picture; a
+    The image goes through BLIP's vision transformer, the prompt through BERT, whose layers attend to the image; a
     stack of linear layers without activations reads the score off the first token. It is differentiable in the
-    images, of any size. The weights are frozen, and a sample's score does not depend on its batch. Resizing, and the
-    head, are never done in half precision. Prompts longer than `MAX_TOKENS` are cut, with a counted warning.
+    images, of any size. The weights are frozen, and a sample's score does not depend on its batch. Resizing and the
+    head are at least float32. Prompts longer than `MAX_TOKENS` are truncated, with a warning.
 
     Args:
         config: of both encoders.
@@ -131,7 +131,7 @@ class ImageReward(nn.Module):
         input_ids, attention_mask = self.tokens(prompts, weight.device)
         pixels = clip_pixels(images, weight, self.vision.config.image_size, crop_short)
         patches = self.vision(pixel_values=pixels).last_hidden_state
-        # No mask for the patches: a prompt sees all of them.
+        # No mask for the patches: a prompt attends to all of them.
         words = self.text(input_ids, attention_mask=attention_mask, encoder_hidden_states=patches).last_hidden_state
         score = words[:, 0].to(torch.promote_types(weight.dtype, torch.float32))
         with torch.autocast(score.device.type, enabled=False):
@@ -143,7 +143,7 @@ class ImageReward(nn.Module):
 def imagereward(model_path: Path | None = None, config: BlipConfig | None = None) -> ImageReward:
     """`imagereward`: ImageReward v1.0.
 
-    The loader was tested on random weights in the layout of the reference's own modules (`tests/rewards/golden`), not
+    The loader was tested on random weights in the layout of the reference's own modules (`tests/support/golden`), not
     on the public file, which this project's machines cannot download.
 
     Args:
@@ -158,7 +158,7 @@ def imagereward(model_path: Path | None = None, config: BlipConfig | None = None
     folder = find_files(source, model_path)
     vocabulary = Source("imagereward", "google-bert/bert-base-uncased", ("vocab.txt",), TOKENIZER_FILES)
     tokenizer = load_pretrained(vocabulary, BertTokenizer.from_pretrained, find_tokenizer(vocabulary, folder))
-    # BLIP's own two tokens; a prompt has them only if it spells them.
+    # BLIP's two additional tokens.
     tokenizer.add_special_tokens({"bos_token": "[DEC]", "extra_special_tokens": ["[ENC]"]})
     reward = ImageReward(
         config if config is not None else BlipConfig(**BLIP_LARGE), Tokens("imagereward", tokenizer, MAX_TOKENS)

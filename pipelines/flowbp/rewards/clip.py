@@ -28,22 +28,21 @@ from .tokens import Tokens
 CLIP_REPOSITORY = "openai/clip-vit-large-patch14"
 MODEL = ("config.json", "model.safetensors")
 VOCABULARY = ("vocab.json", "merges.txt")
-# What scores of PickScore are often divided by to bring them near 1 (its logit scale is 100, good cosines are 0.26).
+# PickScore's scores are often divided by this to bring them near 1 (its logit scale is 100, good cosines are 0.26).
 PICKSCORE_DIVISOR = 26.0
 
 
 class CLIPReward(nn.Module):
-    """`reward(images, prompts)`: cosine of CLIP's embeddings of picture and prompt, times a constant.
+    """`reward(images, prompts)`: cosine of CLIP's embeddings of image and prompt, times a constant.
 
     It is differentiable in the images, of any size. The weights are frozen, and a sample's score does not depend on
-    its batch. Resizing, and the score from the embeddings on, are never done in half precision.
+    its batch. Resizing and everything after the embeddings is at least float32.
 
     Args:
         model: CLIP; it is frozen.
         tokens: of its text encoder.
-        crop: `(images, size) -> (B, 3, size, size)`; default: the shorter side at the model's size, the middle of the
-            longer one.
-        factor: what the cosine is multiplied with.
+        crop: `(images, size) -> (B, 3, size, size)`. Default: `crop_short`.
+        factor: multiplies the cosine.
     """
 
     def __init__(
@@ -72,17 +71,17 @@ class CLIPReward(nn.Module):
         weight = self.model.logit_scale
         with torch.no_grad():
             input_ids, attention_mask = self.tokens(prompts, weight.device)
-            texts = self.model.get_text_features(input_ids=input_ids, attention_mask=attention_mask).pooler_output
+            output = self.model.get_text_features(input_ids=input_ids, attention_mask=attention_mask)
         pixels = clip_pixels(images, weight, self.model.config.vision_config.image_size, self.crop)
-        pictures = self.model.get_image_features(pixel_values=pixels).pooler_output
-        return (_unit(pictures) * _unit(texts)).sum(-1) * self.factor
+        image_embeds = self.model.get_image_features(pixel_values=pixels).pooler_output
+        return (_unit(image_embeds) * _unit(output.pooler_output)).sum(-1) * self.factor
 
 
 class AestheticReward(nn.Module):
-    """`reward(images, prompts)`: LAION's prediction of how much people like a picture, about 1 to 10, from CLIP-L.
+    """`reward(images, prompts)`: LAION's prediction of how much people like an image, about 1 to 10, from CLIP-L.
 
     A stack of linear layers without activations on the normalised image embedding, which the public weights call
-    linearMSE. The prompts are not looked at. Otherwise as `CLIPReward`.
+    linearMSE. Prompts are ignored. Otherwise as `CLIPReward`.
 
     Args:
         model: CLIP's image encoder with its projection; it is frozen.
@@ -100,7 +99,7 @@ class AestheticReward(nn.Module):
         weight = self.model.visual_projection.weight
         pixels = clip_pixels(images, weight, self.model.config.image_size, crop_short)
         embedding = _unit(self.model(pixel_values=pixels).image_embeds)
-        # The layers multiply up to numbers near 10: in half precision a score would be off by 0.05.
+        # The layers' products reach 10: in half precision a score would be off by 0.05.
         with torch.autocast(images.device.type, enabled=False):
             for layer in self.head:
                 embedding = F.linear(embedding, layer.weight.to(embedding), layer.bias.to(embedding))
@@ -108,7 +107,7 @@ class AestheticReward(nn.Module):
 
 
 def clip(model_path: Path | None = None) -> CLIPReward:
-    """`clip`: the cosine itself, without the factor of 100 or 2.5 and the cut at 0 of some definitions of CLIP score.
+    """`clip`: the cosine itself; some definitions of CLIP score multiply it by 100 or 2.5 and clamp it at 0.
 
     Args:
         model_path: folder with the files of `openai/clip-vit-large-patch14`.
@@ -150,7 +149,7 @@ def aesthetic(model_path: Path | None = None) -> AestheticReward:
         FileNotFoundError, ValueError: see `find_files`, `load_pretrained`, `load_checkpoint`, `load_weights`.
     """
     name = "sac+logos+ava1-l14-linearMSE.pth"
-    # The authors keep the file on GitHub (christophschuhmann/improved-aesthetic-predictor); this is a copy of it.
+    # A copy of the authors' file on GitHub (christophschuhmann/improved-aesthetic-predictor).
     source = Source("aesthetic", "camenduru/improved-aesthetic-predictor", (name,))
     folder = find_files(source, model_path)
     vision = Source("aesthetic", CLIP_REPOSITORY, MODEL, MODEL_FILES)
@@ -161,7 +160,7 @@ def aesthetic(model_path: Path | None = None) -> AestheticReward:
     head = aesthetic_head(model.config.projection_dim)
     # The reference's head is a Sequential named `layers` with dropout between its layers.
     places = (0, 2, 4, 6, 7)
-    names = {f"layers.{place}.{kind}": f"{number}.{kind}" for number, place in enumerate(places) for kind in KINDS}
+    names = {f"layers.{place}.{kind}": f"{index}.{kind}" for index, place in enumerate(places) for kind in KINDS}
     load_weights(source, head, {names.get(key, key): value for key, value in weights.items()})
     return AestheticReward(model, head)
 
@@ -176,13 +175,13 @@ def aesthetic_head(width: int) -> nn.Sequential:
 
 
 def crop_short(images: Tensor, size: int) -> Tensor:
-    """CLIP's own preparation: the shorter side at `size`, the middle of the longer one."""
+    """CLIP's own preprocessing: resize the shorter side to `size`, crop the longer one to the centre."""
     return center_crop(resize_short(images, size), size)
 
 
 def clip_pixels(images: Tensor, weight: Tensor, size: int, crop: Callable[[Tensor, int], Tensor]) -> Tensor:
-    """Pictures (B, 3, H, W) in [0, 1] as a CLIP of that weight's dtype and device wants them: (B, 3, size, size)."""
-    # A float64 model is given float64 pictures; to half precision they are brought last.
+    """Images (B, 3, H, W) in [0, 1] preprocessed for a CLIP whose weights are like `weight`: (B, 3, size, size)."""
+    # A float64 model gets float64 images; the cast to half precision comes last.
     precise = torch.promote_types(weight.dtype, torch.float32)
     return normalize(crop(images.to(weight.device, precise), size)).to(weight.dtype)
 
@@ -192,12 +191,12 @@ def clip_tokens(source: Source, folder: Path, config: CLIPConfig) -> Tokens:
 
     Raises:
         FileNotFoundError, ValueError: see `find_files`, `load_pretrained`; also where the encoder, which reads a
-            prompt off its end token, expects another id for it than the tokenizer has.
+            prompt at its end token, expects another id for it than the tokenizer has.
     """
     folder = find_tokenizer(source, folder)
     tokenizer = load_pretrained(source, CLIPTokenizer.from_pretrained, folder)
     expected = config.text_config.eos_token_id
-    # Older configurations say 2, which transformers takes for the highest id of a prompt.
+    # Older configurations say 2, for which transformers reads the prompt at its highest id.
     if expected not in (2, tokenizer.eos_token_id):
         raise ValueError(
             f"reward {source.reward!r}: expected a tokenizer whose end token has id {expected}, got "

@@ -2,22 +2,22 @@
 #
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""GenEval (Ghosh et al., arXiv 2310.11513): does a picture show the objects, numbers, colours and places asked for?
+"""GenEval (Ghosh et al., arXiv 2310.11513): does an image show the objects, numbers, colours and places asked for?
 
 The rules and thresholds are those of the benchmark's `evaluation/evaluate_images.py` (github.com/djghosh13/geneval):
 
 - an object is found where the detector's score, class probability times mean probability of its mask, is above 0.3,
   or above 0.9 in counting tasks; the best 16 of a class are kept, and overlapping ones all count;
-- every class that the prompt includes must be found at least `count` times; the best `count` are looked at further;
+- every class that the prompt includes must be found at least `count` times; only the best `count` count further;
 - colour: CLIP names one of ten colours for each object, cut out along its mask and put on grey; at least `count` must
   have the right one;
 - position: the offset between the boxes' centres, each component shortened by a tenth of the two boxes' sizes, and
   divided by the offset's length, must be beyond 0.5 in the direction asked for;
 - excluded classes must be found fewer than `count` times;
-- a task's score is the share of correct pictures, the overall score the mean of the tasks' scores.
+- a task's score is the share of correct images, the overall score the mean of the tasks' scores.
 
 What differs: the detector is Meta's Mask2Former with Swin-S as transformers has it, not MMDetection's training of the
-same architecture, and pictures that are not square are stretched to multiples of 32 where MMDetection pads them.
+same architecture, and images that are not square are stretched to multiples of 32 where MMDetection pads them.
 Neither could be run here with public weights, so public scores are not reproduced. CLIP is the same (ViT-L/14 of
 OpenAI).
 """
@@ -43,7 +43,7 @@ from transformers import (
 )
 
 from .clip import CLIP_REPOSITORY, MODEL, VOCABULARY, clip_pixels, crop_short
-from .judges import to_pictures
+from .judges import to_pil_images
 from .loading import MODEL_FILES, TOKENIZER_FILES, Source, find_files, find_tokenizer, load_pretrained
 from .tokens import Tokens
 
@@ -71,12 +71,12 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels; the last 
 
 @dataclass(frozen=True)
 class Detection:
-    """An object in a picture.
+    """An object in an image.
 
     Attributes:
         box: around its mask.
         score: 0 to 1.
-        mask: (H, W) of bool, the picture's size.
+        mask: (H, W) of bool, the image's size.
     """
 
     box: Box
@@ -86,14 +86,14 @@ class Detection:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a picture is correct, and if not, why not, one reason a line."""
+    """Whether an image is correct; if not, with one line per reason."""
 
     correct: bool
     reasons: tuple[str, ...]
 
 
 def read_metadata(path: Path) -> dict[str, dict[str, Any]]:
-    """The benchmark's `evaluation_metadata.jsonl`: prompt -> what its picture must show.
+    """The benchmark's `evaluation_metadata.jsonl`: prompt -> what its image must show.
 
     Raises:
         FileNotFoundError: no such file.
@@ -106,7 +106,7 @@ def read_metadata(path: Path) -> dict[str, dict[str, Any]]:
             "it is in the folder prompts of github.com/djghosh13/geneval."
         )
     metadata: dict[str, dict[str, Any]] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for line_number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         if not line.strip():
             continue
         try:
@@ -117,7 +117,7 @@ def read_metadata(path: Path) -> dict[str, dict[str, Any]]:
         if problem is None and metadata.setdefault(entry["prompt"], entry) != entry:
             problem = "its prompt was there before, with another meaning"
         if problem is not None:
-            raise ValueError(f"{path}, line {number}: expected an entry of GenEval's metadata, got {problem}.")
+            raise ValueError(f"{path}, line {line_number}: expected an entry of GenEval's metadata, got {problem}.")
     return metadata
 
 
@@ -140,7 +140,7 @@ def _problem(entry: dict[str, Any]) -> str | None:
 
 
 def find_objects(class_logits: Tensor, mask_logits: Tensor, counting: bool) -> dict[str, list[Detection]]:
-    """The objects that a Mask2Former found in one picture, by class, best first.
+    """The objects that a Mask2Former found in one image, by class, best first.
 
     As MMDetection's `instance_postprocess` (mmdet 2.28): of all pairs of a query and a class the best as many as there
     are queries; a score is the class's probability times the mean probability within the mask, where that is above
@@ -148,7 +148,7 @@ def find_objects(class_logits: Tensor, mask_logits: Tensor, counting: bool) -> d
 
     Args:
         class_logits: (Q, 81), no object last.
-        mask_logits: (Q, H, W) at the picture's size.
+        mask_logits: (Q, H, W) at the image's size.
         counting: with the threshold of counting tasks.
     """
     probabilities = class_logits.float().softmax(-1)[:, :-1]
@@ -173,7 +173,7 @@ def find_objects(class_logits: Tensor, mask_logits: Tensor, counting: bool) -> d
 
 
 def relations(box: Box, target: Box) -> set[str]:
-    """Which of `POSITIONS` a box has relative to another; none where they are too close, two at most."""
+    """The `POSITIONS` of a box relative to another: none where they are too close, at most two."""
     boxes = np.array([box, target], dtype=float).reshape(2, 2, 2)  # box, corner, axis
     offset = boxes[0].mean(0) - boxes[1].mean(0)
     sizes = np.abs(boxes[:, 1] - boxes[:, 0]).sum(0)
@@ -190,11 +190,11 @@ def judge(
     objects: Mapping[str, Sequence[Detection]],
     name_colors: Callable[[str, Sequence[Detection]], Sequence[str]],
 ) -> Verdict:
-    """GenEval's decision for one picture.
+    """GenEval's decision for one image.
 
     Args:
         metadata: of the prompt, see `read_metadata`.
-        objects: found in the picture, by class, best first.
+        objects: found in the image, by class, best first.
         name_colors: `(class, detections)` -> one of `COLORS` for each; called only where a colour is asked for.
     """
     reasons: list[str] = []
@@ -214,9 +214,9 @@ def judge(
         groups.append(found if reason is None else None)
         reasons += [] if reason is None else [reason]
     for unwanted in metadata.get("exclude", []):
-        number = len(objects.get(unwanted["class"], []))
-        if number >= unwanted["count"]:
-            reasons.append(f"expected fewer than {unwanted['count']} {unwanted['class']}, found {number}")
+        count = len(objects.get(unwanted["class"], []))
+        if count >= unwanted["count"]:
+            reasons.append(f"expected fewer than {unwanted['count']} {unwanted['class']}, found {count}")
     return Verdict(not reasons, tuple(reasons))
 
 
@@ -236,9 +236,9 @@ def _misplaced(
 
 
 class GenEval(nn.Module):
-    """`reward(images, prompts)`: 1 for a picture that shows what its prompt asks for, else 0. No gradient.
+    """`reward(images, prompts)`: 1 for an image that shows what its prompt asks for, else 0. No gradient.
 
-    Pictures are judged one at a time, as 8-bit pictures. The weights are frozen.
+    Images are judged one at a time, as 8-bit images. The weights are frozen.
 
     Args:
         detector: Mask2Former with COCO's 80 classes.
@@ -270,24 +270,24 @@ class GenEval(nn.Module):
         """Judges images (B, 3, H, W) in [0, 1] of B prompts of the benchmark: (B,) of 1.0 or 0.0 in float32.
 
         Raises:
-            ValueError: images that ask for a gradient, of another shape, not finite or out of range; a number of
+            ValueError: images that require a gradient, of another shape, not finite or out of range; a number of
                 prompts other than B; a prompt that is not the benchmark's.
         """
-        pictures = to_pictures("geneval", images, prompts)
+        pil_images = to_pil_images("geneval", images, prompts)
         entries = [self._entry(prompt) for prompt in prompts]
-        verdicts = [self.verdict(picture, entry) for picture, entry in zip(pictures, entries, strict=True)]
+        verdicts = [self.verdict(pil_image, entry) for pil_image, entry in zip(pil_images, entries, strict=True)]
         return torch.tensor([float(verdict.correct) for verdict in verdicts], device=images.device)
 
-    def verdict(self, picture: Image.Image, metadata: Mapping[str, Any]) -> Verdict:
-        """The decision for one picture, with reasons."""
-        objects = self.objects(picture, counting=metadata["tag"] == "counting")
-        return judge(metadata, objects, lambda name, found: self.name_colors(picture, name, found))
+    def verdict(self, image: Image.Image, metadata: Mapping[str, Any]) -> Verdict:
+        """The decision for one image, with reasons."""
+        objects = self.objects(image, counting=metadata["tag"] == "counting")
+        return judge(metadata, objects, lambda name, found: self.name_colors(image, name, found))
 
     def scores(self, correct: Sequence[float], prompts: Sequence[str]) -> dict[str, float]:
-        """The table's row: each task's share of correct pictures, and `overall`, the mean over tasks.
+        """Each task's share of correct images, and `overall`, the mean over tasks.
 
         Args:
-            correct: what `forward` gave, for any number of pictures.
+            correct: what `forward` gave, for any number of images.
             prompts: as many; tasks without a prompt are left out, and do not count in `overall`.
 
         Raises:
@@ -304,21 +304,21 @@ class GenEval(nn.Module):
         return {**scores, "overall": sum(scores.values()) / len(scores)}
 
     @torch.no_grad
-    def objects(self, picture: Image.Image, counting: bool) -> dict[str, list[Detection]]:
-        """What the detector finds in a picture, see `find_objects`."""
-        pixels = self.image_processor(images=picture, return_tensors="pt")["pixel_values"]
+    def objects(self, image: Image.Image, counting: bool) -> dict[str, list[Detection]]:
+        """What the detector finds in an image, see `find_objects`."""
+        pixels = self.image_processor(images=image, return_tensors="pt")["pixel_values"]
         found = self.detector(pixel_values=pixels.to(self.detector.device, self.detector.dtype))
-        # As MMDetection does it: to the size that the detector saw, then to the picture's.
+        # As MMDetection does it: to the size that the detector saw, then to the image's.
         masks = found.masks_queries_logits.float()
-        for size in (pixels.shape[2:], (picture.height, picture.width)):
+        for size in (pixels.shape[2:], (image.height, image.width)):
             masks = F.interpolate(masks, size=size, mode="bilinear", align_corners=False)
         return find_objects(found.class_queries_logits[0], masks[0], counting)
 
     @torch.no_grad
-    def name_colors(self, picture: Image.Image, name: str, found: Sequence[Detection]) -> list[str]:
+    def name_colors(self, image: Image.Image, name: str, found: Sequence[Detection]) -> list[str]:
         """The colour of each object: the one whose three captions are closest to it in CLIP's space."""
         colors = self._color_embeddings(name)
-        whole, names = np.asarray(picture), []
+        whole, names = np.asarray(image), []
         for detection in found:
             left, top, right, bottom = detection.box
             cut = np.where(detection.mask[..., None], whole, GREY)[top:bottom, left:right]
@@ -356,7 +356,7 @@ def geneval(metadata_path: Path | None = None, model_path: Path | None = None) -
     """`geneval`: GenEval on `facebook/mask2former-swin-small-coco-instance` and `openai/clip-vit-large-patch14`.
 
     Args:
-        metadata_path: the benchmark's `evaluation_metadata.jsonl`; it is needed.
+        metadata_path: the benchmark's `evaluation_metadata.jsonl`; required.
         model_path: folder with the files of the two repositories in its folders `detector` and `clip`.
 
     Raises:

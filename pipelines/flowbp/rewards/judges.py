@@ -2,15 +2,15 @@
 #
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""Vision-language models that judge pictures, for evaluation: HPSv3 and UnifiedReward. They give no gradient.
+"""Vision-language models that judge images, for evaluation: HPSv3 and UnifiedReward. They give no gradient.
 
 Both are of the Qwen2-VL family. transformers 5.23 builds that family's processor only where torchvision is installed
-(its video part needs it, also where no video is), so the tokenizer and the PIL image processor are used one by one
-here. Pictures are judged one at a time: a score cannot depend on what else is in the batch.
+(its video part needs it even without a video), so the tokenizer and the PIL image processor are used separately
+here. Images are judged one at a time, so that a score does not depend on its batch.
 
-What could not be checked here, for want of the weights (15 GB each): that the public files load, and the public
+Not checked here, because the weights (15 GB each) were not available: that the public files load, and the public
 scores. Checked on tiny random models: HPSv3's loader, token ids, pixels and scores against the reference's own code on
-the transformers that it pins (`tests/rewards/golden/make_hpsv3.py`); UnifiedReward's against transformers' own
+the transformers that it pins (`tests/support/golden/make_hpsv3.py`); UnifiedReward's against transformers' own
 generation.
 """
 
@@ -47,11 +47,11 @@ from .preprocessing import check_images
 logger = logging.getLogger(__name__)
 
 REWARD_TOKEN = "<|Reward|>"  # at which HPSv3 reads the score
-HPSV3_PIXELS = 256 * 28 * 28  # of a picture, about: both sides are multiples of 28
+HPSV3_PIXELS = 256 * 28 * 28  # of an image, approximately: both sides are multiples of 28
 HPSV3_VERSION = "1.0.0"
 HPSV3_QUESTION_SHA256 = "f6ee57479d4e9eee76b49c00dc962e1e696a5a2b3cc32cebd9b1fa76fe27502c"
 
-UNIFIEDREWARD_SIDE = 512  # to which pictures are resized before the model's own preparation
+UNIFIEDREWARD_SIDE = 512  # to which images are resized before the model's own preparation
 MAX_NEW_TOKENS = 256
 _SCORE = re.compile(r"Final Score:\s*([1-5](?:\.\d+)?)", re.IGNORECASE)
 ALIGNMENT_QUESTION = (
@@ -69,30 +69,30 @@ QUALITY_QUESTION = (
 _PROCESSOR_FILES = ("config.json", "preprocessor_config.json", "tokenizer_config.json")
 
 
-def to_pictures(reward: str, images: Tensor, prompts: Sequence[str]) -> list[Image.Image]:
-    """Images (B, 3, H, W) in [0, 1] as 8-bit pictures, for rewards that are not differentiable.
+def to_pil_images(reward: str, images: Tensor, prompts: Sequence[str]) -> list[Image.Image]:
+    """Images (B, 3, H, W) in [0, 1] as 8-bit PIL images, for rewards that are not differentiable.
 
     Raises:
-        ValueError: a gradient is asked for; or what `check_images` refuses.
+        ValueError: images that require a gradient; see also `check_images`.
     """
     check_images(images, prompts)
     if images.requires_grad and torch.is_grad_enabled():
         raise ValueError(
-            f"reward {reward!r}: expected images without requires_grad, got images that ask for a gradient, which it "
-            "does not have; it is for evaluation: call it under torch.no_grad(), and train on another reward."
+            f"reward {reward!r}: expected images without requires_grad, got images that require a gradient, but this "
+            "reward has none; call it under torch.no_grad() to evaluate, and train with another reward."
         )
     pixels = (images.detach().float() * 255).round().clamp(0, 255).to("cpu", torch.uint8)
-    return [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in pixels]
+    return [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in pixels]
 
 
 class Conversation:
-    """`conversation(picture, question, prompt, device)`: a user's turn with a picture and a text as a model's inputs.
+    """`conversation(image, question, prompt, device)`: a user's turn with an image and a text as a model's inputs.
 
     Args:
         tokenizer: with a chat template.
         image_processor: of Qwen2-VL, or with the same interface.
-        image_token_id: of the token that stands for one patch of a picture.
-        pixels: resize pictures to about that many; None: within the image processor's own bounds.
+        image_token_id: of the token that stands for one patch of an image.
+        pixels: resize images to about that many; None: within the image processor's own bounds.
     """
 
     def __init__(self, tokenizer: Any, image_processor: Any, image_token_id: int, pixels: int | None = None) -> None:
@@ -100,7 +100,7 @@ class Conversation:
         self.image_token_id = image_token_id
         self.size = {} if pixels is None else {"size": {"shortest_edge": pixels, "longest_edge": pixels}}
 
-    def __call__(self, picture: Image.Image, question: str, prompt: str, device: torch.device) -> dict[str, Tensor]:
+    def __call__(self, image: Image.Image, question: str, prompt: str, device: torch.device) -> dict[str, Tensor]:
         """Inputs of batch size 1; `{prompt}` in the question becomes the prompt.
 
         Raises:
@@ -108,8 +108,8 @@ class Conversation:
         """
         special = [token for token in self.tokenizer.get_added_vocab() if token in prompt]
         if special:
-            raise ValueError(f"prompt: expected no special token of the judge, got {special[0]}; take it out.")
-        vision = self.image_processor(images=picture, return_tensors="pt", **self.size)
+            raise ValueError(f"prompt: expected no special token of the judge, got {special[0]}; remove it.")
+        vision = self.image_processor(images=image, return_tensors="pt", **self.size)
         content = [{"type": "image"}, {"type": "text", "text": question.replace("{prompt}", prompt)}]
         text = self.tokenizer.apply_chat_template(
             [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
@@ -133,8 +133,8 @@ class HPSv3(nn.Module):
 
     The network is Qwen2-VL without its language head. At the token `<|Reward|>` of the question three linear layers
     with ReLU between read a mean and a log-deviation off the last hidden state; the score is the mean, as in the
-    reference's `hpsv3/inference.py`. Two things there are easily missed and are kept: every picture is resized to
-    about `HPSV3_PIXELS`, and position ids count up along the whole sequence, patches of the picture included, where
+    reference's `hpsv3/inference.py`. Two details of it are easily missed: every image is resized to
+    about `HPSV3_PIXELS`, and position ids count up along the whole sequence, patches of the image included, where
     Qwen2-VL itself counts rows and columns.
 
     No gradient; the weights are frozen.
@@ -156,34 +156,34 @@ class HPSv3(nn.Module):
         self.requires_grad_(False).eval()
 
     @torch.no_grad
-    def _score(self, picture: Image.Image, prompt: str) -> Tensor:
-        inputs = self.conversation(picture, self.question, prompt, self.head[0].weight.device)
+    def _score(self, image: Image.Image, prompt: str) -> Tensor:
+        inputs = self.conversation(image, self.question, prompt, self.head[0].weight.device)
         places = torch.arange(inputs["input_ids"].shape[1], device=inputs["input_ids"].device)
         hidden = self.model(**inputs, position_ids=places.expand(3, 1, -1), use_cache=False).last_hidden_state
         hidden = hidden[inputs["input_ids"] == self.reward_token_id].float()
         with torch.autocast(hidden.device.type, enabled=False):
-            for number, layer in enumerate(self.head):
-                hidden = F.linear(F.relu(hidden) if number else hidden, layer.weight.float(), layer.bias.float())
+            for index, layer in enumerate(self.head):
+                hidden = F.linear(F.relu(hidden) if index else hidden, layer.weight.float(), layer.bias.float())
         return hidden[0, 0]
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Scores images (B, 3, H, W) in [0, 1] against B prompts: (B,) in float32 on the images' device.
 
         Raises:
-            ValueError: images that ask for a gradient, of another shape, not finite or out of range; a number of
+            ValueError: images that require a gradient, of another shape, not finite or out of range; a number of
                 prompts other than B; a prompt with a special token.
         """
-        pictures = to_pictures("hpsv3", images, prompts)
-        scores = [self._score(picture, prompt) for picture, prompt in zip(pictures, prompts, strict=True)]
+        pil_images = to_pil_images("hpsv3", images, prompts)
+        scores = [self._score(pil_image, prompt) for pil_image, prompt in zip(pil_images, prompts, strict=True)]
         return torch.stack(scores).to(images.device)
 
 
 class UnifiedReward(nn.Module):
     """`reward(images, prompts)`: the score from 1 to 5 that UnifiedReward writes (Wang et al., arXiv 2503.05236).
 
-    The model answers a question about the picture and the caption in words, without sampling; the score is the number
+    The model answers a question about the image and the caption in words, without sampling; the score is the number
     after "Final Score:". As in the evaluation code of FlowBP's authors, which has UR-Align and UR-IQ as two questions,
-    the picture is resized to 512 x 512 first and at most 256 tokens are written. Three things differ from it, so
+    the image is resized to 512 x 512 first and at most 256 tokens are written. Three things differ from it, so
     figures compare with each other, not with the paper's: the questions are worded anew, ask `question` for others;
     the model is the Qwen2.5-VL one (`CodeGoat24/UnifiedReward-qwen-7b`), as the paper's (`UnifiedReward-7b-v1.5`, in
     LLaVA-NeXT's own layout) is not one that transformers reads; and an answer without a score is NaN, counted in
@@ -207,15 +207,15 @@ class UnifiedReward(nn.Module):
         self._warned = 0
         self.requires_grad_(False).eval()
 
-    def inputs(self, picture: Image.Image, prompt: str) -> dict[str, Tensor]:
-        """The model's inputs for the question about a picture."""
-        picture = picture.resize((UNIFIEDREWARD_SIDE, UNIFIEDREWARD_SIDE))
-        return self.conversation(picture, self.question, prompt, self.model.device)
+    def inputs(self, image: Image.Image, prompt: str) -> dict[str, Tensor]:
+        """The model's inputs for the question about an image."""
+        image = image.resize((UNIFIEDREWARD_SIDE, UNIFIEDREWARD_SIDE))
+        return self.conversation(image, self.question, prompt, self.model.device)
 
     @torch.no_grad
-    def answer(self, picture: Image.Image, prompt: str) -> str:
-        """What the model writes about a picture."""
-        inputs = self.inputs(picture, prompt)
+    def answer(self, image: Image.Image, prompt: str) -> str:
+        """What the model writes about an image."""
+        inputs = self.inputs(image, prompt)
         written = self.model.generate(**inputs, do_sample=False, max_new_tokens=MAX_NEW_TOKENS)
         new = written[0, inputs["input_ids"].shape[1] :]
         return self.conversation.tokenizer.decode(new, skip_special_tokens=True)
@@ -224,11 +224,11 @@ class UnifiedReward(nn.Module):
         """Scores images (B, 3, H, W) in [0, 1] against B prompts: (B,) in float32, 1 to 5, NaN for no score.
 
         Raises:
-            ValueError: images that ask for a gradient, of another shape, not finite or out of range; a number of
+            ValueError: images that require a gradient, of another shape, not finite or out of range; a number of
                 prompts other than B; a prompt with a special token.
         """
-        pictures = to_pictures(self.name, images, prompts)
-        answers = [self.answer(picture, prompt) for picture, prompt in zip(pictures, prompts, strict=True)]
+        pil_images = to_pil_images(self.name, images, prompts)
+        answers = [self.answer(pil_image, prompt) for pil_image, prompt in zip(pil_images, prompts, strict=True)]
         scores = [parse_score(answer) for answer in answers]
         self._count([answer for answer, score in zip(answers, scores, strict=True) if score is None])
         return torch.tensor([float("nan") if score is None else score for score in scores], device=images.device)
@@ -257,7 +257,7 @@ def hpsv3_head(width: int) -> nn.Sequential:
 
 
 def hpsv3_question() -> str:
-    """The text that HPSv3 was trained with, read from a file of its authors' package, which is not imported.
+    """The question that HPSv3 was trained with, read from a file of its authors' package, which is not imported.
 
     Raises:
         ModuleNotFoundError: the package is not installed.
@@ -346,7 +346,7 @@ def hpsv3(model_path: Path | None = None, question: str | None = None, dtype: to
 def unifiedreward_alignment(
     model_path: Path | None = None, question: str = ALIGNMENT_QUESTION, dtype: torch.dtype = torch.bfloat16
 ) -> UnifiedReward:
-    """`unifiedreward-alignment`: how well a picture agrees with its prompt, 1 to 5, see `UnifiedReward`.
+    """`unifiedreward-alignment`: how well an image agrees with its prompt, 1 to 5, see `UnifiedReward`.
 
     Args:
         model_path: folder with the files of `CodeGoat24/UnifiedReward-qwen-7b`.
@@ -362,13 +362,13 @@ def unifiedreward_alignment(
 def unifiedreward_quality(
     model_path: Path | None = None, question: str = QUALITY_QUESTION, dtype: torch.dtype = torch.bfloat16
 ) -> UnifiedReward:
-    """`unifiedreward-quality`: how good a picture looks, 1 to 5; otherwise as `unifiedreward_alignment`."""
+    """`unifiedreward-quality`: how good an image looks, 1 to 5; otherwise as `unifiedreward_alignment`."""
     return _unifiedreward("unifiedreward-quality", model_path, question, dtype)
 
 
 @functools.lru_cache(maxsize=1)
 def _unifiedreward_model(repo_id: str, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    # The two judges ask one model: 7B weights are not loaded twice.
+    # Both judges share one model, so that 7B weights are not loaded twice.
     source = Source("unifiedreward", repo_id, ())
     return load_pretrained(
         source, AutoModelForImageTextToText.from_pretrained, folder, use_safetensors=True, dtype=dtype

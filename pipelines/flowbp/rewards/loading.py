@@ -2,7 +2,7 @@
 #
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""Where a reward's weights come from: a folder of the user's, the Hub's cache, or the Hub; errors in one line."""
+"""Loads a reward's weights from a local folder, the Hub's cache, or the Hub."""
 
 import json
 import pickle
@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 
 T = TypeVar("T")
 
-# What a repository of a tokenizer may hold, in the old layout and the new one.
+# Files of a tokenizer's repository, in the old layout and the new one.
 TOKENIZER_FILES = ("tokenizer*.json", "tokenizer.model", "vocab.*", "merges.txt", "special_tokens_map.json")
 # Of several copies of a model's weights only the safetensors one is downloaded.
 MODEL_FILES = ("*config.json", "model*.safetensors", "model.safetensors.index.json")
@@ -60,7 +60,7 @@ class Source:
 
 
 def find_files(source: Source, model_path: Path | None = None) -> Path:
-    """The folder that holds a reward's files; they are downloaded to the Hub's cache if they are not there.
+    """Finds the folder with a reward's files; downloads them to the Hub's cache if necessary.
 
     Args:
         source: what to look for.
@@ -70,9 +70,8 @@ def find_files(source: Source, model_path: Path | None = None) -> Path:
         A folder with all of `source.required`.
 
     Raises:
-        FileNotFoundError: the files are not there and cannot be had: offline, gated, or not in the repository. The
-            message is one line with the repository, the files, the page with the licence, the cache folder and the
-            remedy.
+        FileNotFoundError: the files are missing and cannot be downloaded: offline, gated, or not in the repository.
+            The message has the repository, the files, the page with the licence, the cache folder and the remedy.
     """
     if model_path is not None:
         folder = Path(model_path).expanduser()
@@ -102,17 +101,17 @@ def find_tokenizer(source: Source, folder: Path) -> Path:
 
 
 def load_checkpoint(source: Source, path: Path) -> Mapping[str, Any]:
-    """What `torch.save` wrote into a file, on the CPU. Only tensors and plain values are read, no code is run.
+    """Reads a file of `torch.save` to the CPU. Only tensors and plain values are read, no code is run.
 
     Raises:
-        ValueError: the file is no checkpoint of plain values, or is cut short.
+        ValueError: the file is not a checkpoint of plain values, or is incomplete.
     """
     try:
         # Mapped, a file of many gigabytes is not held in memory twice; older formats cannot be mapped.
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (pickle.UnpicklingError, OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
         raise ValueError(
-            f"reward {source.reward!r}: {path} is not a whole checkpoint of tensors ({_line(error)}); download "
+            f"reward {source.reward!r}: {path} is not a complete checkpoint of tensors ({_line(error)}); download "
             f"{path.name} again from {source.page}."
         ) from error
     if not isinstance(content, Mapping):
@@ -124,10 +123,9 @@ def load_checkpoint(source: Source, path: Path) -> Mapping[str, Any]:
 
 
 def load_weights(source: Source, module: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
-    """Gives a module its weights, in the module's dtype; names and shapes must be exactly the module's.
+    """Loads weights into a module, in the module's dtype; names and shapes must be exactly the module's.
 
-    The module may have been built without memory for them (`accelerate.init_empty_weights`): they are not copied into
-    it where their dtype is right.
+    The module may be on the meta device (`accelerate.init_empty_weights`). Tensors of the right dtype are not copied.
 
     Raises:
         ValueError: a missing, unexpected or misshapen weight, in one line with the first few.

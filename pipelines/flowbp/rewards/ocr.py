@@ -2,7 +2,7 @@
 #
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""A text recogniser as a reward: how likely is it that the picture reads what the prompt quotes?
+"""A text recogniser as a reward: how likely is it that the image reads what the prompt quotes?
 
 The recognisers are PP-OCR's mobile models of versions 4 and 5 (PaddlePaddle authors, Apache-2.0), read from the files
 that ship inside two PyPI packages, neither of which is imported. Train on one version and let the other judge.
@@ -35,7 +35,7 @@ class _Files:
     package: str
     model: str
     keys: str | None  # None: the characters are in the model's metadata
-    stretch: float  # of the picture's width, at which pictures of one to three digits read best
+    stretch: float  # factor on the width at which images of one to three digits are read best
 
 
 VERSIONS = {
@@ -80,7 +80,11 @@ def _load(version: str) -> tuple[OnnxModule, list[str]]:
 
 
 def quoted_text(prompt: str) -> str:
-    """The text between the first two double quotes of a prompt; ValueError where there is none."""
+    """The text between the first two double quotes of a prompt.
+
+    Raises:
+        ValueError: no text in double quotes.
+    """
     match = re.search(r'"([^"]+)"', prompt)
     if match is None:
         raise ValueError(
@@ -92,24 +96,24 @@ def quoted_text(prompt: str) -> str:
 class OCRReward(nn.Module):
     """`reward(images, prompts)`: log-probability per character that the recogniser reads what a prompt quotes.
 
-    The probability is CTC's: the sum over all ways to spell the text along the columns of the picture. A score is at
-    most 0 (read for certain) and about -10 where the picture shows another text. It is differentiable in the images,
+    The probability is CTC's: the sum over all ways to spell the text along the columns of the image. A score is at
+    most 0 (certain) and about -10 where the image shows another text. It is differentiable in the images,
     of any size. The weights are frozen, and a sample's score does not depend on its batch.
 
     Args:
         version: `"v4"` (2.7M parameters, the faster one) or `"v5"` (4.1M).
-        augment: shift the picture by up to `MAX_SHIFT` pixels, blur it and add noise, at random, before the
-            recogniser; this keeps training from finding texture that only this recogniser reads. `read` and `exact`
+        augment: shift the image by up to `MAX_SHIFT` pixels, blur it and add noise, at random, before the
+            recogniser, so that training does not find texture that only this recogniser reads. `read` and `exact`
             never augment.
-        colour_invariant: score the picture's shapes only: it is projected on the axis along which its colours vary
-            most and standardised, with the rarer side (the text) dark. Scores then give no gradient towards other
-            colours or more contrast, which would otherwise be an easy way to read better. `read` and `exact` always
-            see the picture as it is.
+        colour_invariant: score shapes only: the image is projected onto the axis along which its colours vary most and
+            standardised, with the rarer side (the text) dark. Scores then have no gradient towards other colours or
+            more contrast, which would otherwise be an easy way to be read better. `read` and `exact` always see the
+            image as it is.
         generator: a CPU generator for the augmentation; `None` uses torch's global one. Numbers are drawn sample by
             sample, so scoring a batch in parts draws the same.
-        stretch: the picture is resized to height 48 and to this times the width that would keep its aspect ratio,
-            rounded to a multiple of 8. None: 1 for v4 and 1.5 for v5, the best of those tried (1 to 2) on drawn
-            pictures of one to three digits.
+        stretch: the image is resized to height 48 and to `stretch` times the width that would keep its aspect ratio,
+            rounded to a multiple of 8. None: 1 for v4 and 1.5 for v5, the best values between 1 and 2 on drawn images
+            of one to three digits.
         texts: prompt -> text to look for, for prompts that do not quote it. None: what each prompt quotes.
 
     Raises:
@@ -133,7 +137,7 @@ class OCRReward(nn.Module):
         self.version, self.augment, self.generator, self.texts = version, augment, generator, texts
         self.colour_invariant = colour_invariant
         self.stretch = VERSIONS[version].stretch if stretch is None else stretch
-        # Chinese fonts have ASCII's characters a second time at full width (U+FF01 to U+FF5E). A lone "0" in a picture
+        # Chinese fonts have ASCII's characters a second time at full width (U+FF01 to U+FF5E). A lone "0" in an image
         # may be either, so their probabilities are added up and the full-width classes dropped.
         place_of = {character: place for place, character in enumerate(characters)}
         ascii_characters = [
@@ -152,8 +156,8 @@ class OCRReward(nn.Module):
         """Scores images (B, 3, H, W) in [0, 1] against B prompts.
 
         Returns:
-            (B,) in float32, or in float64 if the module was moved to float64. With bfloat16 weights the scores of
-            wrong texts are off by half; keep the weights in float32, whatever the pipeline's dtype.
+            (B,) in float32, or in float64 if the module was moved to float64. With bfloat16 weights, scores of wrong
+            texts are wrong by half; keep the weights in float32, whatever the pipeline's dtype.
 
         Raises:
             ValueError: images of another shape, not finite or out of range; a number of prompts other than B; a prompt
@@ -176,18 +180,22 @@ class OCRReward(nn.Module):
 
     @torch.no_grad()
     def read(self, images: Tensor) -> list[str]:
-        """What the recogniser reads in each image (B, 3, H, W): the likeliest class of each column, repeats merged."""
+        """The text in each image (B, 3, H, W): the most likely class of each column, repeats merged."""
         check_images(images)
         places = self._log_probabilities(images, augment=False).argmax(-1).cpu()
         return ["".join(self.characters[place] for place in row.unique_consecutive().tolist()) for row in places]
 
     def exact(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """(B,) bool on the CPU: does the recogniser read exactly the prompt's text?"""
+        """(B,) bool on the CPU: whether the recogniser reads exactly the prompt's text."""
         check_images(images, prompts)
         return torch.tensor([text == self.text_of(p) for text, p in zip(self.read(images), prompts, strict=True)])
 
     def text_of(self, prompt: str) -> str:
-        """The text that a picture of the prompt must show; ValueError where `texts` or quotes do not say."""
+        """The text that an image of the prompt must show.
+
+        Raises:
+            ValueError: a prompt that is not in `texts`, or, without `texts`, has no text in double quotes.
+        """
         if self.texts is None:
             return quoted_text(prompt)
         if prompt not in self.texts:
@@ -216,7 +224,7 @@ class OCRReward(nn.Module):
     def _log_probabilities(self, images: Tensor, augment: bool, colour_invariant: bool = False) -> Tensor:
         """(B, columns, classes) in float32 or float64."""
         weight = next(self.network.buffers())
-        # Resizing, and the score from the logits on, are never done in half precision.
+        # Resizing and everything after the logits is at least float32.
         precise = torch.promote_types(weight.dtype, torch.float32)
         x = images.to(weight.device, precise)
         x = F.interpolate(x, (HEIGHT, self._width(images)), mode="bilinear", align_corners=False, antialias=True)
@@ -249,10 +257,10 @@ class OCRReward(nn.Module):
 
 
 def _shapes(x: Tensor) -> Tensor:
-    """Pictures (B, 3, H, W) without their colours: (B, 3, H, W) grey, standardised, the rarer side dark.
+    """Images (B, 3, H, W) without their colours: (B, 3, H, W) grey, standardised, the rarer side dark.
 
-    The axis and its direction are constants of the gradient; mean and spread are not, so that a gradient which only
-    shifts or stretches colours vanishes.
+    The gradient treats the axis and its direction as constants, but not the mean and the spread, so that it vanishes
+    along shifts and scalings of the colours.
     """
     centred = x - x.mean((2, 3), keepdim=True)
     pixels = centred.detach().flatten(2)
@@ -261,5 +269,5 @@ def _shapes(x: Tensor) -> Tensor:
     skew = y.detach().pow(3).mean((1, 2, 3), keepdim=True)
     y = torch.where(skew > 0, -y, y)
     y = y / (y.pow(2).mean((1, 2, 3), keepdim=True) + 1e-4).sqrt()
-    # Text on a sixth of the picture then lies near 0.1 and its background near 0.9.
+    # Text on a sixth of the image then lies near 0.1 and its background near 0.9.
     return (0.8 + 0.3 * y).expand_as(x)

@@ -2,9 +2,9 @@
 #
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""Runs a small ONNX graph with torch operations, so that a recogniser that ships as `.onnx` gives gradients.
+"""Runs a small ONNX graph with torch operations, so that a recogniser that ships as `.onnx` has gradients.
 
-Only the operations (and their attributes) that the PP-OCR recognition graphs use are here; anything else is refused
+Only the operations (and their attributes) of the PP-OCR recognition graphs are supported; anything else is refused
 when the file is loaded. Reading the file is plain protobuf parsing and executes no code.
 """
 
@@ -117,8 +117,8 @@ class _Step:
 class OnnxModule(nn.Module):
     """An ONNX graph with one input and one output as a module: `module(x)`, differentiable in `x`, weights frozen.
 
-    Weights are buffers, so `.to(device, dtype)` works; `x` must have their dtype and device. What depends on constants
-    alone is computed once, hard swish runs as one operation, and values are dropped after their last use.
+    Weights are buffers, so `.to(device, dtype)` works; `x` must have their dtype and device. Values that only depend
+    on constants are computed once, hard swish runs as one operation, and values are freed after their last use.
     `metadata` has the file's own key-value pairs.
 
     Args:

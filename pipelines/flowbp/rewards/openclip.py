@@ -22,7 +22,7 @@ from .loading import (
 )
 from .preprocessing import pad, resize_long
 
-# OpenCLIP's ViT-H-14. What weights cannot tell is the number of heads; the end token is that of CLIP's vocabulary.
+# OpenCLIP's ViT-H-14. The weights do not tell the number of heads; the end token is that of CLIP's vocabulary.
 VIT_H_14 = {
     "projection_dim": 1024,
     "text_config": {
@@ -80,14 +80,14 @@ def convert_openclip(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Weights of an OpenCLIP model with a vision transformer by the names, and in the layout, of `CLIPModel`.
 
     The projections are transposed, and the joint query-key-value matrices of attention are split in three. Names that
-    are not OpenCLIP's are kept, for the loader to refuse.
+    are not OpenCLIP's are kept, and the loader rejects them.
     """
     converted: dict[str, Tensor] = {}
     for name, value in weights.items():
         layer = re.fullmatch(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+)[._](weight|bias)", name)
         if layer is not None:
-            visual, number, part, kind = layer.groups()
-            prefix = f"{'vision' if visual else 'text'}_model.encoder.layers.{number}"
+            visual, index, part, kind = layer.groups()
+            prefix = f"{'vision' if visual else 'text'}_model.encoder.layers.{index}"
             if part == "attn.in_proj":
                 for letter, third in zip("qkv", value.chunk(3), strict=True):
                     converted[f"{prefix}.self_attn.{letter}_proj.{kind}"] = third
@@ -100,7 +100,10 @@ def convert_openclip(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def crop_long(images: Tensor, size: int) -> Tensor:
-    """HPSv2's preparation: the longer side at `size`, black borders beside the shorter one."""
+    """HPSv2's preprocessing: resize the longer side to `size`, pad the shorter one with black.
+
+    Unlike the training code of FlowBP's authors, `resize` clamps what overshoots [0, 1], as Pillow does.
+    """
     return pad(resize_long(images, size), size)
 
 

@@ -2,11 +2,11 @@
 #
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""What every reward does to its pictures first: check, resize, crop or pad, normalise. All of it is differentiable.
+"""Differentiable preprocessing that the rewards share: check, resize, crop or pad, normalise.
 
-On 8-bit pictures the results are those of transformers' PIL image processors up to the roundings that these make to
-8 bits after each direction of a resize, which would leave no gradient: at most 1.2 / 255 / std apart on the pictures
-of `tests/rewards/test_reward_preprocessing.py`.
+On 8-bit images the results differ from those of transformers' PIL image processors by at most 1.2 / 255 / std on the
+images of `tests/rewards/test_reward_preprocessing.py`: PIL rounds to 8 bits after each direction of a resize, which
+would leave no gradient.
 """
 
 from collections.abc import Sequence
@@ -15,20 +15,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Mean and standard deviation of the pictures that CLIP was trained on, by channel.
+# Mean and standard deviation of the images that CLIP was trained on, by channel.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def check_images(images: Tensor, prompts: Sequence[str] | None = None) -> None:
-    """Refuses what no reward can score.
+    """Checks what a reward is called with.
 
     Args:
-        images: must be a float tensor (B, 3, H, W) of finite values in [0, 1]; 1e-3 beyond is let pass.
-        prompts: if given, must be a list of B strings.
+        images: a float tensor (B, 3, H, W) of finite values in [0, 1], with a tolerance of 1e-3.
+        prompts: None, or a list of B strings.
 
     Raises:
-        ValueError: in one line.
+        ValueError: images of another shape or dtype, not finite or out of range; other than B prompts.
     """
     if images.ndim != 4 or images.shape[1] != 3 or images.numel() == 0 or not images.is_floating_point():
         raise ValueError(f"images: expected a float tensor (B, 3, H, W), got {tuple(images.shape)} of {images.dtype}.")
@@ -46,15 +46,15 @@ def check_images(images: Tensor, prompts: Sequence[str] | None = None) -> None:
 def resize(images: Tensor, height: int, width: int) -> Tensor:
     """Antialiased bicubic resize of (B, 3, H, W) in [0, 1] to (B, 3, height, width) in [0, 1].
 
-    Like Pillow it goes along one direction after the other, and cuts off after each what overshoots [0, 1]. It is done
-    in float32 or float64, whatever the dtype of the pictures and autocast.
+    Like Pillow it resizes one direction after the other and clamps to [0, 1] after each, so values that overshoot have
+    no gradient. It computes in float32, or float64 for float64 images, whatever autocast says.
     """
     x = images.to(torch.promote_types(images.dtype, torch.float32))
-    rows, columns = images.shape[2:]
-    # The order matters where something is cut off. Pillow 13 goes first along the rows, but along the columns where
-    # these shrink by more than twice as much (pull request 9549 of Pillow).
-    columns_first = rows > height and rows - height > 2 * (columns - width)
-    between = (height, columns) if columns_first else (rows, width)
+    old_height, old_width = images.shape[2:]
+    # The order matters where values are clamped. Pillow 13 resizes the width first, but the height first where it
+    # shrinks by more than twice as much (pull request 9549 of Pillow).
+    height_first = old_height > height and old_height - height > 2 * (old_width - width)
+    between = (height, old_width) if height_first else (old_height, width)
     for size in (between, (height, width)):
         if size != x.shape[2:]:
             x = F.interpolate(x, size, mode="bicubic", align_corners=False, antialias=True)
@@ -77,13 +77,13 @@ def resize_long(images: Tensor, size: int) -> Tensor:
 
 
 def center_crop(images: Tensor, size: int) -> Tensor:
-    """The middle (B, 3, size, size) of pictures with sides of at least `size`; an odd margin is larger at the end."""
+    """The centre (B, 3, size, size) of images with sides of at least `size`; an odd margin is larger at the end."""
     top, left = ((side - size) // 2 for side in images.shape[2:])
     return images[:, :, top : top + size, left : left + size]
 
 
 def pad(images: Tensor, size: int) -> Tensor:
-    """Black borders that make pictures with sides of at most `size` (B, 3, size, size); the last one is the wider."""
+    """Pads sides of at most `size` with black to (B, 3, size, size); an odd margin is larger at the end."""
     height, width = (size - side for side in images.shape[2:])
     return F.pad(images, (width // 2, width - width // 2, height // 2, height - height // 2))
 

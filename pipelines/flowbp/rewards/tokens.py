@@ -2,7 +2,7 @@
 #
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""Prompts to the token ids of a reward's text encoder; those that are too long are cut, counted and warned of."""
+"""Prompts to the token ids of a reward's text encoder. Prompts that are too long are truncated, with a warning."""
 
 import logging
 from collections.abc import Sequence
@@ -23,8 +23,8 @@ class Tokens:
         max_length: the text encoder's context, the special tokens included.
 
     Attributes:
-        truncated: how many prompts were cut so far. A warning says so whenever the number has doubled, so that a
-            long run is not flooded.
+        truncated: how many prompts were truncated so far. A warning appears whenever this has doubled, so that it does
+            not flood a long run.
     """
 
     def __init__(self, reward: str, tokenizer: Any, max_length: int) -> None:
@@ -50,7 +50,7 @@ class Tokens:
         if self.truncated >= max(1, 2 * self._warned):
             self._warned = self.truncated
             logger.warning(
-                "reward %r: %d prompts so far were longer than %d tokens; what follows these is not seen.",
+                "reward %r: %d prompts so far were longer than %d tokens and were truncated.",
                 self.reward,
                 self.truncated,
                 self.max_length,
