@@ -585,7 +585,7 @@ def _check_two_steps(options: Mapping[str, Any]) -> None:
     rule, max_tail = options["step_sampling"], options["max_tail"]
     if max_tail is not None and rule not in ("uniform", "dirichlet"):
         raise ValueError(
-            f"`max_tail` goes with step_sampling uniform or dirichlet, got {max_tail} with {rule}; set it to none."
+            f"`max_tail` needs step_sampling uniform or dirichlet, got {max_tail} with {rule}; set it to none."
         )
     if max_tail == 1 and rule == "dirichlet":
         raise ValueError("`max_tail` must be at least 2 with step_sampling dirichlet (its shortest tail), got 1.")
@@ -602,7 +602,7 @@ def _check_lagrange(options: Mapping[str, Any]) -> None:
     active, kind = options["active_supports"], options["weights"]
     if kind == "adams-bashforth" and active != "start":
         raise ValueError(
-            f"weights adams-bashforth extrapolate from earlier steps and need active_supports=start, got {active}."
+            f"weights adams-bashforth need active_supports=start, got {active}: they extrapolate from earlier steps."
         )
     if active == "none" and options["anchor_lambda"] == 1:
         raise ValueError(

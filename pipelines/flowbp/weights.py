@@ -2,12 +2,12 @@
 #
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""Weights of a leg: how much each supporting velocity counts in the integral over an interval of sigmas.
+"""Weights of a leg: the quadrature rules that integrate the velocity over an interval of sigmas.
 
-A leg goes from step `start` to step `end`; the flow over it is the integral of the velocity in sigma, from
-`sigmas[start]` down to `sigmas[end]`. Each rule here replaces that integral by a weighted sum of the velocities at a
-few support steps. Whatever the rule, the weights sum to `sigmas[end] - sigmas[start]`: a constant velocity is
-integrated exactly. Everything is plain float64: Python numbers in, Python numbers out.
+A leg goes from step `start` to step `end`, and the flow over it is the integral of the velocity over sigma, from
+`sigmas[start]` down to `sigmas[end]`. Each rule replaces this integral by a weighted sum of the velocities at a few
+support steps. The weights of every rule sum to `sigmas[end] - sigmas[start]`, so a constant velocity is integrated
+exactly. All functions take and return Python numbers, computed in float64.
 """
 
 from collections.abc import Sequence
@@ -34,16 +34,17 @@ def step_lengths(sigmas: Sequence[float]) -> list[float]:
 def leg_supports(kind: str, start: int, end: int, order: int) -> tuple[int, ...]:
     """The support steps of the leg `[start, end)`.
 
-    `lagrange` and `uniform` take `order` steps spread evenly over the leg, the left end always among them: positions
-    `linspace(0, end - start - 1, order)` rounded half to even. A leg of fewer than `order` steps is supported by
-    all of its steps. `adams-bashforth` takes the `order` steps that end at `start` (fewer where the rollout begins
-    later).
+    `lagrange` and `uniform` take `order` steps spread evenly over the leg, including its left end: positions
+    `linspace(0, end - start - 1, order)` rounded half to even, as in the reference code
+    (`flowbp/trainers/common/flowbp_lagrange_utils.py`). A leg of fewer than `order` steps is supported by all of them.
+    `adams-bashforth` (in the same file; no config of the reference uses it) takes the `order` steps that end at
+    `start`, or fewer at the start of the rollout.
 
     Args:
         kind: one of `LEG_WEIGHTS`.
         start: first step of the leg, `0 <= start < end`.
         end: step at which the leg arrives, at most N.
-        order: number of supports wanted, at least 1.
+        order: number of supports, at least 1.
 
     Returns:
         Rising steps.
@@ -75,10 +76,10 @@ def leg_weights(
 ) -> tuple[float, ...]:
     """Weights of `supports` in the integral over the leg `[start, end)`.
 
-    `lagrange` and `adams-bashforth` integrate the polynomial in sigma through the supports' velocities (the second
-    extrapolates, as its supports end at the left end); they are exact for polynomials of degree below the number of
-    supports. `uniform` gives each support the same share. One support is the single leap of LeapAlign
-    (arXiv 2604.15311); a leg of one step is an Euler step.
+    `lagrange` and `adams-bashforth` integrate the polynomial in sigma through the supports' velocities and are exact
+    for polynomials of a degree below the number of supports; `adams-bashforth` extrapolates, because its supports end
+    at the leg's left end. `uniform` gives all supports the same weight. With one support a leg is the single leap of
+    LeapAlign (arXiv 2604.15311), and a leg of one step is an Euler step.
 
     Args:
         kind: one of `LEG_WEIGHTS`.
@@ -110,7 +111,7 @@ def leg_weights(
 
 
 def _lagrange_integrals(nodes: Sequence[float], left: float, right: float) -> list[float]:
-    # Nodes are moved to [0, 1] about the leg: powers of small numbers would cancel otherwise.
+    # The leg is mapped to [0, 1], because powers of small numbers cancel.
     length = right - left
     places = (np.asarray(nodes, dtype=np.float64) - left) / length
     weights = []

@@ -414,7 +414,7 @@ def test_bad_values(option: str, value: Any, expected: str):
     ("name", "options", "message"),
     [
         ("flowbp-bridge", {"num_active": 1}, "`num_active` must be at least 2 (both parts), got 1"),
-        ("leapalign", {"step_sampling": "midpoint", "max_tail": 3}, "`max_tail` goes with step_sampling uniform or"),
+        ("leapalign", {"step_sampling": "midpoint", "max_tail": 3}, "`max_tail` needs step_sampling uniform or"),
         ("flowbp-lagrange", {"step_sampling": "midpoint-j"}, "got 10 with midpoint-j; set it to none"),
         ("flowbp-lagrange", {"max_tail": 1}, "must be at least 2 with step_sampling dirichlet"),
         ("flowbp-lagrange", {"weights": "adams-bashforth"}, "need active_supports=start, got midpoint"),
