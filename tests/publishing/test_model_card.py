@@ -33,10 +33,13 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny_pipelines import tiny_klein_pipeline, tiny_ovis_image_pipeline, tiny_wan_22_pipeline, tiny_wan_pipeline
 
-from flowbp.publishing.model_card import code_block, hide_paths, markdown, write_card
-from flowbp.publishing.push import LORA_FILE
+from flowbp.publishing.card_code import INSTALLED_SCRIPTS
+from flowbp.publishing.card_text import code_block, hide_paths, markdown
+from flowbp.publishing.model_card import write_card
+from flowbp.publishing.published_files import LORA_FILE
 from flowbp.publishing.run_info import write_run_json
 
+ROOT = Path(__file__).parents[2]
 HOSTILE = (
     'a "quoted" | pipe, {{ 7 * 7 }} {% raw %} <b>&</b> `code` ``` \\ \n---\nkey: [x]\n# title ünïcödé 猫 \u2028 \x07'
 )
@@ -106,7 +109,7 @@ def make_run(**changes: Any) -> dict[str, Any]:
                 "base": interval(0.281, 0.006),
                 "lora": interval(0.331, 0.006),
                 "difference": interval(0.05, 0.003),
-                "pictures": 128,
+                "images": 128,
             },
             {
                 "name": "pickscore",
@@ -114,7 +117,7 @@ def make_run(**changes: Any) -> dict[str, Any]:
                 "base": interval(21.3, 0.2),
                 "lora": interval(21.1, 0.2),
                 "difference": interval(-0.2, 0.11),
-                "pictures": 128,
+                "images": 128,
             },
         ],
         "alarms": [],
@@ -127,11 +130,11 @@ def make_run(**changes: Any) -> dict[str, Any]:
     return {**run, **changes}
 
 
-def card_of(folder: Path, pictures: bool = True, **changes: Any) -> ModelCard:
+def card_of(folder: Path, images_on_disk: bool = True, **changes: Any) -> ModelCard:
     """The card of a run with these changes, read back as the Hub does."""
     folder.mkdir(exist_ok=True)
     write_run_json(folder / "run.json", make_run(**changes))
-    if pictures:
+    if images_on_disk:
         (folder / "images").mkdir(exist_ok=True)
         for name in ("before_after.png", "images/0_base.png", "images/0_lora.png", "images/1_lora.png"):
             Image.new("RGB", (2, 2)).save(folder / name)
@@ -184,10 +187,10 @@ def test_hostile_prompts(tmp_path: Path) -> None:
     assert headings == [
         "sd35-flowbp",
         "Rewards",
-        "Use",
+        "Usage",
         "Method and settings",
         "Reproduce",
-        "Limits and safety",
+        "Limitations and safety",
         "Citation",
     ]
 
@@ -218,7 +221,7 @@ def test_settings_and_names_are_escaped(tmp_path: Path) -> None:
 def test_rewards_table(tmp_path: Path) -> None:
     """Base, LoRA and difference with intervals; a reward that fell is shown falling."""
     rows = rows_under(card_of(tmp_path), "Rewards")
-    assert rows[0] == ["reward", "role", "pictures", "base", "LoRA", "difference"]
+    assert rows[0] == ["reward", "role", "images", "base", "LoRA", "difference"]
     assert rows[2] == [
         "hpsv2.1",
         "trained",
@@ -231,30 +234,33 @@ def test_rewards_table(tmp_path: Path) -> None:
 
 
 def test_what_is_not_known_is_said(tmp_path: Path) -> None:
-    """No held-out reward, no pictures, no rewards at all, numbers that were not finite, no commit."""
+    """No held-out reward, no images, no rewards at all, numbers that were not finite, no commit."""
     trained = make_run()["rewards"][:1]
-    warning = "do not tell an improvement from reward hacking"
+    warning = "cannot distinguish an improvement from reward hacking"
     assert warning in card_of(tmp_path / "a", rewards=trained).text
     assert warning not in card_of(tmp_path / "b").text
     settings = {**make_run()["settings"], "eval_prompts": None}
     card = card_of(tmp_path / "e", settings=settings)
-    assert "the pictures of validation prompts (the first of the training's own), with 95 % intervals" in card.text
+    assert (
+        "the images of validation prompts (the first of the training's own), with 95 % confidence intervals"
+        in card.text
+    )
     card = card_of(tmp_path / "f", settings={**settings, "validation_prompt": ["a cat"]})
-    assert "the pictures of validation prompts, with 95 % intervals over prompts;\nbase" in card.text
-    assert "the pictures of eval.txt, with 95 % intervals over prompts;\nbase" in card_of(tmp_path / "g").text
+    assert "the images of validation prompts, with 95 % confidence intervals over prompts.\nBase" in card.text
+    assert "the images of eval.txt, with 95 % confidence intervals over prompts.\nBase" in card_of(tmp_path / "g").text
     broken = {"mean": None, "low": None, "high": None}
     card = card_of(tmp_path / "c", rewards=[{**trained[0], "lora": broken, "difference": broken}], git=None)
     assert rows_under(card, "Rewards")[2][4:] == ["– [–, –]", "– [–, –]"] and "model-index" not in card.data.to_dict()
     assert "commit unknown" in card.text
-    card = card_of(tmp_path / "d", pictures=False, rewards=[], hub_model_id=None, skipped_updates=2)
-    assert "None was measured" in card.text and "<Gallery />" not in card.text and "before_after" not in card.text
+    card = card_of(tmp_path / "d", images_on_disk=False, rewards=[], hub_model_id=None, skipped_updates=2)
+    assert "No reward was measured" in card.text and "<Gallery />" not in card.text and "before_after" not in card.text
     assert "widget" not in card.data.to_dict() and "load_lora_weights('d')" in card.text
     assert "not finite: 2." in card.text
 
 
 def test_selection_and_alarms(tmp_path: Path) -> None:
-    """Which LoRA it is, that its number is of the pictures that it was chosen by, and every alarm."""
-    chosen = "chosen by the held-out reward of these same pictures, so that number is somewhat optimistic."
+    """Which LoRA it is, that its number is of the images that it was chosen by, and every alarm."""
+    chosen = "chosen by the held-out reward of these same images, so that number is somewhat optimistic."
     card = card_of(tmp_path / "a")
     assert "LoRA of update 250 of 300, the best by the held-out reward." in card.text and chosen in card.text
     assert "raised no alarm" in card.text
@@ -282,6 +288,31 @@ def test_the_code_to_use(tmp_path: Path) -> None:
         "width": "512",
         "sigmas": "torch.linspace(1, 1 / 25, 25).tolist()",
     }
+
+
+@pytest.mark.parametrize(
+    ("asked", "first", "names"),
+    [
+        ({"resolution": [512, 768]}, {"height": "512", "width": "512"}, ["512 x 512", "768 x 768"]),
+        ({"height": [480, 512], "width": [832]}, {"height": "480", "width": "832"}, ["480 x 832", "512 x 832"]),
+        ({"height": [480], "width": [832]}, {"height": "480", "width": "832"}, ["480 x 832"]),
+        ({"height": 480, "width": 832}, {"height": "480", "width": "832"}, ["480 x 832"]),
+        ({"height": [480, 512]}, {"height": "480"}, ["height 480", "height 512"]),
+        ({}, {}, []),
+    ],
+)
+def test_the_sizes_of_a_run(tmp_path: Path, asked: dict[str, Any], first: dict[str, str], names: list[str]) -> None:
+    """The code has the first, the tables name all of them; the option that was not used is null."""
+    card = card_of(tmp_path, settings=settings_of(**{"resolution": None, "height": None, "width": None, **asked}))
+    code = ast.parse(block(card, "python"))
+    keywords = [node for node in ast.walk(code) if isinstance(node, ast.keyword)]
+    assert {word.arg: ast.unparse(word.value) for word in keywords if word.arg in ("height", "width")} == first
+    summary = dict(rows_under(card, "Method and settings")[2:])
+    assert summary.get("image size (height x width)") == (", ".join(names) or None)
+    sentence = f"several image sizes (height x width: {', '.join(names)}); the code has the first."
+    assert ("several image sizes" in card.text) == (sentence in card.text) == (len(names) > 1)
+    for name, value in asked.items():
+        assert f"\n| {name} | {', '.join(map(str, value)) if isinstance(value, list) else value} |\n" in card.text
 
 
 def test_the_code_to_use_a_video_model(tmp_path: Path) -> None:
@@ -327,7 +358,7 @@ def unique(families: list[Family]) -> dict[str, Family]:
 def test_the_code_fits_every_pipeline(tmp_path: Path, name: str) -> None:
     """Loader, output and task are those of the pipeline's class, where the settings leave frames to the pipeline."""
     pipeline, family = getattr(diffusers, name), unique(FAMILIES)[name]
-    card = card_of(tmp_path, pictures=False, images=[], pipeline_class=name, settings=settings_of())
+    card = card_of(tmp_path, images_on_disk=False, images=[], pipeline_class=name, settings=settings_of())
     assert card.data.to_dict()["pipeline_tag"] == card.data.to_dict()["tags"][0] == f"text-to-{family.output}"
     code = block(card, "python")
     has_loader = hasattr(pipeline, "load_lora_weights")
@@ -355,8 +386,8 @@ def test_the_code_fits_every_pipeline(tmp_path: Path, name: str) -> None:
         ("utils", {}, "text-to-image", "images[0]"),
     ],
 )
-def test_pictures_or_videos(tmp_path: Path, name: str, asked: dict[str, Any], task: str, output: str) -> None:
-    """A video model that was asked for one frame makes pictures, in its own output."""
+def test_images_or_videos(tmp_path: Path, name: str, asked: dict[str, Any], task: str, output: str) -> None:
+    """A video model that was asked for one frame makes images, in its own output."""
     card = card_of(tmp_path, pipeline_class=name, settings=settings_of(**asked))
     assert card.data.to_dict()["pipeline_tag"] == task
     code = block(card, "python")
@@ -370,7 +401,7 @@ def test_pictures_or_videos(tmp_path: Path, name: str, asked: dict[str, Any], ta
         (tiny_ovis_image_pipeline, None, {"height": 8, "width": 8, "max_sequence_length": 136}),
         (tiny_wan_pipeline, "transformer", {"height": 16, "width": 16, "max_sequence_length": 16}),
         (tiny_wan_22_pipeline, "transformer_2", {"height": 16, "width": 16, "num_frames": 1}),
-        # The first argument of its call is a picture.
+        # The first argument of its call is an image.
         (tiny_klein_pipeline, "transformer", {"height": 8, "width": 8, "max_sequence_length": 16}),
     ],
 )
@@ -381,7 +412,7 @@ def test_the_code_runs(
     component: str | None,
     call: dict[str, Any],
 ) -> None:
-    """As a user has it, but for the device: the LoRA is in its component, and a picture or video comes out."""
+    """As a user has it, but for the device: the LoRA is in its component, and an image or video comes out."""
     pipe, trained = build(), component or "transformer"
     pipe.save_pretrained(tmp_path / "base")
     transformer = getattr(pipe, trained)
@@ -394,7 +425,7 @@ def test_the_code_runs(
     )
     card = card_of(
         tmp_path / "run",
-        pictures=False,
+        images_on_disk=False,
         base_model=str(tmp_path / "base"),
         pipeline_class=type(pipe).__name__,
         settings=settings_of(lora_component=component, pipeline_arguments=call),
@@ -422,10 +453,25 @@ def test_the_command_to_reproduce(tmp_path: Path) -> None:
     """The run's own, without what publishes and with paths shortened."""
     command = block(card_of(tmp_path), "bash").replace(" \\\n", " ")
     assert shlex.split(command) == [
-        *["accelerate", "launch", "--num_processes", "2", "--mixed_precision", "bf16", "training/train_flowbp_sd3.py"],
+        *["accelerate", "launch", "--num_processes", "2", "--mixed_precision", "bf16"],
+        *["-m", "flowbp.scripts.train_flowbp_sd3"],
         *["--config", "training/recipes/sd3_flowbp_lagrange.yaml", "--reward", "hpsv2.1"],
         *["--reward_model_path", "hpsv2.1=hps", "--prompts=my prompts.txt", "--output_dir", "sd35-flowbp"],
     ]
+
+
+def test_the_command_of_every_script(tmp_path: Path) -> None:
+    """Ours are modules that pip installs; a script of the user's own is a file."""
+    scripts = {path.stem for path in (ROOT / "training").glob("train_*.py")}
+    assert scripts == set(INSTALLED_SCRIPTS)
+    for script, words in (
+        {name: ["-m", f"flowbp.scripts.{name}"] for name in scripts} | {"mine": ["mine.py"]}
+    ).items():
+        run = make_run()
+        hardware, settings = {**run["hardware"], "processes": 1}, settings_of()
+        changes = {"command": [], "hardware": hardware, "settings": settings}
+        card = card_of(tmp_path, script=f"/home/alice/{script}.py", **changes)
+        assert shlex.split(block(card, "bash")) == ["accelerate", "launch", *words]
 
 
 @pytest.mark.parametrize("words", [["--resume_from_checkpoint", "latest"], ["--resume_from_checkpoint=latest"]])
@@ -461,7 +507,7 @@ def test_no_path_of_this_machine(tmp_path: Path) -> None:
         assert trace not in card.content, trace
     data = card.data.to_dict()
     assert "base_model" not in data and "base_model_relation" not in data and data["license"] == "apache-2.0"
-    assert "A LoRA of my-base," in card.text and "from_pretrained('my-base', " in card.text
+    assert "A LoRA for my-base," in card.text and "from_pretrained('my-base', " in card.text
     assert "text_encoder_3=None" in card.text and "applies: apache-2.0." in card.text
 
 
@@ -513,7 +559,7 @@ def test_a_secret_does_not_reach_the_card(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_links_are_not_shown_and_not_followed(tmp_path: Path) -> None:
-    """A picture that is a link is not in the gallery; README.md that is one is replaced."""
+    """An image that is a link is not in the gallery; README.md that is one is replaced."""
     outside = tmp_path / "outside.png"
     Image.new("RGB", (2, 2)).save(outside)
     out = tmp_path / "out"

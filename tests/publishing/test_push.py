@@ -21,7 +21,8 @@ from loopback_hub import GOOD_TOKEN, PUSH_ENDPOINTS, USER, LoopbackHub, loopback
 from PIL import Image
 from safetensors.numpy import save_file
 
-from flowbp.publishing.push import LORA_FILE, PushError, allowed_files, main, push_folder
+from flowbp.publishing.published_files import LORA_FILE, allowed_files
+from flowbp.publishing.push import PushError, main, push_folder
 
 CANARY = "hf_canaryOfTheTests0123456789"
 REPO = f"{USER}/repo"
@@ -227,6 +228,14 @@ def test_bad_and_missing_tokens(hub: LoopbackHub, output: Path) -> None:
     assert hub.counts["create"] == 1 and hub.repositories == {}
 
 
+def test_pushing_starts_quickly() -> None:
+    """Without the seconds that torch and diffusers take; and the card does not depend on the push."""
+    for module, absent in (("push", ["torch", "diffusers"]), ("model_card", ["flowbp.publishing.push"])):
+        code = f"import sys, flowbp.publishing.{module}; print(*(set({absent}) & set(sys.modules)))"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+        assert done.stdout == "\n", module
+
+
 def test_bad_command_lines(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One line, exit code 2."""
     broken = output.parent / "broken"
@@ -292,7 +301,7 @@ def check_refusal(output: Path, text: str, repo_id: str = REPO) -> None:
 
 
 def test_files_that_are_not_what_they_are_called(output: Path) -> None:
-    """A pickle named like weights, a text named like a picture, weights that are a link: refused by name."""
+    """A pickle named like weights, a text named like an image, weights that are a link: refused by name."""
     weights = (output / LORA_FILE).read_bytes()
     for data in (b"\x80\x04K\x01.", b"", weights[:40], weights[:-1]):
         (output / LORA_FILE).write_bytes(data)

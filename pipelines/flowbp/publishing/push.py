@@ -2,19 +2,17 @@
 #
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""Publish a run's LoRA on the Hugging Face Hub: the files of a list and nothing else, with patience.
+"""Publish a run's LoRA on the Hugging Face Hub: the files on a list and nothing else; temporary failures are retried.
 
     python -m flowbp.publishing.push OUTPUT_DIR
 
-pushes what a run left, as `--push_to_hub` does at its end. The token is the client's own (`hf auth login`) or
+pushes the results of a run, as `--push_to_hub` does at its end. The token is the client's own (`hf auth login`) or
 HF_TOKEN; there is no option for it, because command lines are logged.
 """
 
 import argparse
 import json
-import re
 import shlex
-import stat
 import sys
 import time
 from collections.abc import Callable
@@ -29,13 +27,8 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
-from .run_info import one_line, redact_text, write_run_json
-
-LORA_FILE = "pytorch_lora_weights.safetensors"
-TEXT_FILES = ("README.md", "run.json")
-PUSHED_FILES = (*TEXT_FILES, LORA_FILE, "before_after.png", "reward_curve.png")
-PUSHED_IMAGES = re.compile(r"[0-9]+_(?:base|lora)\.png")
-"""Names in the folder `images`."""
+from .published_files import LORA_FILE, TEXT_FILES, allowed_files
+from .run_info import one_line, redact_text
 
 TRIES = 6
 FIRST_WAIT = 2.0
@@ -49,7 +42,7 @@ Answer = TypeVar("Answer")
 
 
 class PushError(RuntimeError):
-    """Nothing or not everything was published; the message is one line and says how to do it later."""
+    """Publishing failed, in part or completely; the message is one line and says how to do it later."""
 
 
 def _chain(error: BaseException | None) -> list[BaseException]:
@@ -73,7 +66,7 @@ def _status(error: BaseException) -> int | None:
 
 
 def _is_temporary(error: BaseException) -> bool:
-    """Whether the same request may succeed later: no answer, too many requests, or a fault of the server."""
+    """Whether the same request may succeed later: no answer, too many requests, or an error of the server."""
     status = _status(error)
     if status is not None:
         return status in (408, 429) or status >= 500
@@ -101,7 +94,7 @@ def with_retries(call: Callable[[], Answer], tries: int = TRIES, first_wait: flo
         first_wait: seconds before the second try, doubled for each further one; longer where the Hub asks for it.
 
     Raises:
-        Exception: of the last try; at once for failures that stay (401, 403, 404, ...), and where the Hub asks for
+        Exception: of the last try; at once for permanent failures (401, 403, 404, ...), and where the Hub asks for
             more than `LONGEST_WAIT` seconds in all.
     """
     waited = 0.0
@@ -130,7 +123,7 @@ def _explain(error: BaseException, repo_id: str) -> str:
 
 
 def _check_login(repo_id: str) -> None:
-    """Raise ValueError for a name or a token that cannot work, without a request."""
+    """Raise ValueError for a name or a token that cannot work, without sending a request."""
     try:
         validate_repo_id(repo_id)
     except ValueError as error:
@@ -140,7 +133,7 @@ def _check_login(repo_id: str) -> None:
 
 
 def check_access(repo_id: str, tries: int = TRIES, first_wait: float = FIRST_WAIT) -> str:
-    """Make sure, before a training, that its result can be pushed; creates the repository where there is none.
+    """Check, before a training, that its result can be pushed; creates the repository if it does not exist.
 
     Args:
         repo_id: `user/name`, or a name in the account of the token.
@@ -158,42 +151,21 @@ def check_access(repo_id: str, tries: int = TRIES, first_wait: float = FIRST_WAI
         repo_id = with_retries(lambda: api.create_repo(repo_id, exist_ok=True), tries, first_wait).repo_id
     except Exception as error:
         raise ValueError(f"--push_to_hub: {_explain(error, repo_id)}") from None
-    # A token that may only read passes the creation of a repository that exists.
+    # Creating a repository that exists succeeds with a read-only token too.
     try:
         with_retries(lambda: api.auth_check(repo_id, write=True), tries, first_wait)
     except HTTPError as error:
-        # Other answers say nothing: not every server of this protocol has this check.
+        # Other answers decide nothing: not every server of this protocol has this check.
         if _status(error) in (401, 403) or _is_temporary(error):
             raise ValueError(f"--push_to_hub: {_explain(error, repo_id)}") from None
     return repo_id
 
 
-def _is_own(path: Path, kind: Callable[[int], bool]) -> bool:
-    """Whether `path` itself, not what a link there points to, is of this kind."""
-    try:
-        return kind(path.lstat().st_mode)
-    except OSError:
-        return False
-
-
-def allowed_files(output_dir: Path) -> list[Path]:
-    """The files that may be published: those of the list that are regular files of the folder itself.
-
-    Args:
-        output_dir: the run's folder. Links in it, `images` included, are passed over, wherever they point.
-    """
-    found = [output_dir / name for name in PUSHED_FILES]
-    images = output_dir / "images"
-    if _is_own(images, stat.S_ISDIR):
-        found += sorted(path for path in images.iterdir() if PUSHED_IMAGES.fullmatch(path.name))
-    return [path for path in found if _is_own(path, stat.S_ISREG)]
-
-
 def _operation(path: Path, output_dir: Path) -> CommitOperationAdd:
-    """A file as the commit takes it, after a look at its content.
+    """A file as the commit takes it, after its content was checked.
 
     Raises:
-        ValueError: naming the file, where it holds a secret or something else than its name says.
+        ValueError: naming the file, if it holds a secret or its content does not fit its name.
     """
     name = path.relative_to(output_dir).as_posix()
     if name == LORA_FILE:
@@ -210,25 +182,25 @@ def _operation(path: Path, output_dir: Path) -> CommitOperationAdd:
             raise ValueError(f"{name} is not a PNG file.")
     if redact_text(text) != text and (content is None or name in TEXT_FILES):
         raise ValueError(f"{name} holds a secret (a token or password); remove it from the file.")
-    # What was looked at is what is sent; weights are large and stay on disk.
+    # The bytes that were checked are sent; weights are large and stay on disk.
     return CommitOperationAdd(path_in_repo=name, path_or_fileobj=path if content is None else content)
 
 
 def push_folder(output_dir: Path, repo_id: str, tries: int = TRIES, first_wait: float = FIRST_WAIT) -> str:
-    """Push the files of `allowed_files` in one commit; none is made where the Hub has them all already.
+    """Push the files of `allowed_files` in one commit; no commit is made if the Hub has all of them.
 
-    A commit whose answer was lost but which landed is found by the next try, which then has nothing to do.
+    If a commit succeeds but its answer is lost, the next try finds it and has nothing to do.
 
     Args:
         output_dir: the run's folder.
-        repo_id: `user/name`, or a name in the account of the token; created where there is none.
+        repo_id: `user/name`, or a name in the account of the token; created if it does not exist.
         tries, first_wait: of each request, see `with_retries`.
 
     Returns:
         The repository's address.
 
     Raises:
-        PushError: where it failed for good. The files are kept.
+        PushError: if it failed for good. The files are kept.
     """
     later = f"python -m flowbp.publishing.push {shlex.quote(str(output_dir))} --hub_model_id {shlex.quote(repo_id)}"
     try:
@@ -257,31 +229,6 @@ def push_folder(output_dir: Path, repo_id: str, tries: int = TRIES, first_wait: 
     return str(repository)
 
 
-def name_repository(output_dir: Path, repo_id: str) -> None:
-    """Name a repository in `run.json` and in the card, which says how to load the LoRA from it.
-
-    A card that is not as the training wrote it was edited: it stays, and a line says so.
-
-    Args:
-        output_dir: the run's folder, with `run.json`.
-        repo_id: `user/name`.
-    """
-    # Seconds of import that most pushes do not need.
-    from .model_card import make_card, write_card
-
-    card, record = output_dir / "README.md", output_dir / "run.json"
-    try:
-        is_own = not card.exists() or card.read_text(encoding="utf-8") == make_card(output_dir)
-    except (KeyError, TypeError, ValueError):
-        # Of a record that is not as the training wrote it no card can be made.
-        is_own = False
-    write_run_json(record, {**json.loads(record.read_text(encoding="utf-8")), "hub_model_id": repo_id})
-    if is_own:
-        write_card(output_dir)
-    else:
-        print(f"{card} was edited and stays as it is; make it name {repo_id}.", file=sys.stderr)
-
-
 def main(argv: list[str] | None = None) -> None:
     """`python -m flowbp.publishing.push`."""
     parser = argparse.ArgumentParser(prog="python -m flowbp.publishing.push", description=__doc__.partition("\n")[0])
@@ -289,7 +236,7 @@ def main(argv: list[str] | None = None) -> None:
     add("output_dir", type=Path, help="Folder of a run.")
     add("--hub_model_id", help="Repository. Default: the one of the run, or the folder's name.")
     add("--tries", type=int, default=TRIES, help="How often each request is tried.")
-    add("--first_wait", type=float, default=FIRST_WAIT, help="Seconds before the second try; then doubled each time.")
+    add("--first_wait", type=float, default=FIRST_WAIT, help="Seconds before the second try, then doubled each time.")
 
     def error(message: str) -> None:
         # One line; argparse's own prints the usage first.
@@ -298,9 +245,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.error = error
     args = parser.parse_args(argv)
     if args.tries < 1 or not args.first_wait >= 0:
-        parser.error("--tries must be at least 1 and --first_wait not negative")
+        parser.error(
+            f"--tries must be at least 1 and --first_wait not negative, got {args.tries} and {args.first_wait:g}"
+        )
     if not args.output_dir.is_dir():
-        parser.error(f"{args.output_dir} is no folder; give the --output_dir of a run")
+        parser.error(f"{args.output_dir} is not a folder; give the --output_dir of a run")
     record = args.output_dir / "run.json"
     try:
         of_run = json.loads(record.read_text(encoding="utf-8"))["hub_model_id"] if record.exists() else None
@@ -313,6 +262,9 @@ def main(argv: list[str] | None = None) -> None:
         if record.exists() and repo_id != of_run:
             repo_id = check_access(repo_id, args.tries, args.first_wait)
             if repo_id != of_run:
+                # Here, because it imports diffusers: seconds that most pushes do not need.
+                from .model_card import name_repository
+
                 name_repository(args.output_dir, repo_id)
         print(push_folder(args.output_dir, repo_id, args.tries, args.first_wait))
     except (ValueError, OSError, PushError) as failure:

@@ -1,0 +1,171 @@
+# Copyright 2026 The FlowBP for diffusers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""The code in a model card: Python that loads the LoRA and samples, and the command that repeats the training.
+
+Everything is read from `run`, the content of a run's `run.json`.
+"""
+
+import inspect
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import diffusers
+from diffusers import DiffusionPipeline
+
+from .card_text import code_block, last_part
+from .published_files import LORA_FILE
+
+# Options that are arguments of the pipeline's call under the same name; height and width are added for each size.
+CALL = "num_frames num_inference_steps guidance_scale max_sequence_length".split()
+# What pipelines that make videos call the number of frames.
+FRAMES = ("num_frames", "frames")
+# Pipelines whose output has another name than `images` for images.
+IMAGE_OUTPUTS = {"Kandinsky5T2IPipeline": "image"}
+DTYPES = {"no": "torch.float32", "fp16": "torch.float16", "bf16": "torch.bfloat16"}
+# Scripts that are installed as modules of `flowbp.scripts`.
+INSTALLED_SCRIPTS = ("train_flowbp", "train_flowbp_flux", "train_flowbp_flux2", "train_flowbp_sd3")
+# Options that publish a run, or need its checkpoints.
+NOT_REPRODUCED = ("--push_to_hub", "--hub_model_id", "--resume_from_checkpoint")
+
+
+def _pipeline(run: Mapping[str, Any]) -> type[DiffusionPipeline] | None:
+    """The pipeline's class; None where this diffusers has none of that name."""
+    found = getattr(diffusers, run["pipeline_class"], None)
+    return found if isinstance(found, type) and issubclass(found, DiffusionPipeline) else None
+
+
+def _number_of_frames(run: Mapping[str, Any]) -> int | None:
+    """How many frames the run asked for; None for the pipeline's default."""
+    call = run["settings"] | (run["settings"].get("pipeline_arguments") or {})
+    return next((call[name] for name in FRAMES if call.get(name) is not None), None)
+
+
+def _has_frames(run: Mapping[str, Any]) -> bool:
+    """Whether the pipeline returns frames, even a single one; for an unknown class, whether several were asked for."""
+    pipeline = _pipeline(run)
+    if pipeline is None:
+        return (_number_of_frames(run) or 1) > 1
+    return any(name in inspect.signature(pipeline.__call__).parameters for name in FRAMES)
+
+
+def makes_videos(run: Mapping[str, Any]) -> bool:
+    """Whether the run's pipeline makes videos of several frames."""
+    return _has_frames(run) and _number_of_frames(run) != 1
+
+
+def has_lora_loader(run: Mapping[str, Any]) -> bool:
+    """Whether `load_lora_weights` loads the file: it loads into `transformer` only, and not all pipelines have it."""
+    pipeline = _pipeline(run)
+    is_main = run["settings"].get("lora_component") in (None, "transformer")
+    return is_main and (pipeline is None or hasattr(pipeline, "load_lora_weights"))
+
+
+def missing_components(base_model: str) -> list[str]:
+    """Components that a local pipeline was saved without, which `from_pretrained` must be told."""
+    try:
+        index = json.loads((Path(base_model).expanduser() / "model_index.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    return [name for name, spec in index.items() if spec == [None, None]]
+
+
+def sizes(settings: Mapping[str, Any]) -> list[dict[str, int]]:
+    """The sizes of the run's images in pixels, each as the arguments `height` and `width` of the pipeline's call.
+
+    Args:
+        settings: of the run. `resolution` (a square), or `height` and `width`: a number or a list, None or absent for
+            the pipeline's default. A single height goes with all widths, and the reverse.
+
+    Returns:
+        In the order of the settings; empty where the run left the size to the pipeline.
+    """
+    if settings.get("resolution") is not None:
+        given = dict.fromkeys(("height", "width"), settings["resolution"])
+    else:
+        given = {name: settings[name] for name in ("height", "width") if settings.get(name) is not None}
+    values = {name: value if isinstance(value, list) else [value] for name, value in given.items()}
+    count = max(map(len, values.values()), default=0)
+    return [{name: value[number % len(value)] for name, value in values.items()} for number in range(count)]
+
+
+def _call_words(settings: Mapping[str, Any]) -> list[str]:
+    """The arguments of the pipeline's call other than the prompt, as Python; of several sizes the first."""
+    call: dict[str, Any] = {name: settings[name] for name in CALL if settings.get(name) is not None}
+    call |= next(iter(sizes(settings)), {})
+    if (settings.get("true_cfg_scale") or 1) > 1:
+        call["true_cfg_scale"] = settings["true_cfg_scale"]
+    if settings.get("negative_prompt"):
+        call["negative_prompt"] = settings["negative_prompt"]
+    call |= settings.get("pipeline_arguments") or {}
+    words = [f"{name}={value!r}" for name, value in call.items()]
+    if settings.get("sigmas") == "linear":
+        steps = settings["num_inference_steps"]
+        words.append(f"sigmas=torch.linspace(1, 1 / {steps}, {steps}).tolist()")
+    return words
+
+
+def usage_code(run: Mapping[str, Any], missing: Sequence[str], lora: str, prompt: str) -> str:
+    """A block of Python that loads base model and LoRA and samples with the training's settings.
+
+    Args:
+        run: of `run.json`.
+        missing: of `missing_components`.
+        lora: the LoRA's repository or folder.
+        prompt: any text.
+    """
+    settings = run["settings"]
+    loading = [f"dtype={DTYPES.get(settings.get('mixed_precision') or 'no', 'torch.float32')}"]
+    loading += [f"{name}={settings[name]!r}" for name in ("revision", "variant") if settings.get(name)]
+    loading += [f"{name}=None" for name in missing]
+    load = f"load_lora_weights({lora!r})"
+    if not has_lora_loader(run):
+        component = settings.get("lora_component") or "transformer"
+        load = f'{component}.load_lora_adapter({lora!r}, weight_name="{LORA_FILE}")'
+    shift = settings.get("flow_shift")
+    video = makes_videos(run)
+    output = "frames" if _has_frames(run) else IMAGE_OUTPUTS.get(run["pipeline_class"], "images")
+    # Of a video of one frame, the frame.
+    first = f"{output}[0][0]" if output == "frames" and not video else f"{output}[0]"
+    lines = [
+        "import torch",
+        f"from diffusers import DiffusionPipeline{'' if shift is None else ', FlowMatchEulerDiscreteScheduler'}",
+        "",
+        f"pipe = DiffusionPipeline.from_pretrained({run['base_model']!r}, {', '.join(loading)})",
+        f"pipe.{load}",
+        *([] if shift is None else [f"pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift={shift!r})"]),
+        'pipe.to("cuda")',
+        f"prompt = {prompt!r}",
+        f"{'video' if video else 'image'} = pipe(",
+        # By name: the first argument of some pipelines is an image.
+        *(f"    {word}," for word in ["prompt=prompt", *_call_words(settings)]),
+        f").{first}",
+    ]
+    return code_block("python", "\n".join(lines))
+
+
+def training_command(run: Mapping[str, Any]) -> str:
+    """A block with the command of the training, one option per line, without `NOT_REPRODUCED`."""
+    words = [str(word) for word in run["command"]]
+    if words and words[0].endswith(".py"):
+        words = words[1:]
+    lines: list[list[str]] = [["accelerate", "launch"]]
+    processes = run["hardware"]["processes"]
+    lines[0] += ["--num_processes", str(processes)] if processes > 1 else []
+    precision = run["settings"].get("mixed_precision", "no")
+    if precision != "no" and not any(word.partition("=")[0] == "--mixed_precision" for word in words):
+        # It may come from the user's own configuration of accelerate, which other machines do not have.
+        lines[0] += ["--mixed_precision", precision]
+    script = last_part(run["script"])
+    module = script.removesuffix(".py")
+    lines[0] += ["-m", f"flowbp.scripts.{module}"] if module in INSTALLED_SCRIPTS else [script]
+    for word in words:
+        if word.startswith("--") or len(lines) == 1:
+            lines.append([])
+        lines[-1].append(word)
+    kept = [line for line in lines if line[0].partition("=")[0] not in NOT_REPRODUCED]
+    return code_block("bash", " \\\n    ".join(shlex.join(line) for line in kept))
