@@ -206,8 +206,7 @@ def test_long_prompts_are_cut_counted_and_warned_of(folders, caplog):
     assert torch.equal(first, same)  # nothing of what follows the context counts
     assert reward.tokens.truncated == 2
     assert [record.getMessage() for record in caplog.records] == [
-        f"reward 'clip': {count} prompts so far were longer than 16 tokens and were truncated."
-        for count in (1, 2)
+        f"reward 'clip': {count} prompts so far were longer than 16 tokens and were truncated." for count in (1, 2)
     ]
     with caplog.at_level(logging.WARNING, "flowbp"):
         reward(images, PROMPTS)  # 3: has not doubled

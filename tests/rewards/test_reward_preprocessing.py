@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.cbook import get_sample_data
 from PIL import Image
 from safetensors.torch import load_file
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
@@ -77,6 +78,28 @@ def test_agrees_with_openclip_s_own_transform():
         picture = golden[f"picture{number}"]
         ours = normalize(crop_long(picture[None].float() / 255, 16))[0]
         assert ((ours - golden[f"pixels{number}"]) * STD * 255).abs().max() < 1.2
+
+
+def test_what_clamping_changes_of_a_gradient():
+    """The numbers in docs/rewards.md: gradients through `hpsv2.1`'s preprocessing with and without clamping.
+
+    The paper's training code resizes with torchvision, which does not clamp. Pixels at 0 or 1 are left out: pipelines
+    clamp their images themselves, so that these have no gradient in either case.
+    """
+    with get_sample_data("grace_hopper.jpg") as file, Image.open(file) as picture:
+        side = min(picture.size)
+        square = picture.convert("RGB").crop((0, 0, side, side)).resize((512, 512), Image.Resampling.LANCZOS)
+    photograph = to_tensor(square)
+    differences = []
+    for contrast in (0.8, 1, 2):
+        image = ((photograph - 0.5) * contrast + 0.5).clamp(0, 1).requires_grad_()
+        plain = torch.nn.functional.interpolate(image, (224, 224), mode="bicubic", antialias=True)
+        upstream = torch.randn(plain.shape, generator=torch.Generator().manual_seed(0))
+        ours, theirs = (torch.autograd.grad(resized, image, upstream)[0] for resized in (crop_long(image, 224), plain))
+        is_unclamped = (image > 0) & (image < 1)
+        differences.append(((ours - theirs)[is_unclamped].norm() / theirs[is_unclamped].norm()).item())
+    print([round(difference, 3) for difference in differences])
+    assert differences == pytest.approx([0, 0.042, 0.093], rel=0.2, abs=1e-5)
 
 
 def test_what_needs_no_resize_is_left_as_it_is():
