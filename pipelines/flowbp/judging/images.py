@@ -71,7 +71,7 @@ def frames(images: torch.Tensor, prompts: Sequence[str]) -> tuple[torch.Tensor, 
     return images.flatten(0, 1), [prompt for prompt in prompts for _ in range(images.shape[1])]
 
 
-def score_pictures(
+def score_images(
     reward: Callable[[torch.Tensor, Sequence[str]], torch.Tensor], images: torch.Tensor, prompts: Sequence[str]
 ) -> torch.Tensor:
     """Rewards of pictures, of videos the mean over the frames.
@@ -92,16 +92,17 @@ def score_pictures(
 
 
 @torch.no_grad()
-def draw_pictures(
+def draw_images(
     accelerator: Accelerator,
     transformer: torch.nn.Module,
     prompts: Sequence[str],
     noise: Callable[[int], torch.Generator],
     count: int,
-    sample: Callable[[str, torch.Generator], torch.Tensor],
+    sample: Callable[[int, torch.Generator], torch.Tensor],
     rewards: Mapping[str, torch.nn.Module],
+    advance: Callable[[int], object] = lambda count: None,
 ) -> Drawn:
-    """Draw `count` pictures of each prompt, one at a time, so that nothing depends on batches or processes.
+    """Draw `count` images of each prompt, one at a time, so that nothing depends on batches or processes.
 
     All processes draw equally many, because a sharded transformer is called by all of them together: where prompts run
     out they repeat the last one, which is not counted.
@@ -112,8 +113,10 @@ def draw_pictures(
         prompts: P prompts.
         noise: generator of the picture with this number, from 0 to P * count - 1.
         count: pictures of a prompt.
-        sample: `sample(prompt, generator) -> (1, 3, H, W)` or `(1, F, 3, H, W)`, the pipeline's own sampling.
+        sample: `sample(place of the prompt, generator) -> (1, 3, H, W)` or `(1, F, 3, H, W)`, the pipeline's own
+            sampling.
         rewards: by name.
+        advance: is told how many images all processes together have made since the last time.
     """
     mine = []
     of_all = math.ceil(len(prompts) / accelerator.num_processes)
@@ -121,10 +124,12 @@ def draw_pictures(
         place = turn * accelerator.num_processes + accelerator.process_index
         number = min(place, len(prompts) - 1)
         with VelocityMeter(transformer) as velocities:
-            pictures = [sample(prompts[number], noise(number * count + index)) for index in range(count)]
+            pictures = [sample(number, noise(number * count + index)) for index in range(count)]
         if place == number:
             measured = _measure(torch.cat(pictures), prompts[number], rewards)
             mine.append((place, {**measured, "velocity_norm": velocities.mean()}))
+        done = min((turn + 1) * accelerator.num_processes, len(prompts)) - turn * accelerator.num_processes
+        advance(done * count)
     found = [each for _, each in sorted(gather_object(mine), key=lambda entry: entry[0])]
 
     def mean(name: str) -> float:
@@ -151,7 +156,7 @@ def _measure(images: torch.Tensor, prompt: str, rewards: Mapping[str, torch.nn.M
         for image in images.split(1):
             # Rewards refuse what is not finite; training skips it and goes on, and so does this.
             is_finite = bool(image.isfinite().all())
-            of_reward[name].append(score_pictures(reward, image, [prompt]).item() if is_finite else math.nan)
+            of_reward[name].append(score_images(reward, image, [prompt]).item() if is_finite else math.nan)
             for part in parts:
                 of_reward[part].append(reward.last_scores[part].mean().item() if is_finite else math.nan)
         # A part that is also the held-out reward keeps one entry; both are the same number.
