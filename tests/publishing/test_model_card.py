@@ -464,13 +464,11 @@ def test_the_command_of_every_script(tmp_path: Path) -> None:
     """Ours are modules that pip installs; a script of the user's own is a file."""
     scripts = {path.stem for path in (ROOT / "training").glob("train_*.py")}
     assert scripts == set(INSTALLED_SCRIPTS)
-    for script, words in (
-        {name: ["-m", f"flowbp.scripts.{name}"] for name in scripts} | {"mine": ["mine.py"]}
-    ).items():
-        run = make_run()
-        hardware, settings = {**run["hardware"], "processes": 1}, settings_of()
-        changes = {"command": [], "hardware": hardware, "settings": settings}
-        card = card_of(tmp_path, script=f"/home/alice/{script}.py", **changes)
+    hardware = {**make_run()["hardware"], "processes": 1}
+    started_as = {name: ["-m", f"flowbp.scripts.{name}"] for name in scripts}
+    for name, words in {**started_as, "mine": ["mine.py"]}.items():
+        script = f"/home/alice/{name}.py"
+        card = card_of(tmp_path, script=script, command=[script], hardware=hardware, settings=settings_of())
         assert shlex.split(block(card, "bash")) == ["accelerate", "launch", *words]
 
 

@@ -21,11 +21,13 @@ from safetensors.torch import load_file, save_file
 from tiny_sd3 import add_random_lora, draw, save_random_lora, tiny_sd3_pipeline
 from training_scripts import command_line
 
-from flowbp.publishing.push import LORA_FILE
+from flowbp.publishing.published_files import LORA_FILE
 
 ROOT = Path(__file__).parents[2]
 RANK = 3
-EXPORT = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "loading.md").read_text(encoding="utf-8"), re.DOTALL)[1]
+*_, FUSING, EXPORT = re.findall(
+    r"```python\n(.*?)```", (ROOT / "docs" / "loading.md").read_text(encoding="utf-8"), re.DOTALL
+)
 
 
 def base() -> StableDiffusion3Pipeline:
@@ -115,31 +117,45 @@ def test_a_run_that_is_pushed_later_says_how_to_load_it_from_there(
         assert card.endswith("Mine.\n") and "README.md was edited and stays as it is; make it name team/third." in said
 
 
-def test_fuse_and_unload(lora: Path) -> None:
-    """Fused weights draw the same up to float32 rounding; unfused or unloaded the base model is back."""
+def largest_change(pipe: StableDiffusion3Pipeline, plain: StableDiffusion3Pipeline) -> float:
+    """The largest difference of two transformers' weights, which have the same names."""
+    weights, expected = pipe.transformer.state_dict(), plain.transformer.state_dict()
+    assert weights.keys() == expected.keys()
+    return max((weights[name] - tensor).abs().max().item() for name, tensor in expected.items())
+
+
+def test_fusing_as_the_document_says(lora: Path) -> None:
+    """Fused weights draw the same and the document's last lines restore the base model, up to float32 rounding."""
+    steps = [line.replace('"my-lora"', repr(str(lora))) for line in FUSING.splitlines()]
+    assert [step.partition("(")[0] for step in steps] == [
+        *["pipe.load_lora_weights", "pipe.fuse_lora", "pipe.unfuse_lora", "pipe.unload_lora_weights"]
+    ]
+    plain, pipe = base(), base()
+    images = []
+    for step in steps:
+        exec(step, {"pipe": pipe})
+        images.append(draw(pipe))
+    loaded, fused, unfused, unloaded = images
+    assert (loaded - draw(plain)).abs().max() > 0.1
+    for drawn, expected in ((fused, loaded), (unfused, loaded), (unloaded, draw(plain))):
+        torch.testing.assert_close(drawn, expected, rtol=1e-4, atol=1e-5)
+    assert not hasattr(pipe.transformer, "peft_config") and largest_change(pipe, plain) < 2e-7
+
+    # What the document warns of: unloading alone leaves the LoRA in the weights, where nothing can remove it.
+    pipe = base()
+    for step in steps:
+        if "unfuse" not in step:
+            exec(step, {"pipe": pipe})
+    assert not hasattr(pipe.transformer, "peft_config") and largest_change(pipe, plain) > 0.1
+    torch.testing.assert_close(draw(pipe), fused, rtol=1e-4, atol=1e-5)
+
+
+def test_unloading_without_fusing(lora: Path) -> None:
+    """Restores the base model bit for bit."""
     plain, pipe = base(), base()
     pipe.load_lora_weights(lora)
-    expected = draw(pipe)
-    pipe.fuse_lora()
-    torch.testing.assert_close(draw(pipe), expected, rtol=1e-4, atol=1e-5)
-    pipe.unfuse_lora()
-    pipe.disable_lora()
-    torch.testing.assert_close(draw(pipe), draw(plain), rtol=1e-4, atol=1e-5)
-    pipe.enable_lora()
-    pipe.fuse_lora()
     pipe.unload_lora_weights()
-    # The LoRA is in the weights now, not beside them.
-    assert not hasattr(pipe.transformer, "peft_config")
-    torch.testing.assert_close(draw(pipe), expected, rtol=1e-4, atol=1e-5)
-
-    # Without fusing, unloading leaves no trace at all.
-    pipe = base()
-    pipe.load_lora_weights(lora)
-    pipe.unload_lora_weights()
-    weights = pipe.transformer.state_dict()
-    assert weights.keys() == plain.transformer.state_dict().keys()
-    assert all(torch.equal(weights[name], tensor) for name, tensor in plain.transformer.state_dict().items())
-    assert torch.equal(draw(pipe), draw(plain))
+    assert largest_change(pipe, plain) == 0 and torch.equal(draw(pipe), draw(plain))
 
 
 def test_two_adapters_with_weights(lora: Path, tmp_path: Path) -> None:
