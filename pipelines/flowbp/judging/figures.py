@@ -2,99 +2,60 @@
 #
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""Pictures of a run: base above aligned, the reward's curve, and grids of validation images.
-
-Figures are matplotlib `Figure` objects on the Agg canvas: no display, and nothing of pyplot's global state.
-"""
+"""Figures of a run and of an evaluation: images of models, images of one update, and curves of rewards."""
 
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties
 from PIL import Image
 
-_DPI = 150
-_INK, _GREY, _LIGHT, _ACCENT = "#1b1f24", "#6b7280", "#e5e7eb", "#0f766e"
-_SANS = {"family": "DejaVu Sans", "parse_math": False}
-_TITLE = {"fontsize": 15, "fontweight": "bold"}
+from .canvas import (
+    ACCENT,
+    DPI,
+    GREY,
+    INK,
+    LIGHT,
+    SECOND,
+    Canvas,
+    font_families,
+    line_height,
+    quiet_fonts,
+    resize,
+    text_width,
+    wrap,
+)
+
+# Pixels.
+_MARGIN, _GAP, _BETWEEN_BLOCKS, _SPACE = 40, 14, 34, 8
+# Points.
+_TITLE, _SUBTITLE, _LABEL, _SCORE = 15, 9, 11, 8
 
 
-class _Canvas:
-    """A figure on which things are placed in pixels from the top left, so that nothing depends on a layout engine."""
-
-    def __init__(self, width: int, height: int) -> None:
-        self.width, self.height = width, height
-        self.figure = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI, facecolor="white")
-        self.renderer = FigureCanvasAgg(self.figure).get_renderer()
-
-    def text(self, x: float, y: float, text: str, **style: Any) -> None:
-        self.figure.text(x / self.width, 1 - y / self.height, text, **_SANS, **style)
-
-    def picture(self, left: int, top: int, image: Image.Image) -> None:
-        width, height = image.size
-        axes = self.figure.add_axes(
-            (left / self.width, 1 - (top + height) / self.height, width / self.width, height / self.height)
-        )
-        axes.imshow(image, interpolation="none", aspect="auto")
-        axes.set_xticks([])
-        axes.set_yticks([])
-        for spine in axes.spines.values():
-            spine.set(color=_LIGHT, linewidth=0.75)
-
-    def text_width(self, text: str, fontsize: float, fontweight: str = "normal") -> float:
-        font = FontProperties(family=_SANS["family"], size=fontsize, weight=fontweight)
-        return self.renderer.get_text_width_height_descent(text, font, ismath=False)[0]
+# Sheets of images.
 
 
-def _wrap(canvas: _Canvas, text: str, width: float, most: int, **style: Any) -> list[str]:
-    """Lines of `text` no wider than `width` pixels, broken at spaces where possible, at most `most` of them."""
+@dataclass(frozen=True)
+class _Series:
+    """Images of one model, one for each prompt.
 
-    def fits(line: str) -> bool:
-        return canvas.text_width(line, **style) <= width
+    Attributes:
+        images: of one size.
+        scores: reward -> a score for each image; rewards named "" show their scores without a name.
+        color: of label and scores.
+        label: text beside the images; may be empty.
+    """
 
-    lines = [""]
-    for word in text.split():
-        while word and len(lines) <= most:
-            joined = f"{lines[-1]} {word}" if lines[-1] else word
-            if fits(joined):
-                lines[-1], word = joined, ""
-            elif lines[-1]:
-                lines.append("")
-            else:
-                part = next(word[:n] for n in range(len(word), 0, -1) if n == 1 or fits(word[:n]))
-                lines[-1], word = part, word[len(part) :]
-                if word:
-                    lines.append("")
-    if len(lines) > most:
-        last = lines[most - 1]
-        while last and not fits(last + "…"):
-            last = last[:-1]
-        lines = [*lines[: most - 1], last.rstrip() + "…"]
-    return lines
-
-
-def _resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """To `size`: a small picture keeps its pixels as sharp squares, a large one is filtered down."""
-    image = image.convert("RGB")
-    factor = math.ceil(max(size[0] / image.width, size[1] / image.height))
-    if factor > 1:
-        image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
-    return image.resize(size, Image.Resampling.LANCZOS) if image.size != size else image
-
-
-def _check_pictures(name: str, images: Sequence[Image.Image]) -> tuple[int, int]:
-    if not images:
-        raise ValueError(f"{name}: at least one picture expected, got none")
-    sizes = {image.size for image in images}
-    if len(sizes) > 1:
-        listed = ", ".join(f"{width}x{height}" for width, height in sorted(sizes))
-        raise ValueError(f"{name}: pictures of one size expected, got {listed}")
-    return sizes.pop()
+    images: Sequence[Image.Image]
+    scores: Mapping[str, Sequence[float | None]]
+    color: str
+    label: str = ""
 
 
 def before_after(
@@ -104,257 +65,408 @@ def before_after(
     path: str | Path,
     title: str,
     subtitle: str | None = None,
-    scores: tuple[Sequence[float], Sequence[float]] | None = None,
+    scores: tuple[Sequence[float | None], Sequence[float | None]] | None = None,
 ) -> None:
-    """Writes a PNG with the base model's pictures above the aligned model's and each prompt below its two pictures.
+    """Write a PNG with the base model's images above the aligned model's, and each prompt below its two images.
 
-    Up to 8 pictures stand in one pair of rows; more are spread evenly over several pairs.
+    Up to 8 pairs stand side by side; more are spread evenly over several blocks.
 
     Args:
-        base: pictures of the base model, all of one size.
-        aligned: pictures of the aligned model, the same size, made from the same noise (the figure says so).
+        base: images of the base model, of one size.
+        aligned: images of the aligned model, of the same size and made from the same noise (the figure says so).
         prompts: one for each pair.
-        path: the PNG to write.
-        title: the figure's title.
-        subtitle: a line below the title.
-        scores: a number for each picture of `base` and of `aligned`, shown below it with two decimals.
+        path: PNG to write.
+        title: title of the figure.
+        subtitle: line below the title.
+        scores: scores of the images of `base` and of `aligned`, shown below them; None or NaN for no score.
 
     Raises:
-        ValueError: no pictures, pictures of several sizes, or lists of different lengths.
+        ValueError: no images, images of several sizes, or sequences of different lengths.
     """
-    lengths = {"base": len(base), "aligned": len(aligned), "prompts": len(prompts)}
-    if scores is not None:
-        lengths |= {"base scores": len(scores[0]), "aligned scores": len(scores[1])}
-    if len(set(lengths.values())) > 1:
-        got = ", ".join(f"{number} {name}" for name, number in lengths.items())
-        raise ValueError(f"before_after: one of each for every pair of pictures expected, got {got}")
-    _check_pictures("before_after", [*base, *aligned])
-    rows = {"base": base, "aligned": aligned}
-    by_name = None if scores is None else dict(zip(rows, scores, strict=True))
-    note = "Each column: one prompt, the same noise for both pictures."
-    _draw_rows(rows, prompts, path, title, f"{subtitle}  ·  {note}" if subtitle else note, by_name)
+    note = "Each column: one prompt, the same noise for both images."
+    by_model = None if scores is None else dict(zip(("base", "aligned"), scores, strict=True))
+    models = {"base": base, "aligned": aligned}
+    comparison(models, prompts, path, title, f"{subtitle}  ·  {note}" if subtitle else note, by_model)
 
 
 def comparison(
-    rows: Mapping[str, Sequence[Image.Image]],
+    images: Mapping[str, Sequence[Image.Image]],
     prompts: Sequence[str],
     path: str | Path,
     title: str,
     subtitle: str,
-    scores: Mapping[str, Sequence[float]] | None = None,
+    scores: Mapping[str, Sequence[float | None]] | None = None,
 ) -> None:
-    """Writes a PNG like `before_after`'s for any number of models, one below the other.
+    """Write a PNG like `before_after`'s for any number of models, one below the other.
 
     Args:
-        rows: pictures by the model's name, the base model's first; all of one size, as many of each as prompts.
+        images: model -> images, the base model first; all of one size, one for each prompt.
         prompts: one for each column.
-        path: the PNG to write.
-        title: the figure's title.
-        subtitle: a line below the title.
-        scores: a number for each picture of each row, shown below it: with three decimals if all are below 1 in size,
-            else with two.
+        path: PNG to write.
+        title: title of the figure.
+        subtitle: line below the title.
+        scores: model -> score of each image, shown below it; None or NaN for no score.
 
     Raises:
-        ValueError: no pictures, pictures of several sizes, or lists of different lengths.
+        ValueError: no images, images of several sizes, or sequences of different lengths.
     """
-    lengths = {"prompts": len(prompts)} | {name: len(images) for name, images in rows.items()}
+    lengths = {"prompts": len(prompts)} | {name: len(of_model) for name, of_model in images.items()}
     if scores is not None:
-        lengths |= {f"{name} scores": len(scores[name]) for name in rows}
-    if len(set(lengths.values())) > 1:
-        got = ", ".join(f"{number} {name}" for name, number in lengths.items())
-        raise ValueError(f"comparison: one of each for every prompt expected, got {got}")
-    _check_pictures("comparison", [image for images in rows.values() for image in images])
-    is_small = scores is not None and all(abs(score) < 1 for name in rows for score in scores[name])
-    _draw_rows(rows, prompts, path, title, subtitle, scores, digits=3 if is_small else 2)
+        lengths |= {f"{name} scores": len(scores[name]) for name in images}
+    _check(lengths, [image for of_model in images.values() for image in of_model])
+    digits = 0 if scores is None else _digits([score for name in images for score in scores[name]])
+    series = [
+        _Series(
+            of_model,
+            {} if scores is None else {"": scores[name]},
+            ACCENT if place else GREY,
+            name,
+        )
+        for place, (name, of_model) in enumerate(images.items())
+    ]
+    columns = math.ceil(len(prompts) / math.ceil(len(prompts) / 8))
+    _Sheet(series, prompts, columns, {"": digits}).render(title, subtitle).save(path, "PNG")
 
 
-def _draw_rows(
-    rows: Mapping[str, Sequence[Image.Image]],
+def validation_strip(
+    images: Sequence[Image.Image],
     prompts: Sequence[str],
-    path: str | Path,
-    title: str,
-    note: str,
-    scores: Mapping[str, Sequence[float]] | None,
-    digits: int = 2,
-) -> None:
-    """Up to 8 columns stand in one block of rows; more are spread evenly over several blocks."""
-    first = next(iter(rows.values()))
-    width, height = first[0].size
-    blocks = math.ceil(len(first) / 8)
-    columns = math.ceil(len(first) / blocks)
-    # Fewer pictures are shown larger: the whole is about 13 inches wide, a cell from 1.6 to 3.2 inches.
-    cell = round(_DPI * min(max(12.8 / columns, 1.6), 3.2))
-    # Whole multiples keep small pictures' pixels even.
-    if width < cell:
-        cell = max(cell // width, 1) * width
-    cell_height = round(cell * height / width)
-    measure = _Canvas(100, 100)
-    names = {name: _wrap(measure, name, max(cell_height, 120), 2, fontsize=11, fontweight="bold") for name in rows}
-    margin, gap, between_blocks = 40, 14, 34
-    label = 46 + 25 * (max(map(len, names.values())) - 1)
-    prompt_size = 8 if columns > 4 else 9
-    line = round(prompt_size * _DPI / 72 * 1.3)
-    score_height = 26 if scores is not None else 0
+    scores: Mapping[str, Sequence[float | None]],
+    columns: int = 8,
+    title: str | None = None,
+) -> Image.Image:
+    """The images of one validation or evaluation, with the scores and the prompt of each below it.
 
-    total_width = max(2 * margin + label + columns * (cell + gap) - gap, 5 * _DPI)
-    text_width = total_width - 2 * margin - label
-    title_lines = _wrap(measure, title, text_width, 3, **_TITLE)
-    note_lines = _wrap(measure, note, text_width, 4, fontsize=9)
-    wrapped = [_wrap(measure, prompt, cell, 6, fontsize=prompt_size) for prompt in prompts]
-    head = margin + 40 * len(title_lines) + 25 * len(note_lines) + 18
-    starts = range(0, len(first), columns)
-    prompt_heights = [line * max(map(len, wrapped[start : start + columns])) for start in starts]
-    block_height = len(rows) * (cell_height + score_height + gap) - gap + 10
-    blocks_height = len(starts) * block_height + (len(starts) - 1) * between_blocks
-    total_height = head + sum(prompt_heights) + blocks_height + margin
+    Images narrower than about 240 pixels (480 with few columns) are enlarged by whole factors, wider ones reduced.
 
-    canvas = _Canvas(total_width, total_height)
-    left = margin + label
-    y = margin
-    for title_line in title_lines:
-        canvas.text(left, y, title_line, color=_INK, va="top", **_TITLE)
-        y += 40
-    for note_line in note_lines:
-        canvas.text(left, y, note_line, fontsize=9, color=_GREY, va="top")
-        y += 25
+    Args:
+        images: of one size, in any mode that PIL converts to RGB.
+        prompts: one for each image.
+        scores: reward, as it shall be named -> a score for each image; None or NaN for no score. May be empty.
+        columns: largest number of images side by side.
+        title: title of the figure, such as the update.
 
-    top = head
-    for start, prompt_height in zip(starts, prompt_heights, strict=True):
-        for row, (name, images) in enumerate(rows.items()):
-            color = _GREY if row == 0 else _ACCENT
-            row_top = top + row * (cell_height + score_height + gap)
+    Returns:
+        An RGB image.
+
+    Raises:
+        ValueError: no images, images of several sizes, sequences of different lengths, or less than one column.
+    """
+    lengths = {"images": len(images), "prompts": len(prompts)}
+    lengths |= {f"scores of {name}": len(values) for name, values in scores.items()}
+    _check(lengths, images)
+    if columns < 1:
+        raise ValueError(f"validation_strip: expected at least one column, got {columns}; pass columns=8")
+    digits = {name: _digits(values) for name, values in scores.items()}
+    series = _Series(images, scores, ACCENT)
+    return _Sheet([series], prompts, min(columns, len(images)), digits).render(title, None)
+
+
+def _check(lengths: Mapping[str, int], images: Sequence[Image.Image]) -> None:
+    if len(set(lengths.values())) > 1:
+        got = ", ".join(f"{length} {what}" for what, length in lengths.items())
+        raise ValueError(f"figure: expected sequences of equal length, got {got}; pass one of each for every image")
+    if not images:
+        raise ValueError("figure: expected at least one image, got none; draw no figure")
+    sizes = sorted({image.size for image in images})
+    if len(sizes) > 1:
+        listed = ", ".join(f"{width}x{height}" for width, height in sizes)
+        raise ValueError(f"figure: expected images of one size, got {listed}; resize them")
+
+
+def _has_score(score: float | None) -> bool:
+    return score is not None and not math.isnan(score)
+
+
+def _digits(scores: Sequence[float | None]) -> int:
+    """Three decimals for scores between -1 and 1, two for others."""
+    return 3 if all(abs(score) < 1 for score in scores if _has_score(score)) else 2
+
+
+def _fixed(value: float, digits: int) -> str:
+    """A number with this many decimals and a typographic minus sign; -0.0 is 0.0."""
+    return f"{round(value, digits) + 0.0:.{digits}f}".replace("-", "−")
+
+
+class _Sheet:
+    """Images in columns, one series below the other, in blocks of as many columns as fit; prompts below each block.
+
+    Args:
+        series: one for each model, all with as many images as prompts.
+        prompts: one for each column.
+        columns: number of columns of a block.
+        digits: reward -> decimals of its scores.
+    """
+
+    def __init__(
+        self, series: Sequence[_Series], prompts: Sequence[str], columns: int, digits: Mapping[str, int]
+    ) -> None:
+        self.series, self.prompts, self.columns, self.digits = series, prompts, columns, digits
+        width, height = series[0].images[0].size
+        # The sheet is about 13 inches wide, so fewer images are larger: from 1.6 to 3.2 inches.
+        cell = round(DPI * min(max(12.8 / columns, 1.6), 3.2))
+        # Whole factors keep the pixels of small images even.
+        self.width = max(cell // width, 1) * width if width < cell else cell
+        self.height = round(self.width * height / width)
+        self.prompt_size = 8 if columns > 4 else 9
+        label_width = max(self.height, 120)
+        self.labels = [wrap(each.label, label_width, 2, _LABEL, "bold") for each in series]
+        has_labels = any(each.label for each in series)
+        self.left = _MARGIN + (20 + max(map(len, self.labels)) * line_height(_LABEL) if has_labels else 0)
+
+    def render(self, title: str | None, subtitle: str | None) -> Image.Image:
+        """The sheet with a heading, as an RGB image."""
+        width = self.left + self.columns * (self.width + _GAP) - _GAP + _MARGIN
+        if title:
+            # A heading needs some width, even above one narrow image.
+            heading = max(text_width(title, _TITLE, "bold"), text_width(subtitle or "", _SUBTITLE))
+            width = max(width, min(self.left + math.ceil(heading) + _MARGIN, 5 * DPI))
+        canvas = Canvas(width)
+        y = _MARGIN
+        if title:
+            room = width - self.left - _MARGIN
+            for line in wrap(title, room, 3, _TITLE, "bold"):
+                canvas.text(self.left, y, line, fontsize=_TITLE, fontweight="bold", color=INK, va="top")
+                y += line_height(_TITLE)
+            for line in wrap(subtitle, room, 4, _SUBTITLE) if subtitle else ():
+                canvas.text(self.left, y, line, fontsize=_SUBTITLE, color=GREY, va="top")
+                y += line_height(_SUBTITLE)
+            y += 18
+        for start in range(0, len(self.prompts), self.columns):
+            y = self._draw_block(canvas, range(start, min(start + self.columns, len(self.prompts))), y)
+            y += _BETWEEN_BLOCKS
+        return canvas.render(y - _BETWEEN_BLOCKS + _MARGIN)
+
+    def _draw_block(self, canvas: Canvas, indices: range, y: int) -> int:
+        """Draw these images of every series and their prompts below `y`; returns where the block ends."""
+        for series, label in zip(self.series, self.labels, strict=True):
             canvas.text(
-                margin + label - 16,
-                row_top + cell_height / 2,
-                "\n".join(names[name]),
-                fontsize=11,
+                self.left - 16,
+                y + self.height / 2,
+                "\n".join(label),
+                fontsize=_LABEL,
                 fontweight="bold",
-                color=color,
+                color=series.color,
                 rotation=90,
                 ha="right",
                 va="center",
             )
-            for column, index in enumerate(range(start, min(start + columns, len(first)))):
-                x = left + column * (cell + gap)
-                canvas.picture(x, row_top, _resize(images[index], (cell, cell_height)))
-                if scores is not None:
-                    canvas.text(
-                        x + cell / 2,
-                        row_top + cell_height + 6,
-                        f"{scores[name][index]:.{digits}f}",
-                        fontsize=8,
-                        fontweight="bold",
-                        color=color,
-                        ha="center",
-                        va="top",
-                    )
-        below = top + block_height
-        for column, index in enumerate(range(start, min(start + columns, len(first)))):
-            for number, text in enumerate(wrapped[index]):
+            for column, index in enumerate(indices):
+                left = self.left + column * (self.width + _GAP)
+                canvas.image(left, y, resize(series.images[index], (self.width, self.height)))
+                self._draw_scores(canvas, series, index, left + self.width / 2, y + self.height + _SPACE)
+            y += self.height + _SPACE + len(series.scores) * line_height(_SCORE) + _GAP
+        y -= _SPACE
+        wrapped = [wrap(self.prompts[index], self.width, 6, self.prompt_size) for index in indices]
+        height = line_height(self.prompt_size)
+        for column, lines in enumerate(wrapped):
+            centre = self.left + column * (self.width + _GAP) + self.width / 2
+            for place, line in enumerate(lines):
                 canvas.text(
-                    left + column * (cell + gap) + cell / 2,
-                    below + number * line,
-                    text,
-                    fontsize=prompt_size,
-                    color=_INK,
-                    ha="center",
-                    va="top",
+                    centre, y + place * height, line, fontsize=self.prompt_size, color=INK, ha="center", va="top"
                 )
-        top += block_height + prompt_height + between_blocks
-    canvas.figure.savefig(path, format="png")
+        return y + height * max(map(len, wrapped))
+
+    def _draw_scores(self, canvas: Canvas, series: _Series, index: int, centre: float, y: float) -> None:
+        """A centred line for each reward: its name, and its score in bold."""
+        for name, scores in series.scores.items():
+            score = scores[index]
+            value, weight, color = "no score", "normal", GREY
+            if _has_score(score):
+                value, weight, color = _fixed(score, self.digits[name]), "bold", series.color
+            value_width = text_width(value, _SCORE, weight)
+            name_width = 0.0
+            if name:
+                (name,) = wrap(name, max(self.width - value_width - _SPACE, 1), 1, _SCORE)
+                name_width = text_width(name, _SCORE) + _SPACE
+            left = centre - (name_width + value_width) / 2
+            canvas.text(left, y, name, fontsize=_SCORE, color=GREY, va="top")
+            canvas.text(left + name_width, y, value, fontsize=_SCORE, fontweight=weight, color=color, va="top")
+            y += line_height(_SCORE)
 
 
-def reward_curve(rows: Sequence[dict[str, Any]], path: str | Path, title: str) -> None:
-    """Writes a PNG of the reward against the update: every update faint, their running mean bold.
+def image_grid(images: Sequence[Image.Image], columns: int) -> Image.Image:
+    """Images of one size side by side, line by line, with thin white gaps.
 
     Args:
-        rows: one for each update, with `step` (its number), `reward` (the batch's mean) and `reward_std` (the batch's
-            standard deviation, shown as a band). Updates whose reward is None or not finite are left out.
-        path: the PNG to write.
-        title: the figure's title, up to about 60 characters.
+        images: of one size.
+        columns: largest number of images side by side.
+
+    Returns:
+        An RGB image; places of the last line without an image are white.
 
     Raises:
-        ValueError: a row lacks a key, or no row has a finite reward.
+        ValueError: no images, images of several sizes, or less than one column.
     """
-    for row in rows:
-        missing = [key for key in ("step", "reward", "reward_std") if key not in row]
-        if missing:
-            raise ValueError(f"reward_curve: rows with step, reward and reward_std expected, one lacks {missing[0]}")
-    rows = [row for row in rows if row["reward"] is not None and math.isfinite(row["reward"])]
-    if not rows:
-        raise ValueError("reward_curve: at least one update with a finite reward expected, got none")
-    steps = [row["step"] for row in rows]
-    rewards = [float(row["reward"]) for row in rows]
-    spreads = [float(row["reward_std"]) if math.isfinite(row["reward_std"]) else 0.0 for row in rows]
-    window = max(1, round(len(rows) / 12)) | 1  # odd, so that the mean is centred
-    mean, spread = _running_mean(rewards, window), _running_mean(spreads, window)
-    low = [m - s for m, s in zip(mean, spread, strict=True)]
-    high = [m + s for m, s in zip(mean, spread, strict=True)]
+    _check({}, images)
+    width, height = images[0].size
+    if columns < 1:
+        raise ValueError(f"image_grid: expected at least one column, got {columns}; pass columns=8")
+    columns = min(columns, len(images))
+    lines = math.ceil(len(images) / columns)
+    gap = max(2, width // 64)
+    grid = Image.new("RGB", (columns * (width + gap) - gap, lines * (height + gap) - gap), "white")
+    for index, image in enumerate(images):
+        grid.paste(image.convert("RGB"), (index % columns * (width + gap), index // columns * (height + gap)))
+    return grid
 
-    figure = Figure(figsize=(9, 4.8), dpi=_DPI, facecolor="white")
+
+# Curves.
+
+
+def reward_curve(
+    log: Sequence[Mapping[str, Any]],
+    path: str | Path,
+    title: str,
+    held_out: Sequence[Mapping[str, Any]] = (),
+    chosen: int | None = None,
+    held_out_title: str = "held-out reward",
+) -> None:
+    """Write a PNG of the training reward by update, and of the held-out reward in a panel below.
+
+    The rewards have panels of their own because their scales differ.
+
+    Args:
+        log: one entry for each update, with `step` (number of the update), `reward` (mean of its batch) and
+            `reward_std` (standard deviation in the batch, shown as a band). Updates whose reward is None or not
+            finite are left out.
+        path: PNG to write.
+        title: title of the figure.
+        held_out: one entry for each evaluation, with `update`, `mean`, and the 95 % interval `low` to `high`, as
+            `statistics.estimate` returns them. An evaluation whose mean is None is left out, bounds that are None
+            are not drawn. Without evaluations there is one panel.
+        chosen: update whose LoRA is the result of the run, marked in each panel.
+        held_out_title: name of the held-out reward at its axis.
+
+    Raises:
+        ValueError: an entry lacks a key, or no update has a finite reward.
+    """
+    _check_keys("log", log, ("step", "reward", "reward_std"))
+    _check_keys("held_out", held_out, ("update", "mean", "low", "high"))
+    log = [entry for entry in log if entry["reward"] is not None and math.isfinite(entry["reward"])]
+    held_out = [entry for entry in held_out if entry["mean"] is not None]
+    if not log:
+        raise ValueError("reward_curve: expected an update with a finite reward, got none; draw no curve")
+    window = max(1, round(len(log) / 12)) | 1  # odd, so that the mean is centred
+    figure = Figure(dpi=DPI, facecolor="white")
     FigureCanvasAgg(figure)
-    axes = figure.add_axes((0.09, 0.13, 0.79, 0.70))
-    axes.fill_between(steps, low, high, color=_ACCENT, alpha=0.10, linewidth=0)
-    axes.plot(steps, rewards, "o", color=_ACCENT, markersize=3, alpha=0.30, markeredgewidth=0)
-    axes.plot(steps, mean, color=_ACCENT, linewidth=2.4, solid_capstyle="round")
-    axes.plot(steps[-1:], mean[-1:], "o", color=_ACCENT, markersize=5)
-    axes.grid(color=_LIGHT, linewidth=0.8)
-    axes.set_axisbelow(True)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(_GREY)
-    axes.tick_params(colors=_GREY, length=0, labelsize=9)
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.margins(x=0.02, y=0.08)
-    axes.set_xlabel("update", color=_GREY, fontsize=10)
-    axes.set_ylabel("reward", color=_GREY, fontsize=10)
+    lines = [f"line: running mean of {window} updates" if window > 1 else "line: every update"]
+    lines[0] += "   ·   points: mean of each update's batch   ·   band: ± one standard deviation in the batch"
+    if held_out:
+        lines.append("below: mean of each evaluation's held-out prompts, with its 95 % interval")
+    panels = _panels(figure, title, lines, 2 if held_out else 1)
+    _draw_training(panels[0], log, window)
+    if held_out:
+        _draw_held_out(panels[1], held_out, held_out_title)
+    for axes in panels if chosen is not None else ():
+        _mark(axes, chosen)
+    with quiet_fonts():
+        figure.savefig(path, format="png")
+
+
+def _check_keys(name: str, entries: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> None:
+    for entry in entries:
+        missing = [key for key in keys if key not in entry]
+        if missing:
+            raise ValueError(
+                f"reward_curve: expected entries of {name} with {', '.join(keys)}, got one without {missing[0]}; "
+                "add it"
+            )
+
+
+def _panels(figure: Figure, title: str, notes: Sequence[str], count: int) -> list[Axes]:
+    """Axes one below the other with a common horizontal axis, below a heading."""
+    width, left, right = 9.0, 0.8, 1.1  # inches
+    heights = [3.35, 2.1][:count]
+    gap, bottom = 0.42, 0.62
+    titles = wrap(title, (width - left - 0.3) * DPI, 2, _TITLE, "bold")
+    heading = (_MARGIN + len(titles) * line_height(_TITLE) + len(notes) * line_height(_SUBTITLE)) / DPI + 0.3
+    height = heading + sum(heights) + gap * (count - 1) + bottom
+    figure.set_size_inches(width, height)
+    y = height - _MARGIN / DPI
+    texts = [(line, {"fontsize": _TITLE, "fontweight": "bold", "color": INK}) for line in titles]
+    texts += [(line, {"fontsize": _SUBTITLE, "color": GREY}) for line in notes]
+    for line, style in texts:
+        figure.text(left / width, y / height, line, va="top", family=font_families(), parse_math=False, **style)
+        y -= line_height(style["fontsize"]) / DPI
+    panels: list[Axes] = []
+    top = height - heading
+    for panel_height in heights:
+        box = (left / width, (top - panel_height) / height, (width - left - right) / width, panel_height / height)
+        panels.append(figure.add_axes(box, sharex=panels[0] if panels else None))
+        top -= panel_height + gap
+    for axes in panels:
+        axes.grid(color=LIGHT, linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.spines["bottom"].set_color(GREY)
+        axes.tick_params(colors=GREY, length=0, labelsize=9, labelbottom=axes is panels[-1])
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.margins(x=0.02, y=0.08)
+    panels[-1].set_xlabel("update", color=GREY, fontsize=10)
+    return panels
+
+
+def _draw_training(axes: Axes, log: Sequence[Mapping[str, Any]], window: int) -> None:
+    steps = [entry["step"] for entry in log]
+    rewards = [float(entry["reward"]) for entry in log]
+    spreads = [float(entry["reward_std"]) if math.isfinite(entry["reward_std"]) else 0.0 for entry in log]
+    means, spreads = _running_mean(rewards, window), _running_mean(spreads, window)
+    low = [mean - spread for mean, spread in zip(means, spreads, strict=True)]
+    high = [mean + spread for mean, spread in zip(means, spreads, strict=True)]
+    axes.fill_between(steps, low, high, color=ACCENT, alpha=0.10, linewidth=0)
+    axes.plot(steps, rewards, "o", color=ACCENT, markersize=3, alpha=0.30, markeredgewidth=0)
+    axes.plot(steps, means, color=ACCENT, linewidth=2.4, solid_capstyle="round")
+    axes.plot(steps[-1:], means[-1:], "o", color=ACCENT, markersize=5)
+    axes.set_ylabel("reward", color=GREY, fontsize=10)
+    _label_end(axes, steps[-1], means[-1], ACCENT)
+
+
+def _draw_held_out(axes: Axes, held_out: Sequence[Mapping[str, Any]], name: str) -> None:
+    updates = [entry["update"] for entry in held_out]
+    means = [entry["mean"] for entry in held_out]
+    axes.plot(updates, means, "o-", color=SECOND, linewidth=1.6, markersize=5)
+    bounded = [entry for entry in held_out if entry["low"] is not None and entry["high"] is not None]
+    places, low, high = ([entry[key] for entry in bounded] for key in ("update", "low", "high"))
+    axes.vlines(places, low, high, color=SECOND, alpha=0.35, linewidth=4)
+    (name,) = wrap(name, 2.1 * DPI, 1, 10)
+    axes.set_ylabel(name, color=GREY, fontsize=10, family=font_families(), parse_math=False)
+    _label_end(axes, updates[-1], means[-1], SECOND)
+
+
+def _label_end(axes: Axes, x: float, y: float, color: str) -> None:
+    """Write the last value of a curve beside it."""
     axes.annotate(
-        f"{mean[-1]:.3g}".replace("-", "−"),
-        (steps[-1], mean[-1]),
+        f"{y:.3g}".replace("-", "−"),
+        (x, y),
         xytext=(12, 0),
         textcoords="offset points",
-        color=_ACCENT,
+        color=color,
         fontsize=12,
         fontweight="bold",
         va="center",
         annotation_clip=False,
     )
-    figure.text(0.09, 0.945, title, color=_INK, va="center", **_TITLE, **_SANS)
-    over = f"running mean of {window} updates" if window > 1 else "every update"
-    figure.text(
-        0.09,
-        0.885,
-        f"line: {over}   ·   points: mean of each update's batch   ·   band: ± one standard deviation in the batch",
+
+
+def _mark(axes: Axes, update: int) -> None:
+    """Mark an update by a vertical line with a label above."""
+    axes.axvline(update, color=INK, linewidth=1.1, linestyle=(0, (4, 3)), zorder=1)
+    axes.annotate(
+        f"chosen: update {update}",
+        (update, 1),
+        xycoords=("data", "axes fraction"),
+        xytext=(0, 3),
+        textcoords="offset points",
+        ha="center",
+        va="bottom",
         fontsize=9,
-        color=_GREY,
-        va="center",
-        **_SANS,
+        color=INK,
+        annotation_clip=False,
     )
-    figure.savefig(path, format="png")
 
 
-def _running_mean(values: list[float], window: int) -> list[float]:
-    """Centred, over the part of the window that lies within the run."""
+def _running_mean(values: Sequence[float], window: int) -> list[float]:
+    """Centred means over `window` values, fewer at both ends."""
     half = window // 2
     return [statistics.fmean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
-
-
-def image_grid(images: Sequence[Image.Image], columns: int) -> Image.Image:
-    """Pictures of one size side by side, row by row, `columns` in a row, with thin white gaps.
-
-    Returns:
-        An RGB picture; places of the last row without a picture are white.
-
-    Raises:
-        ValueError: no pictures, pictures of several sizes, or less than one column.
-    """
-    width, height = _check_pictures("image_grid", images)
-    if columns < 1:
-        raise ValueError(f"image_grid: at least one column expected, got {columns}")
-    columns = min(columns, len(images))
-    rows = math.ceil(len(images) / columns)
-    gap = max(2, width // 64)
-    grid = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
-    for index, image in enumerate(images):
-        grid.paste(image.convert("RGB"), (index % columns * (width + gap), index // columns * (height + gap)))
-    return grid
