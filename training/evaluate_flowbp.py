@@ -44,8 +44,8 @@ from flowbp.judging.models import EvaluatedModel, evaluated_models, lora_file, r
 from flowbp.judging.report import report_html
 from flowbp.judging.statistics import summarise
 from flowbp.judging.store import Store, write_parquet
-from flowbp.judging.tables import table_csv, table_markdown, titles
-from flowbp.rewards import REWARDS, WeightedReward, load_reward
+from flowbp.judging.tables import table_csv, table_markdown
+from flowbp.rewards import REWARDS, WeightedReward, load_reward, titles
 from flowbp.rewards.loading import parse_model_paths
 from flowbp.rewards.ocr import quoted_text
 from flowbp.training.arguments import json_object

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from flowbp.judging import figures
-from flowbp.judging.figures import before_after, comparison, image_grid, reward_curve, validation_strip
+from flowbp.judging.figures import before_after, comparison, reward_curve, validation_strip
 
 PROMPT = 'the text "42" in red on a yellow background'
 COLORS = [(200, 30, 40 + 20 * i) for i in range(8)], [(20, 180, 40 + 20 * i) for i in range(8)]
@@ -136,8 +136,6 @@ def test_images_of_several_sizes_are_refused(tmp_path: Path) -> None:
         before_after([small], [large], ["p"], tmp_path / "a.png", "t")
     with pytest.raises(ValueError, match="one size, got 8x8, 16x8"):
         validation_strip([small, large], ["p", "p"], {})
-    with pytest.raises(ValueError, match="one size, got 8x8, 16x8"):
-        image_grid([small, large], 2)
 
 
 def test_numbers_of_scores() -> None:
@@ -220,17 +218,6 @@ def test_a_strip_refuses_what_does_not_fit() -> None:
         validation_strip(images, ["p"] * 2, {}, columns=0)
     with pytest.raises(ValueError, match="at least one image, got none"):
         validation_strip([], [], {})
-
-
-def test_image_grid_places_images_line_by_line() -> None:
-    colors = [(10 * i, 0, 0) for i in range(1, 6)]
-    grid = image_grid(plain(colors, (10, 6)), 3)
-    assert grid.mode == "RGB" and grid.size == (3 * 12 - 2, 2 * 8 - 2)
-    assert [grid.getpixel((12 * (i % 3) + 5, 8 * (i // 3) + 3)) for i in range(5)] == colors
-    assert grid.getpixel((29, 11)) == (255, 255, 255)
-    assert image_grid(plain(colors[:2]), 9).size == (2 * 50 - 2, 48)
-    with pytest.raises(ValueError, match="at least one column, got 0"):
-        image_grid(plain(colors), 0)
 
 
 # Curves.

@@ -11,7 +11,7 @@ import re
 import torch
 
 from flowbp.judging.statistics import summarise
-from flowbp.judging.tables import table_csv, table_markdown, titles
+from flowbp.judging.tables import table_csv, table_markdown
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -63,8 +63,3 @@ def test_csv_holds_every_number_of_the_records() -> None:
         line = next(x for x in lines if (x["reward"], x["model"]) == (record["reward"], record["model"]))
         assert float(line["mean"]) == record["score"]["mean"]
         assert [float(line["low"]), float(line["high"])] == record["score"]["interval"]
-
-
-def test_titles_are_short_where_that_is_clear() -> None:
-    assert titles(["clip", "measures:read_v4"]) == {"clip": "CLIP", "measures:read_v4": "read_v4"}
-    assert titles(["one:make", "two:make"]) == {"one:make": "one:make", "two:make": "two:make"}

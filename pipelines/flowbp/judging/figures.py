@@ -285,32 +285,6 @@ class _Sheet:
             y += line_height(_SCORE)
 
 
-def image_grid(images: Sequence[Image.Image], columns: int) -> Image.Image:
-    """Images of one size side by side, line by line, with thin white gaps.
-
-    Args:
-        images: of one size.
-        columns: largest number of images side by side.
-
-    Returns:
-        An RGB image; places of the last line without an image are white.
-
-    Raises:
-        ValueError: no images, images of several sizes, or less than one column.
-    """
-    _check({}, images)
-    width, height = images[0].size
-    if columns < 1:
-        raise ValueError(f"image_grid: expected at least one column, got {columns}; pass columns=8")
-    columns = min(columns, len(images))
-    lines = math.ceil(len(images) / columns)
-    gap = max(2, width // 64)
-    grid = Image.new("RGB", (columns * (width + gap) - gap, lines * (height + gap) - gap), "white")
-    for index, image in enumerate(images):
-        grid.paste(image.convert("RGB"), (index % columns * (width + gap), index // columns * (height + gap)))
-    return grid
-
-
 # Curves.
 
 

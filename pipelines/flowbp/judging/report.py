@@ -17,9 +17,10 @@ import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
+from ..rewards import titles
 from .models import EvaluatedModel
 from .store import Store
-from .tables import Table, tables, titles
+from .tables import Table, tables
 
 TEMPLATE = "report.html.jinja"
 EMBEDDED_SIDE = 384

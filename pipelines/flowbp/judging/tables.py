@@ -11,24 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-# Names of rewards in tables; other rewards keep their name, users' own have their factory's.
-TITLES = {
-    "hpsv2.1": "HPSv2.1",
-    "hpsv3": "HPSv3",
-    "pickscore": "PickScore",
-    "imagereward": "ImageReward",
-    "unifiedreward-alignment": "UR-Align",
-    "unifiedreward-quality": "UR-IQ",
-    "clip": "CLIP",
-    "aesthetic": "Aesthetic",
-    "geneval": "GenEval",
-}
-
-
-def titles(names: Sequence[str]) -> dict[str, str]:
-    """Column titles by reward: the paper's name, a user's factory name, else the reward's name."""
-    short = {name: TITLES.get(name, name.rpartition(":")[2]) for name in names}
-    return {name: title if [*short.values()].count(title) == 1 else name for name, title in short.items()}
+from ..rewards import titles
 
 
 @dataclass(frozen=True)
