@@ -123,7 +123,7 @@ def test_relations(box: Box, expected: set[str]) -> None:
 
 
 def logits_for(objects: list[tuple[str, float, float]], queries: int = 20) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits of a detector that sees these (class, probability, mask logit), each in its own row of a picture."""
+    """Logits of a detector that sees these (class, probability, mask logit), each in its own row of an image."""
     probabilities = torch.full((queries, len(CLASSES) + 1), 1e-9)
     masks = torch.full((queries, queries, 6), -5.0)
     for row, (name, probability, logit) in enumerate(objects):
@@ -249,14 +249,14 @@ def test_objects_are_those_of_transformers_post_processing(reward: GenEval) -> N
 
 
 @pytest.mark.parametrize("size", [(48, 48), (40, 72), (90, 50)])
-def test_masks_have_the_pictures_size(reward: GenEval, size: tuple[int, int]) -> None:
+def test_masks_have_the_images_size(reward: GenEval, size: tuple[int, int]) -> None:
     see_only(reward, "dog", 5.0)
     found = reward.objects(noise(*size), counting=False)["dog"]
     assert found and all(detection.mask.shape == size for detection in found)
 
 
 def test_colors_are_those_of_clip(reward: GenEval) -> None:
-    """Against transformers' own image processor, one caption and one picture at a time."""
+    """Against transformers' own image processor, one caption and one image at a time."""
     tokenizer = reward.tokens.tokenizer
     boxes = [(0, 0, 40, 25), (40, 0, 80, 25), (3, 25, 33, 60), (40, 27, 59, 50), (60, 25, 80, 60)]
     pixels = np.array(noise(60, 80)) // 4

@@ -126,7 +126,7 @@ def test_hpsv3_inputs_are_the_references(judge: HPSv3, images: Tensor, golden: d
 
 
 def test_hpsv3_counts_positions_as_the_reference(judge: HPSv3, images: Tensor, golden: dict[str, Tensor]) -> None:
-    """With Qwen2-VL's own positions of a picture the score is another: the parity above could fail."""
+    """With Qwen2-VL's own positions of an image the score is another: the parity above could fail."""
     inputs = judge.conversation(judges.to_pil_images("hpsv3", images, PROMPTS)[0], QUESTION, PROMPTS[0], "cpu")
     with torch.no_grad():
         hidden = judge.model(**inputs).last_hidden_state[inputs["input_ids"] == judge.reward_token_id]

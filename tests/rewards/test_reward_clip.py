@@ -197,7 +197,7 @@ def test_the_aesthetic_predictor_does_not_look_at_prompts(folders):
 # Long prompts
 
 
-def test_long_prompts_are_cut_counted_and_warned_of(folders, caplog):
+def test_long_prompts_are_truncated_with_a_warning(folders, caplog):
     reward = load("clip", folders)
     images = torch.rand(3, 3, 16, 16)
     with caplog.at_level(logging.WARNING, "flowbp"):

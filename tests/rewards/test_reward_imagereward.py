@@ -90,7 +90,7 @@ def test_blips_own_tokens_are_known(make: Callable[..., ImageReward]) -> None:
     assert input_ids[0, :5].tolist() == [2, len(VOCABULARY) + 1, VOCABULARY.index("cat"), len(VOCABULARY), 3]
 
 
-def test_eight_bit_pictures_of_another_size(make: Callable[..., ImageReward], golden: dict[str, Tensor]) -> None:
+def test_eight_bit_images_of_another_size(make: Callable[..., ImageReward], golden: dict[str, Tensor]) -> None:
     """Pillow rounds to 8 bits within its resize, which leaves a difference of 3e-3 here."""
     images = golden["pictures"].permute(0, 3, 1, 2) / 255
     scores = make()(images, PROMPTS)
@@ -117,7 +117,7 @@ def test_a_batch_of_one_is_a_batch_of_many(make: Callable[..., ImageReward]) -> 
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_pictures_under_autocast(make: Callable[..., ImageReward], dtype: torch.dtype) -> None:
+def test_half_precision_images_under_autocast(make: Callable[..., ImageReward], dtype: torch.dtype) -> None:
     reward = make()
     images = torch.rand(3, 3, IMAGE_SIZE, IMAGE_SIZE).to(dtype).requires_grad_()
     with torch.autocast("cpu", dtype):

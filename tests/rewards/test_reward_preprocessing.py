@@ -52,7 +52,7 @@ def pillow_padded(picture: Image.Image, size: int) -> torch.Tensor:
     return (to_tensor(canvas)[0] - torch.tensor(CLIP_MEAN).view(3, 1, 1)) / STD
 
 
-def test_agrees_with_the_image_processors_on_100_pictures():
+def test_agrees_with_the_image_processors_on_100_images():
     generator = np.random.default_rng(0)
     clip = CLIPImageProcessorPil()
     blip = BlipImageProcessorPil(size={"height": 224, "width": 224})

@@ -38,7 +38,7 @@ TEXTS = ["42", "17", "305", "88", "964", "7"]
 
 
 def draw(text: str, width: int = 64, height: int = 64, size: float = 40, color="red", background="yellow"):
-    """A picture (3, H, W) in [0, 1] of a text in Pillow's built-in font."""
+    """An image (3, H, W) in [0, 1] of a text in Pillow's built-in font."""
     picture = Image.new("RGB", (width, height), background)
     place = (width / 2, height / 2)
     ImageDraw.Draw(picture).text(place, text, font=ImageFont.load_default(size), fill=color, anchor="mm")
@@ -153,7 +153,7 @@ def test_logits_need_a_softmax_at_the_end(tmp_path):
 # The recogniser
 
 
-def test_drawn_pictures_are_read(reward, images):
+def test_drawn_images_are_read(reward, images):
     prompts = [prompt(text) for text in TEXTS]
     assert reward.read(images) == TEXTS
     assert reward.exact(images, prompts).tolist() == [True] * len(TEXTS)
@@ -163,7 +163,7 @@ def test_drawn_pictures_are_read(reward, images):
     assert wrong.max() < -2.0
 
 
-def test_pictures_of_other_sizes_are_read(reward):
+def test_images_of_other_sizes_are_read(reward):
     wide = draw("FLOW 2026", width=260, height=56, size=44)
     assert reward.read(wide[None]) == ["FLOW 2026"]
     assert reward(wide[None], [prompt("FLOW 2026")]) > -0.5
