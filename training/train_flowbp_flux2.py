@@ -4,227 +4,84 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """Train a LoRA of FLUX.2-Klein with the gradient of a reward.
 
-    accelerate launch training/train_flowbp_flux2.py \
-        --pretrained_model_name_or_path black-forest-labs/FLUX.2-klein-base-4B --mixed_precision bf16 \
-        --method flowbp-lagrange --reward my_package.my_module:make_reward --prompts prompts.txt
+    accelerate launch training/train_flowbp_flux2.py --config flux2_flowbp_lagrange \
+        --reward hpsv2.1 --reward_clip 0.55 --prompts prompts.txt
 
 The base model samples with guidance, two calls a step; the distilled one without, which the pipeline's config tells.
 
-Every update: draw a surrogate, record a rollout of the stock pipeline, score its pictures, sweep the surrogate's
-terms, step the optimizer. The LoRA in `--output_dir` loads with `pipe.load_lora_weights(output_dir)`.
+From Python: `train(TrainingConfig(...), Flux2Klein)`. Every update draws a surrogate, records a rollout of the stock
+pipeline, scores its images, sweeps the surrogate's terms and steps the optimizer (`flowbp/training/loop.py`). The LoRA
+in `--output_dir` loads with `pipe.load_lora_weights(output_dir)`.
 """
 
-import argparse
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline, Flux2Transformer2DModel
-from diffusers.training_utils import _collate_lora_metadata
 
-from flowbp import FlowBPCallback
-from flowbp.rewards import part_means
-from flowbp.training.arguments import (
-    add_method_arguments,
-    add_model_arguments,
-    add_prompt_embeds_arguments,
-    add_reward_arguments,
-    add_training_arguments,
-    choose_method,
-    choose_objective,
-    choose_rewards,
-    parse_training_args,
-)
-from flowbp.training.checkpoints import find_checkpoint
-from flowbp.training.distributed import prepare_transformer
-from flowbp.training.prompt_embeds import Embeds, prepare_prompt_embeds
-from flowbp.training.prompts import load_prompts
-from flowbp.training.training_run import TrainingRun, run_script, verify_call
-from flowbp.training.training_utils import (
-    WEIGHT_DTYPES,
-    add_lora,
-    freeze,
-    load_pipeline_config,
-    load_quantization_config,
-    make_accelerator,
-    make_generator,
-    sample_generators,
-    seed_rewards,
-)
-
-# The layers that diffusers' LoRA script for FLUX.2-Klein trains: attention of both kinds of blocks, and the joint
-# projections of the single blocks.
-LORA_LAYERS = ",".join(
-    ["to_k", "to_q", "to_v", "to_out.0", "to_qkv_mlp_proj"]
-    + [f"single_transformer_blocks.{block}.attn.to_out" for block in range(24)]
-)
-TEXT_COMPONENTS = "text_encoder tokenizer".split()
+from flowbp.training import Backbone
+from flowbp.training.backbone import PROMPT_EMBEDS
+from flowbp.training.prompt_embeds import Embeds
+from flowbp.training.prompts import Record
+from flowbp.training.script import run_script, train_from_command_line
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line, and the recipe that `--config` names."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
-    parser.add_argument("--config", help="YAML recipe with values for these options; the command line wins over it.")
-    add_model_arguments(parser, "a FLUX.2-Klein pipeline", LORA_LAYERS)
-    add_prompt_embeds_arguments(parser)
+class Flux2Klein(Backbone):
+    """FLUX.2-Klein, 4B and 9B, base and distilled."""
 
-    rollout = parser.add_argument_group("rollout: what the pipeline is called with, as at inference")
-    add = rollout.add_argument
-    add("--resolution", type=int, default=512, help="Height and width of the pictures.")
-    add("--num_inference_steps", type=int, default=25, help="Steps N of a rollout (the paper: 25).")
-    add("--guidance_scale", type=float, default=4.0, help="Guidance scale (the paper: 4.0); unused if distilled.")
-    add("--max_sequence_length", type=int, default=512, help="Length of the prompt.")
+    name = "flux2"
+    pipeline_class = Flux2KleinPipeline
+    transformer_class = Flux2Transformer2DModel
+    text_components = ("text_encoder", "tokenizer")
+    defaults = {
+        # The layers that diffusers' LoRA script for FLUX.2-Klein trains: attention of both kinds of blocks, and the
+        # joint projections of the single blocks.
+        "lora_layers": ",".join(
+            ["to_k", "to_q", "to_v", "to_out.0", "to_qkv_mlp_proj"]
+            + [f"single_transformer_blocks.{block}.attn.to_out" for block in range(24)]
+        ),
+        # The paper's; without effect on a distilled model.
+        "guidance_scale": 4.0,
+        "max_sequence_length": 512,
+        **PROMPT_EMBEDS,
+        "output_dir": Path("flux2-flowbp-lora"),
+    }
 
-    add_method_arguments(parser)
-    add_reward_arguments(parser)
-    add_training_arguments(parser, output_dir="flux2-flowbp-lora")
-    return parse_training_args(parser, argv)
+    @property
+    def is_guided(self) -> bool:
+        """A distilled model ignores the guidance scale."""
+        return self.config.guidance_scale > 1 and not self.index.get("is_distilled", False)
 
+    def size_multiple(self) -> int:
+        """The VAE's reduction times 2, because latents are packed two by two."""
+        vae = AutoencoderKLFlux2.load_config(self.model, subfolder="vae", **self.source)
+        return 2 ** len(vae["block_out_channels"])
 
-def check_resolution(args: argparse.Namespace, source: dict[str, Any]) -> None:
-    """Refuse a resolution that the pipeline would change, from the AutoencoderKLFlux2's config alone."""
-    vae = AutoencoderKLFlux2.load_config(args.pretrained_model_name_or_path, subfolder="vae", **source)
-    # Latents are packed two by two.
-    multiple = 2 ** len(vae["block_out_channels"])
-    if args.resolution % multiple:
-        below = max(multiple, args.resolution // multiple * multiple)
-        raise ValueError(
-            f"--resolution must be a multiple of {multiple} for this model, got {args.resolution}; use {below}."
+    def encode(self, pipe: Flux2KleinPipeline, records: Sequence[Record], device: torch.device) -> Embeds:
+        """With the pipeline's own choice of the text encoder's layers, as at inference."""
+        embeds, _ = pipe.encode_prompt(
+            [record.prompt for record in records],
+            device=device,
+            max_sequence_length=self.config.max_sequence_length,
         )
+        return {"prompt_embeds": embeds}
+
+    def call(self, height: int, width: int) -> dict[str, Any]:
+        """As at inference. The stock sigmas are the paper's: linspace(1, 1 / N, N) before the scheduler's shift."""
+        return {
+            "height": height,
+            "width": width,
+            "num_inference_steps": self.config.num_inference_steps,
+            "guidance_scale": self.config.guidance_scale,
+            "max_sequence_length": self.config.max_sequence_length,
+        }
 
 
 def main(argv: list[str] | None = None) -> None:
     """Train."""
-    args = parse_args(argv)
-
-    # What can be known to be wrong is, before any model is loaded.
-    method = choose_method(args, backbone="flux2")
-    source = {"revision": args.revision}
-    model = args.pretrained_model_name_or_path
-    config = load_pipeline_config(Flux2KleinPipeline, model, source)
-    guided = args.guidance_scale > 1 and not config.get("is_distilled", False)
-    objective = choose_objective(args, method, args.guidance_scale if guided else 1.0)
-    prompts = load_prompts(args.prompts, column=args.prompt_column, split=args.prompt_split)
-    check_resolution(args, source)
-    if args.resume_from_checkpoint is not None:
-        find_checkpoint(args.output_dir, args.resume_from_checkpoint, tell=lambda message: None)
-    weight_dtype = WEIGHT_DTYPES[args.mixed_precision]
-    quantization_config = load_quantization_config(args.quantization_config_path, weight_dtype)
-    rewards = choose_rewards(args, prompts)
-    accelerator = make_accelerator(args)
-    device = accelerator.device
-
-    # Text: the embeddings that the stock pipeline makes, on the fly or once and kept.
-    loading = {"variant": args.variant, "dtype": weight_dtype, "use_safetensors": True, **source}
-
-    def load_text_pipeline() -> Flux2KleinPipeline:
-        return Flux2KleinPipeline.from_pretrained(
-            model, transformer=None, vae=None, trust_remote_code=False, **loading
-        )
-
-    def encode(pipe: Flux2KleinPipeline, texts: list[str]) -> Embeds:
-        # With the pipeline's own choice of the text encoder's layers, as at inference.
-        embeds, _ = pipe.encode_prompt(texts, device=device, max_sequence_length=args.max_sequence_length)
-        return {"prompt_embeds": embeds}
-
-    prompt_embeds = prepare_prompt_embeds(
-        args,
-        accelerator,
-        load_text_pipeline,
-        encode,
-        [*prompts, *rewards.evaluation_prompts],
-        "" if guided else None,
-    )
-
-    # The model: everything is frozen, only the LoRA is trained, in float32.
-    transformer = Flux2Transformer2DModel.from_pretrained(
-        model, subfolder="transformer", quantization_config=quantization_config, **loading
-    )
-    without = dict.fromkeys(TEXT_COMPONENTS)
-    pipe = Flux2KleinPipeline.from_pretrained(
-        model, transformer=transformer, trust_remote_code=False, **without, **loading
-    )
-    freeze(pipe.vae).to(device)
-    freeze(transformer)
-    pipe.set_progress_bar_config(disable=True)
-    for module in rewards:
-        freeze(module).to(device)
-    add_lora(transformer, args)
-    if args.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
-        pipe.vae.enable_gradient_checkpointing()
-    # Several processes: the sweep calls the wrapped transformer, the rollout the pipeline's own.
-    wrapped = prepare_transformer(accelerator, transformer)
-
-    # What every call of the pipeline gets, in training and validation: the rollout is the user's inference.
-    # Its stock sigmas are the paper's: linspace(1, 1 / N, N) before the scheduler's shift.
-    call: dict[str, Any] = {
-        "height": args.resolution,
-        "width": args.resolution,
-        "num_inference_steps": args.num_inference_steps,
-        "guidance_scale": args.guidance_scale,
-        "max_sequence_length": args.max_sequence_length,
-        "output_type": "pt",
-    }
-
-    if args.verify:
-        verify_call(args, method, pipe, {**prompt_embeds(prompts[:1]), **call})
-
-    def save_lora(folder: Path, lora: Mapping[str, torch.Tensor]) -> None:
-        Flux2KleinPipeline.save_lora_weights(
-            folder,
-            transformer_lora_layers=dict(lora),
-            **_collate_lora_metadata({"transformer": transformer}),
-        )
-
-    run = TrainingRun(
-        args,
-        accelerator,
-        method,
-        pipe,
-        transformer,
-        prompts,
-        sample=lambda prompt, generator: pipe(**prompt_embeds([prompt]), generator=generator, **call).images,
-        rewards=rewards,
-        save_lora=save_lora,
-    )
-    for update in run.updates():
-        for _ in range(args.gradient_accumulation_steps):
-            batch, places = run.next_batch()
-            # Passes and processes share a surrogate, so that they do equal work; every sample has noise of its own.
-            callback = FlowBPCallback(
-                method,
-                generator=make_generator("surrogate", args.seed, update),
-                unconditional_gradient=args.unconditional_gradient,
-                samples_per_decode=args.samples_per_decode,
-                noise_generator=sample_generators("copies", args.seed, update, places),
-                strict=args.strict or update == run.first_update,
-                on_stage=run.meter.mark,
-                velocity_anchor=args.velocity_anchor,
-                measure_gradients=True,
-            )
-            seed_rewards(args.seed, update, places)
-            run.meter.mark("encode")
-            embeds = prompt_embeds(batch)
-            run.meter.mark("rollout")
-            with callback.record(pipe):
-                pictures = []
-                for _ in range(1 + callback.copies):
-                    noise = sample_generators("noise", args.seed, update, places)
-                    pictures.append(pipe(**embeds, generator=noise, callback_on_step_end=callback, **call).images)
-            out = callback.backward(
-                lambda images, texts: rewards.training(images.float(), texts),
-                torch.cat(pictures),
-                batch,
-                objective=objective,
-                gradient_scale=run.gradient_scale,
-                transformer=wrapped,
-            )
-            run.collect(out, callback.surrogate, part_means(rewards.training))
-        run.optimizer_step()
-        run.report(update)
-    run.finish()
+    train_from_command_line(Flux2Klein, __doc__, Path(__file__).parent, argv)
 
 
 if __name__ == "__main__":

@@ -4,247 +4,99 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """Train a LoRA of Stable Diffusion 3 with the gradient of a reward.
 
-    accelerate launch training/train_flowbp_sd3.py \
-        --pretrained_model_name_or_path stabilityai/stable-diffusion-3.5-medium \
-        --method flowbp-lagrange --reward my_package.my_module:make_reward --prompts prompts.txt
+    accelerate launch training/train_flowbp_sd3.py --config sd3_flowbp_lagrange \
+        --reward hpsv2.1 --reward_clip 0.55 --prompts prompts.txt
 
-Every update: draw a surrogate, record a rollout of the stock pipeline, score its pictures, sweep the surrogate's
-terms, step the optimizer. The LoRA in `--output_dir` loads with `pipe.load_lora_weights(output_dir)`.
+From Python: `train(TrainingConfig(...), SD3)`. Every update draws a surrogate, records a rollout of the stock
+pipeline, scores its images, sweeps the surrogate's terms and steps the optimizer (`flowbp/training/loop.py`). The LoRA
+in `--output_dir` loads with `pipe.load_lora_weights(output_dir)`.
 """
 
-import argparse
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
-from diffusers.training_utils import _collate_lora_metadata
 
-from flowbp import FlowBPCallback
-from flowbp.rewards import part_means
-from flowbp.training.arguments import (
-    add_method_arguments,
-    add_model_arguments,
-    add_prompt_embeds_arguments,
-    add_reward_arguments,
-    add_training_arguments,
-    choose_method,
-    choose_objective,
-    choose_rewards,
-    parse_training_args,
-)
-from flowbp.training.checkpoints import find_checkpoint
-from flowbp.training.distributed import prepare_transformer
-from flowbp.training.prompt_embeds import Embeds, prepare_prompt_embeds
-from flowbp.training.prompts import load_prompts
-from flowbp.training.training_run import TrainingRun, run_script, verify_call
-from flowbp.training.training_utils import (
-    WEIGHT_DTYPES,
-    add_lora,
-    freeze,
-    load_pipeline_config,
-    load_quantization_config,
-    make_accelerator,
-    make_generator,
-    missing_components,
-    sample_generators,
-    seed_rewards,
-)
-
-# The attention layers that diffusers' LoRA script for SD3 trains.
-LORA_LAYERS = (
-    "attn.add_k_proj,attn.add_q_proj,attn.add_v_proj,attn.to_add_out,attn.to_k,attn.to_out.0,attn.to_q,attn.to_v"
-)
-TEXT_COMPONENTS = "text_encoder tokenizer text_encoder_2 tokenizer_2 text_encoder_3 tokenizer_3".split()
+from flowbp.training import Backbone
+from flowbp.training.backbone import PROMPT_EMBEDS
+from flowbp.training.model import missing_components
+from flowbp.training.prompt_embeds import Embeds
+from flowbp.training.prompts import Record
+from flowbp.training.script import run_script, train_from_command_line
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line, and the recipe that `--config` names."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
-    parser.add_argument("--config", help="YAML recipe with values for these options; the command line wins over it.")
-    add_model_arguments(parser, "a Stable Diffusion 3 pipeline", LORA_LAYERS)
-    add_prompt_embeds_arguments(parser)
+class SD3(Backbone):
+    """Stable Diffusion 3 and 3.5."""
 
-    rollout = parser.add_argument_group("rollout: what the pipeline is called with, as at inference")
-    add = rollout.add_argument
-    add("--resolution", type=int, default=512, help="Height and width of the pictures.")
-    add("--num_inference_steps", type=int, default=25, help="Steps N of a rollout (the paper: 25).")
-    add("--guidance_scale", type=float, default=3.5, help="Guidance scale (the paper: 3.5).")
-    add("--negative_prompt", default="", help="Prompt of the unconditional branch.")
-    add("--max_sequence_length", type=int, default=77, help="Length of the T5 prompt; without T5, of its zeros.")
-    add(
-        "--sigmas",
-        choices=("stock", "linear"),
-        default="stock",
-        help="stock: the scheduler's own; linear: linspace(1, 1 / N, N) before its shift, as the paper.",
-    )
+    name = "sd3"
+    pipeline_class = StableDiffusion3Pipeline
+    transformer_class = SD3Transformer2DModel
+    text_components = tuple("text_encoder tokenizer text_encoder_2 tokenizer_2 text_encoder_3 tokenizer_3".split())
+    defaults = {
+        # The attention layers that diffusers' LoRA script for SD3 trains.
+        "lora_layers": "attn.add_k_proj,attn.add_q_proj,attn.add_v_proj,attn.to_add_out,attn.to_k,attn.to_out.0,"
+        "attn.to_q,attn.to_v",
+        # The paper's.
+        "guidance_scale": 3.5,
+        "negative_prompt": "",
+        # The pipeline's own; without a T5 text encoder, the number of zero tokens that stand in for its prompt.
+        "max_sequence_length": 256,
+        "sigmas": "stock",
+        **PROMPT_EMBEDS,
+        "output_dir": Path("sd3-flowbp-lora"),
+    }
 
-    add_method_arguments(parser)
-    add_reward_arguments(parser)
-    add_training_arguments(parser, output_dir="sd3-flowbp-lora")
-    args = parse_training_args(parser, argv)
-    if args.negative_prompt and args.guidance_scale <= 1:
-        parser.error("--negative_prompt has no effect without guidance; set --guidance_scale above 1")
-    return args
+    def size_multiple(self) -> int:
+        """The VAE's reduction times the transformer's patch size."""
+        vae = AutoencoderKL.load_config(self.model, subfolder="vae", **self.source)
+        transformer = SD3Transformer2DModel.load_config(self.model, subfolder="transformer", **self.source)
+        return 2 ** (len(vae["block_out_channels"]) - 1) * transformer["patch_size"]
 
-
-def check_resolution(args: argparse.Namespace, source: dict[str, Any]) -> None:
-    """Refuse a resolution that the model cannot cut into patches, from its configs alone."""
-    model = args.pretrained_model_name_or_path
-    vae = AutoencoderKL.load_config(model, subfolder="vae", **source)
-    transformer = SD3Transformer2DModel.load_config(model, subfolder="transformer", **source)
-    multiple = 2 ** (len(vae["block_out_channels"]) - 1) * transformer["patch_size"]
-    if args.resolution % multiple:
-        below = max(multiple, args.resolution // multiple * multiple)
-        raise ValueError(
-            f"--resolution must be a multiple of {multiple} for this model, got {args.resolution}; use {below}."
-        )
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Train."""
-    args = parse_args(argv)
-
-    # What can be known to be wrong is, before any model is loaded.
-    method = choose_method(args, backbone="sd3")
-    guided = args.guidance_scale > 1
-    objective = choose_objective(args, method, args.guidance_scale if guided else 1.0)
-    prompts = load_prompts(args.prompts, column=args.prompt_column, split=args.prompt_split)
-    source = {"revision": args.revision}
-    model = args.pretrained_model_name_or_path
-    missing = missing_components(load_pipeline_config(StableDiffusion3Pipeline, model, source))
-    check_resolution(args, source)
-    if args.resume_from_checkpoint is not None:
-        find_checkpoint(args.output_dir, args.resume_from_checkpoint, tell=lambda message: None)
-    weight_dtype = WEIGHT_DTYPES[args.mixed_precision]
-    quantization_config = load_quantization_config(args.quantization_config_path, weight_dtype)
-    rewards = choose_rewards(args, prompts)
-    accelerator = make_accelerator(args)
-    device = accelerator.device
-
-    # Text: the embeddings that the stock pipeline makes, on the fly or once and kept.
-    loading = {"variant": args.variant, "dtype": weight_dtype, "use_safetensors": True, **source}
-
-    def load_text_pipeline() -> StableDiffusion3Pipeline:
-        # Without T5 the pipeline takes the width of the zeros in its place from the transformer's config.
+    def load_text_pipeline(self) -> StableDiffusion3Pipeline:
+        """Without T5 the pipeline takes the width of the zeros in its place from the transformer's config."""
+        config = SD3Transformer2DModel.load_config(self.model, subfolder="transformer", **self.source)
         with torch.device("meta"):
-            shape = SD3Transformer2DModel.from_config(
-                SD3Transformer2DModel.load_config(model, subfolder="transformer", **source)
-            )
+            shape = SD3Transformer2DModel.from_config(config)
         return StableDiffusion3Pipeline.from_pretrained(
-            model, transformer=shape, vae=None, trust_remote_code=False, **missing, **loading
+            self.model,
+            transformer=shape,
+            vae=None,
+            trust_remote_code=False,
+            **missing_components(self.index),
+            **self.loading,
         )
 
-    def encode(pipe: StableDiffusion3Pipeline, texts: list[str]) -> Embeds:
+    def encode(self, pipe: StableDiffusion3Pipeline, records: Sequence[Record], device: torch.device) -> Embeds:
+        """Embeddings of the conditional branch; those of the unconditional one are the negative prompt's."""
         embeds, _, pooled, _ = pipe.encode_prompt(
-            texts,
+            [record.prompt for record in records],
             None,
             None,
             device=device,
             do_classifier_free_guidance=False,
-            max_sequence_length=args.max_sequence_length,
+            max_sequence_length=self.config.max_sequence_length,
         )
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
-    prompt_embeds = prepare_prompt_embeds(
-        args,
-        accelerator,
-        load_text_pipeline,
-        encode,
-        [*prompts, *rewards.evaluation_prompts],
-        args.negative_prompt if guided else None,
-    )
+    def call(self, height: int, width: int) -> dict[str, Any]:
+        """As at inference."""
+        steps = self.config.num_inference_steps
+        sigmas = {"sigmas": torch.linspace(1, 1 / steps, steps).tolist()} if self.config.sigmas == "linear" else {}
+        return {
+            "height": height,
+            "width": width,
+            "num_inference_steps": steps,
+            "guidance_scale": self.config.guidance_scale,
+            "max_sequence_length": self.config.max_sequence_length,
+            **sigmas,
+        }
 
-    # The model: everything is frozen, only the LoRA is trained, in float32.
-    transformer = SD3Transformer2DModel.from_pretrained(
-        model, subfolder="transformer", quantization_config=quantization_config, **loading
-    )
-    without = {**missing, **dict.fromkeys(TEXT_COMPONENTS)}
-    pipe = StableDiffusion3Pipeline.from_pretrained(
-        model, transformer=transformer, trust_remote_code=False, **without, **loading
-    )
-    freeze(pipe.vae).to(device)
-    freeze(transformer)
-    pipe.set_progress_bar_config(disable=True)
-    for module in rewards:
-        freeze(module).to(device)
-    add_lora(transformer, args)
-    if args.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
-        pipe.vae.enable_gradient_checkpointing()
-    # Several processes: the sweep calls the wrapped transformer, the rollout the pipeline's own.
-    wrapped = prepare_transformer(accelerator, transformer)
 
-    # What every call of the pipeline gets, in training and validation: the rollout is the user's inference.
-    call: dict[str, Any] = {
-        "height": args.resolution,
-        "width": args.resolution,
-        "num_inference_steps": args.num_inference_steps,
-        "guidance_scale": args.guidance_scale,
-        "max_sequence_length": args.max_sequence_length,
-        "output_type": "pt",
-    }
-    if args.sigmas == "linear":
-        call["sigmas"] = torch.linspace(1, 1 / args.num_inference_steps, args.num_inference_steps).tolist()
-
-    if args.verify:
-        verify_call(args, method, pipe, {**prompt_embeds(prompts[:1]), **call})
-
-    def save_lora(folder: Path, lora: Mapping[str, torch.Tensor]) -> None:
-        StableDiffusion3Pipeline.save_lora_weights(
-            folder,
-            transformer_lora_layers=dict(lora),
-            **_collate_lora_metadata({"transformer": transformer}),
-        )
-
-    run = TrainingRun(
-        args,
-        accelerator,
-        method,
-        pipe,
-        transformer,
-        prompts,
-        sample=lambda prompt, generator: pipe(**prompt_embeds([prompt]), generator=generator, **call).images,
-        rewards=rewards,
-        save_lora=save_lora,
-    )
-    for update in run.updates():
-        for _ in range(args.gradient_accumulation_steps):
-            batch, places = run.next_batch()
-            # Passes and processes share a surrogate, so that they do equal work; every sample has noise of its own.
-            callback = FlowBPCallback(
-                method,
-                generator=make_generator("surrogate", args.seed, update),
-                unconditional_gradient=args.unconditional_gradient,
-                samples_per_decode=args.samples_per_decode,
-                noise_generator=sample_generators("copies", args.seed, update, places),
-                strict=args.strict or update == run.first_update,
-                on_stage=run.meter.mark,
-                velocity_anchor=args.velocity_anchor,
-                measure_gradients=True,
-            )
-            seed_rewards(args.seed, update, places)
-            run.meter.mark("encode")
-            embeds = prompt_embeds(batch)
-            run.meter.mark("rollout")
-            with callback.record(pipe):
-                pictures = []
-                for _ in range(1 + callback.copies):
-                    noise = sample_generators("noise", args.seed, update, places)
-                    pictures.append(pipe(**embeds, generator=noise, callback_on_step_end=callback, **call).images)
-            out = callback.backward(
-                lambda images, texts: rewards.training(images.float(), texts),
-                torch.cat(pictures),
-                batch,
-                objective=objective,
-                gradient_scale=run.gradient_scale,
-                transformer=wrapped,
-            )
-            run.collect(out, callback.surrogate, part_means(rewards.training))
-        run.optimizer_step()
-        run.report(update)
-    run.finish()
+def main(argv: list[str] | None = None) -> None:
+    """Train."""
+    train_from_command_line(SD3, __doc__, Path(__file__).parent, argv)
 
 
 if __name__ == "__main__":

@@ -120,3 +120,18 @@ def call_arguments(pipeline: type[DiffusionPipeline], given: Mapping[str, Any]) 
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
             raise ValueError(f"{pipeline.__name__} takes no argument {name} here; did you mean {near[0]}?")
     return {**arguments, "output_type": "pt", "return_dict": False}
+
+
+def usual_size_multiple(vae: Mapping[str, Any], transformer: Mapping[str, Any]) -> int | None:
+    """What heights and widths must be a multiple of, in pixels; None where the configs do not say it in the usual way.
+
+    Args:
+        vae, transformer: their configs.
+    """
+    patch = transformer.get("patch_size")
+    patch = patch[-1] if isinstance(patch, list | tuple) else patch
+    if "block_out_channels" not in vae or not isinstance(patch, int):
+        return None
+    multiple = 2 ** (len(vae["block_out_channels"]) - 1) * patch
+    # Twice that where latents are packed two by two.
+    return 2 * multiple if transformer.get("in_channels") == 4 * vae.get("latent_channels", 0) else multiple

@@ -13,7 +13,7 @@ import os
 import runpy
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -28,9 +28,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from flowbp.judging import images as validation
-from flowbp.training.arguments import choose_method
-from flowbp.training.training_run import TrainingRun
-from flowbp.training.training_utils import LORA_FILE, StageMeter, make_generator, missing_components
+from flowbp.training import Backbone, TrainingConfig
+from flowbp.training.config import parse_training_config
+from flowbp.training.model import LORA_FILE, missing_components
+from flowbp.training.seeds import make_generator
+from flowbp.training.stages import StageMeter
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -158,35 +160,6 @@ def watch_pictures(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     return drawn
 
 
-def watch_runs(monkeypatch: pytest.MonkeyPatch) -> list[TrainingRun]:
-    """A list that later runs fill with what they keep between updates, one entry a run."""
-    runs: list[TrainingRun] = []
-    updates = TrainingRun.updates
-
-    def keep(run: TrainingRun) -> Iterator[int]:
-        runs.append(run)
-        return updates(run)
-
-    monkeypatch.setattr(TrainingRun, "updates", keep)
-    return runs
-
-
-def check_float32_over_bfloat16(run: TrainingRun) -> None:
-    """LoRA, its gradients of the last update and the optimizer's state are float32, everything frozen is bfloat16."""
-    trained = {id(parameter) for parameter in run.parameters}
-    frozen = [parameter for parameter in run.transformer.parameters() if id(parameter) not in trained]
-    assert frozen and all(parameter.dtype == torch.bfloat16 for parameter in frozen)
-    moments = [
-        value for parameter in run.parameters for value in run.optimizer.state[parameter].values() if value.ndim
-    ]
-    gradients = [parameter.grad for parameter in run.parameters]
-    assert len(moments) == 2 * len(run.parameters) and any(gradient.abs().max() > 0 for gradient in gradients)
-    for tensor in (*run.parameters, *gradients, *moments):
-        assert tensor.dtype == torch.float32
-    # Nothing on the way rounded them either.
-    assert any(not torch.equal(parameter, parameter.bfloat16().float()) for parameter in run.parameters)
-
-
 def check_dry_run(
     script: ModuleType,
     arguments: dict[str, Any],
@@ -200,20 +173,46 @@ def check_dry_run(
     script.main(command_line(arguments, dry_run=True, report_to="tensorboard", checkpointing_steps=1))
     lines = capsys.readouterr().out.splitlines()
     start = lines.index(StageMeter(CPU).table().splitlines()[0])
-    table = {line.split()[0]: line.split()[1:] for line in lines[start:]}
+    end = lines.index("", start)
+    table = {line.split()[0]: line.split()[1:] for line in lines[start:end]}
     assert list(table) == ["stage", *stages, "update", "peak"], table
     seconds = [float(table[stage][0]) for stage in stages]
     # Each is rounded to a hundredth.
     assert max(seconds) > 0 and abs(sum(seconds) - float(table["update"][0])) < 0.01 * len(table)
+    # What the whole run will take.
+    estimate = {line.split()[0]: line for line in lines[end + 2 :]}
+    assert list(estimate) == ["updates", "images", "in", "checkpoints", "at"], estimate
     assert sorted(folder.rglob("*")) == before and not arguments["output_dir"].exists()
+
+
+def backbone_of(script: ModuleType) -> type[Backbone]:
+    """The `Backbone` that a training script defines."""
+    (found,) = (
+        each
+        for each in vars(script).values()
+        if isinstance(each, type) and issubclass(each, Backbone) and each.__module__ == script.__name__
+    )
+    return found
+
+
+def parse_config(script: ModuleType, words: list[str]) -> TrainingConfig:
+    """What a training script makes of a command line."""
+    return parse_training_config(backbone_of(script), script.__doc__, words, ROOT / "training" / "recipes")
 
 
 def check_recipe(script: ModuleType, backbone: str, recipe: Path) -> None:
     """A recipe parses, says what it is for, and its method can be drawn from."""
-    args = script.parse_args(["--config", str(recipe), "--prompts", "prompts.txt", "--reward", "ocr"])
+    config = parse_config(script, ["--config", str(recipe), "--prompts", "prompts.txt", "--reward", "ocr"])
     content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
-    assert content and all(vars(args)[name] == value for name, value in content.items())
-    assert choose_method(args, backbone=backbone).name == content["method"]
+    found = config.settings()
+    for name, value in content.items():
+        several = isinstance(found[name], list) and not isinstance(value, list)
+        expected = [value] if several else value
+        is_file = name.endswith("_path") and (recipe.parent / str(value)).is_file()
+        assert found[name] == (str(recipe.parent / value) if is_file else expected), name
+    method = config.make_method(backbone)
+    assert method.name == content["method"]
+    method.draw(torch.linspace(1, 0, config.num_inference_steps + 1), torch.Generator().manual_seed(0))
 
 
 def recipes_of(backbone: str) -> list[Path]:

@@ -29,6 +29,7 @@ from training_scripts import (
     RANK,
     SHARED_ARGUMENTS,
     accelerate_launch,
+    backbone_of,
     check_bfloat16_round_trip,
     check_dry_run,
     check_recipe,
@@ -43,6 +44,7 @@ from training_scripts import (
     log_of,
     lora_of,
     metadata_of,
+    parse_config,
     recipes_of,
     same,
     script_path,
@@ -184,7 +186,7 @@ def test_adapter_metadata_is_in_the_file(script: ModuleType, arguments: dict[str
     script.main(command_line(arguments, max_train_steps=1, method="draft-k"))
     metadata = metadata_of(arguments["output_dir"])
     assert metadata["transformer.r"] == RANK and metadata["transformer.lora_alpha"] == ALPHA
-    assert set(metadata["transformer.target_modules"]) == set(script.LORA_LAYERS.split(","))
+    assert set(metadata["transformer.target_modules"]) == set(backbone_of(script).defaults["lora_layers"].split(","))
 
 
 @rows(*BACKBONES)
@@ -204,7 +206,7 @@ def test_strict_checks_and_changes_nothing(script: ModuleType, arguments: dict[s
 def parsed(script: ModuleType, *words: str, **more: Any) -> dict[str, Any]:
     """What a script makes of a command line."""
     required = {"pretrained_model_name_or_path": "m", "prompts": "p.txt", "reward": "ocr"}
-    return vars(script.parse_args([*command_line({**required, **more}), *words]))
+    return parse_config(script, [*command_line({**required, **more}), *words]).settings()
 
 
 @rows(*BACKBONES)
@@ -224,7 +226,7 @@ def test_defaults_are_those_of_diffusers_and_the_paper(script: ModuleType, backb
         "max_grad_norm": 1.0,
         "checkpointing_steps": 500,
         "report_to": "tensorboard",
-        "resolution": 512,
+        "resolution": [512],
         "num_inference_steps": 25,
         "max_train_steps": 300,
         "method": "flowbp-lagrange",

@@ -2,15 +2,25 @@
 #
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""Recipes: option values for a training script from a YAML file, below those of the command line."""
+"""From a command line and a recipe (YAML) to a typed config.
+
+The options are the fields of the config's class (`options.py`). The command line wins over the recipe, the recipe over
+the defaults.
+"""
 
 import argparse
 import difflib
-from typing import Any
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
 
 import yaml
 
 from ..publishing.run_info import one_line
+from .options import declarations, is_required, item_type, without_none
+
+Config = TypeVar("Config")
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -23,7 +33,100 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if has_own or is_empty else super()._get_help_string(action)
 
 
-def parse_args_with_config(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
+def json_object(text: str) -> dict[str, Any]:
+    """The value of an option that is a JSON object."""
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"a JSON object expected, got {text}")
+    return value
+
+
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """A parser with `--config`, for `add_options` and `parse_args_with_config`."""
+    # The names of more than a hundred options would hide what follows.
+    usage = "%(prog)s [--config RECIPE] [--OPTION VALUE ...]"
+    parser = argparse.ArgumentParser(usage=usage, description=description, allow_abbrev=False)
+    _use_one_line_errors(parser)
+    parser.add_argument(
+        "--config", help="YAML recipe with values for these options, a path or the name of one that comes with flowbp."
+    )
+    return parser
+
+
+def add_options(
+    parser: argparse.ArgumentParser,
+    config_class: type,
+    defaults: Mapping[str, Any] | None = None,
+    required: Collection[str] = (),
+    without: Collection[str] = (),
+) -> dict[str, Any]:
+    """Add an option for each field of a config's class, in the groups that they name.
+
+    Args:
+        parser: of a script.
+        config_class: a dataclass of `options.option` fields.
+        defaults: those of a backbone, above the class'. Options of some backbones only are added if they are here.
+        required: options that have a default in Python but must be given here.
+        without: fields that are no options.
+
+    Returns:
+        The groups of `--help`, by heading.
+    """
+    defaults = defaults or {}
+    groups: dict[str, Any] = {}
+    for name, (field, declared, kind) in declarations(config_class).items():
+        if name in without or (declared.of_backbone and name not in defaults):
+            continue
+        if declared.group not in groups:
+            groups[declared.group] = parser.add_argument_group(declared.group)
+        kind, default = without_none(kind), defaults.get(name, field.default)
+        more: dict[str, Any] = {"help": declared.help.replace("%", "%%")}
+        if is_required(field) or name in required:
+            more["required"] = True
+        else:
+            more["default"] = default
+        if declared.source:
+            more["help"] += f" (default: %(default)s, {declared.source})"
+        if kind is bool:
+            more["action"] = "store_true" if default is False else argparse.BooleanOptionalAction
+        else:
+            item = item_type(kind)
+            more |= {"type": item or kind, "choices": declared.choices}
+            if item is not None:
+                more |= {"nargs": "+", "default": None if default is None else list(default)}
+            elif kind not in (str, int, float, Path):
+                more["type"] = json_object
+        groups[declared.group].add_argument(f"--{name}", *declared.aliases, dest=name, **more)
+    return groups
+
+
+def make_config(parser: argparse.ArgumentParser, config_class: type[Config], values: Mapping[str, Any]) -> Config:
+    """The config of parsed values; its errors are the parser's."""
+    try:
+        return config_class(**values)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without keys that stand twice, of which the last would win without a word."""
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    keys = [loader.construct_object(key) for key, _ in node.value]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise ValueError(f"key {key} stands twice: keep one of them")
+    loader.flatten_mapping(node)
+    return loader.construct_mapping(node, deep=True)
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
+def parse_args_with_config(
+    parser: argparse.ArgumentParser, argv: list[str] | None = None, recipes: Path | None = None
+) -> argparse.Namespace:
     """Parses the command line, with `--config FILE` giving the values of options that the command line leaves out.
 
     The command line wins over the file, the file over the parser's defaults. The file is a flat YAML mapping from long
@@ -37,6 +140,7 @@ def parse_args_with_config(parser: argparse.ArgumentParser, argv: list[str] | No
     Args:
         parser: has a `--config` option and was built with `allow_abbrev=False`.
         argv: the arguments; those of the process by default.
+        recipes: folder of recipes that `--config` may name without a path and `.yaml`.
 
     Raises:
         ValueError: the parser is not as described.
@@ -48,22 +152,13 @@ def parse_args_with_config(parser: argparse.ArgumentParser, argv: list[str] | No
     if "--config" not in _options(parser):
         raise ValueError("parse_args_with_config: expected a parser with a --config option")
 
-    def error(message: str) -> None:
-        parser.exit(2, f"{parser.prog}: error: {one_line(message)}\n")
-
-    # argparse's own error() prints the usage of every option first, which hides the line that matters.
-    parser.error = error
-    parser.formatter_class = _HelpFormatter
-
-    search = argparse.ArgumentParser(prog=parser.prog, add_help=False, allow_abbrev=False)
-    search.error = error
-    search.add_argument("--config")
-    path = search.parse_known_args(argv)[0].config
+    _use_one_line_errors(parser)
+    path = given_early(parser, "config", argv)
     required = [action for action in parser._actions if action.required]
     from_file = argparse.Namespace()
     try:
         if path is not None:
-            _read_into(from_file, parser, path)
+            _read_into(from_file, parser, find_recipe(path, recipes))
         for action in required:
             action.required = not hasattr(from_file, action.dest)
         args, unknown = parser.parse_known_args(argv, from_file)
@@ -78,6 +173,23 @@ def parse_args_with_config(parser: argparse.ArgumentParser, argv: list[str] | No
     return args
 
 
+def _use_one_line_errors(parser: argparse.ArgumentParser) -> None:
+    def error(message: str) -> None:
+        parser.exit(2, f"{parser.prog}: error: {one_line(message)}\n")
+
+    # argparse's own error() prints the usage of every option first, which hides the line that matters.
+    parser.error = error
+    parser.formatter_class = _HelpFormatter
+
+
+def given_early(parser: argparse.ArgumentParser, name: str, argv: list[str] | None) -> str | None:
+    """The value of an option on the command line, before all options of the parser are known."""
+    search = argparse.ArgumentParser(prog=parser.prog, add_help=False, allow_abbrev=False)
+    search.error = parser.error
+    search.add_argument(f"--{name}")
+    return vars(search.parse_known_args(argv)[0])[name]
+
+
 def _options(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
     return {
         option: action
@@ -88,29 +200,56 @@ def _options(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
     }
 
 
-def _read_into(namespace: argparse.Namespace, parser: argparse.ArgumentParser, path: str) -> None:
+def find_recipe(path: str, recipes: Path | None) -> Path:
+    """The file that `--config` means: a path, or a name in the folder of recipes."""
+    given = Path(path)
+    if recipes is None or given.is_file() or given.suffix or len(given.parts) > 1:
+        return given
+    named = recipes / f"{path}.yaml"
+    if named.is_file():
+        return named
+    names = [file.stem for file in recipes.glob("*.yaml")]
+    raise ValueError(f"--config {path}: neither a file nor a recipe of flowbp{_nearest(path, names)}")
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The keys and values of a recipe.
+
+    Raises:
+        ValueError: the file cannot be read, is no YAML mapping, or has a key twice.
+    """
     try:
-        with open(path, encoding="utf-8") as file:
-            recipe = yaml.safe_load(file)
+        recipe = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 - a SafeLoader
     except OSError as error:
         raise ValueError(f"--config {path}: cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"--config {path}: not valid YAML in UTF-8: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"--config {path}: {error}") from error
     if not isinstance(recipe, dict):
         raise ValueError(f"--config {path}: expected option names with values, got {_kind(recipe)}")
+    return recipe
 
+
+def _read_into(namespace: argparse.Namespace, parser: argparse.ArgumentParser, path: Path) -> None:
     keys = {
         option[2:].replace("-", "_"): action
         for option, action in _options(parser).items()
         if option.startswith("--") and option not in ("--config", "--help")
     }
-    for key, value in recipe.items():
+    for key, value in read_recipe(path).items():
         if key not in keys:
             raise ValueError(f"--config {path}: unknown key {key}{_nearest(str(key), list(keys))}")
         try:
-            setattr(namespace, keys[key].dest, _value(keys[key], value))
+            found = _value(keys[key], value)
         except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
             raise ValueError(f"--config {path}: {key}: {error}") from error
+        if isinstance(found, Path) and not found.is_absolute() and (path.parent / found).is_file():
+            # A file that a recipe names lies beside it.
+            found = path.parent / found
+        if hasattr(namespace, keys[key].dest):
+            raise ValueError(f"--config {path}: {key} stands twice, the other time by another name: keep one of them")
+        setattr(namespace, keys[key].dest, found)
 
 
 def _value(action: argparse.Action, value: Any) -> Any:
@@ -128,7 +267,9 @@ def _value(action: argparse.Action, value: Any) -> Any:
     if action.nargs in (None, "?"):
         return _item(action, value)
     if not isinstance(value, list):
-        raise ValueError(f"a list expected, got {value!r}: write [...]")
+        if action.nargs != "+" or isinstance(value, str):
+            raise ValueError(f"a list expected, got {value!r}: write [...]")
+        value = [value]
     if isinstance(action.nargs, int) and len(value) != action.nargs:
         raise ValueError(f"a list of {action.nargs} expected, got {len(value)}")
     if action.nargs == "+" and not value:

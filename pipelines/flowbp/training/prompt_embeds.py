@@ -7,7 +7,6 @@
 Both give what the pipeline's own `encode_prompt` gives, by the argument names of the pipeline's call.
 """
 
-import argparse
 import gc
 import hashlib
 import json
@@ -28,7 +27,11 @@ from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from .config import TrainingConfig
+from .prompts import Record
+
 Embeds = dict[str, torch.Tensor]
+Encode = Callable[[DiffusionPipeline, list[Record]], Embeds]
 # Prompts encoded together, and kept in one file: a file of SD3.5 embeddings (256 tokens, bf16) has about 180 MB.
 PROMPTS_PER_BATCH = 16
 PROMPTS_PER_FILE = 64
@@ -55,11 +58,11 @@ def group_offload_encoder(encoder: torch.nn.Module, device: torch.device) -> Non
 
 
 class PromptEncoder:
-    """Encodes prompts when they are needed.
+    """Encodes records when they are needed.
 
     Args:
         pipe: with text encoders and tokenizers; other components are not used.
-        encode: `encode(pipe, prompts) -> {argument of the call: (B, ...)}`.
+        encode: `encode(pipe, records) -> {argument of the call: (B, ...)}`.
         device: to compute on.
         offload: the encoders wait on the CPU between uses.
         group_offload: they stay on the CPU and diffusers' group offloading brings one layer at a time.
@@ -68,7 +71,7 @@ class PromptEncoder:
     def __init__(
         self,
         pipe: DiffusionPipeline,
-        encode: Callable[[DiffusionPipeline, list[str]], Embeds],
+        encode: Encode,
         device: torch.device,
         offload: bool = False,
         group_offload: bool = False,
@@ -85,10 +88,10 @@ class PromptEncoder:
                 encoder.to(device)
 
     @torch.no_grad()
-    def __call__(self, prompts: Sequence[str]) -> Embeds:
-        """Embeddings `{argument: (B, ...)}` of B prompts."""
+    def __call__(self, records: Sequence[Record]) -> Embeds:
+        """Embeddings `{argument: (B, ...)}` of B records."""
         with offload_models(*self.encoders, device=self.device, offload=self.offload):
-            return self.encode(self.pipe, list(prompts))
+            return self.encode(self.pipe, list(records))
 
 
 class PromptEmbeds:
@@ -96,33 +99,37 @@ class PromptEmbeds:
 
     Args:
         folder: written by `precompute`.
-        prompts: those that were encoded, in order.
-        device: of the tensors that are given out.
+        keys: of the records that were encoded, in order; see `Backbone.key`.
+        key: gives a record's.
+        device: of the returned tensors.
     """
 
-    def __init__(self, folder: Path, prompts: Sequence[str], device: torch.device) -> None:
+    def __init__(self, folder: Path, keys: Sequence[str], key: Callable[[Record], str], device: torch.device) -> None:
         self.folder = folder
+        self.key = key
         self.device = device
-        self.places = {prompt: divmod(number, PROMPTS_PER_FILE) for number, prompt in enumerate(prompts)}
+        self.places = {each: divmod(place, PROMPTS_PER_FILE) for place, each in enumerate(keys)}
 
-    def __call__(self, prompts: Sequence[str]) -> Embeds:
-        """Embeddings `{argument: (B, ...)}` of B prompts.
+    def __call__(self, records: Sequence[Record]) -> Embeds:
+        """Embeddings `{argument: (B, ...)}` of B records.
 
         Raises:
-            ValueError: for a prompt that was not encoded, and for a damaged file.
+            ValueError: for a record that was not encoded, and for a damaged file.
         """
-        rows: list[Embeds] = []
-        for prompt in prompts:
-            if prompt not in self.places:
-                raise ValueError(f"No embeddings of {prompt!r} in {self.folder}; it was not among the run's prompts.")
-            file, row = self.places[prompt]
-            path = self.folder / f"{file:05d}.safetensors"
+        found: list[Embeds] = []
+        for record in records:
+            place = self.places.get(self.key(record))
+            if place is None:
+                raise ValueError(
+                    f"No embeddings of {record.prompt!r} in {self.folder}; it was not among the run's prompts."
+                )
+            path = self.folder / f"{place[0]:05d}.safetensors"
             try:
                 with safe_open(path, framework="pt") as tensors:
-                    rows.append({name: tensors.get_slice(name)[row : row + 1] for name in tensors.keys()})
+                    found.append({name: tensors.get_slice(name)[place[1] : place[1] + 1] for name in tensors.keys()})
             except SafetensorError as error:
                 raise ValueError(f"{path} is damaged ({error}); remove {self.folder} and start again.") from error
-        return {name: torch.cat([row[name] for row in rows]).to(self.device) for name in rows[0]}
+        return {name: torch.cat([each[name] for each in found]).to(self.device) for name in found[0]}
 
 
 def hub_commit(model: str, revision: str | None) -> str | None:
@@ -131,16 +138,16 @@ def hub_commit(model: str, revision: str | None) -> str | None:
     return Path(found).parent.name if isinstance(found, str) else None
 
 
-def cache_folder(root: Path, model: str, prompts: Sequence[str], settings: Mapping[str, Any]) -> Path:
-    """Where the embeddings of these prompts belong: `root/<model>/<hash>`.
+def cache_folder(root: Path, model: str, keys: Sequence[str], settings: Mapping[str, Any]) -> Path:
+    """Where the embeddings of these records belong: `root/<model>/<hash>`.
 
     Args:
         root: of all caches.
         model: folder or Hub id.
-        prompts: all prompts of the run, in order.
+        keys: of all records of the run, in order.
         settings: what else the embeddings depend on (revision, dtype, lengths, versions).
     """
-    content = json.dumps([model, list(prompts), {name: str(value) for name, value in settings.items()}])
+    content = json.dumps([model, list(keys), {name: str(value) for name, value in settings.items()}])
     digest = hashlib.sha256(content.encode()).hexdigest()[:16]
     return root / model.strip("/").replace("/", "--") / digest
 
@@ -154,20 +161,20 @@ def text_files(model: str) -> list[tuple[str, int, int]]:
     return sorted((f"{path.parent.name}/{path.name}", path.stat().st_size, path.stat().st_mtime_ns) for path in files)
 
 
-def precompute(folder: Path, prompts: Sequence[str], encoder: PromptEncoder, say: Callable[[str], None]) -> None:
-    """Encode all prompts once and write them as safetensors, the folder as the last step.
+def precompute(folder: Path, records: Sequence[Record], encoder: PromptEncoder, say: Callable[[str], None]) -> None:
+    """Encode all records once and write them as safetensors, the folder as the last step.
 
     Args:
         folder: of `cache_folder`.
-        prompts: without repetitions.
+        records: without repetitions.
         encoder: what encodes them.
         say: gets a line with the size before anything is written.
 
     Raises:
         OSError: where the disk has less room than the embeddings need.
     """
-    size = sum(tensor.nbytes for tensor in encoder(prompts[:1]).values()) * len(prompts)
-    say(f"Prompt embeddings: {len(prompts)} prompts, {size / 2**20:.1f} MiB, into {folder}")
+    size = sum(tensor.nbytes for tensor in encoder(records[:1]).values()) * len(records)
+    say(f"Prompt embeddings: {len(records)} prompts, {size / 2**20:.1f} MiB, into {folder}")
     # Of this machine alone: of several, one process of each writes, perhaps to one disk.
     partial = folder.with_name(f"{folder.name}.{socket.gethostname()}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -178,8 +185,8 @@ def precompute(folder: Path, prompts: Sequence[str], encoder: PromptEncoder, say
             f"Prompt embeddings need {size / 2**20:.0f} MiB, {folder} has {free / 2**20:.0f} MiB free; choose another "
             "--prompt_embeds_dir."
         )
-    for start in range(0, len(prompts), PROMPTS_PER_FILE):
-        of_file = prompts[start : start + PROMPTS_PER_FILE]
+    for start in range(0, len(records), PROMPTS_PER_FILE):
+        of_file = records[start : start + PROMPTS_PER_FILE]
         batches = [
             encoder(of_file[first : first + PROMPTS_PER_BATCH]) for first in range(0, len(of_file), PROMPTS_PER_BATCH)
         ]
@@ -195,62 +202,65 @@ def precompute(folder: Path, prompts: Sequence[str], encoder: PromptEncoder, say
 
 
 def prepare_prompt_embeds(
-    args: argparse.Namespace,
+    config: TrainingConfig,
     accelerator: Accelerator,
     load_pipeline: Callable[[], DiffusionPipeline],
-    encode: Callable[[DiffusionPipeline, list[str]], Embeds],
-    prompts: Sequence[str],
-    negative_prompt: str | None,
-) -> Callable[[Sequence[str]], Embeds]:
+    encode: Encode,
+    key: Callable[[Record], str],
+    records: Sequence[Record],
+    negative: Record | None,
+) -> Callable[[Sequence[Record]], Embeds]:
     """What gives a batch's embeddings, by the argument names of the pipeline's call.
 
-    With `--precompute_prompt_embeds` all prompts of the run are encoded now, by one process, and the text encoders are
+    With `--precompute_prompt_embeds` all records of the run are encoded now, by one process, and the text encoders are
     freed; otherwise they stay and encode each batch.
 
     Args:
-        args: of `parse_training_args`.
+        config: of the run.
         accelerator: of the run.
         load_pipeline: loads the text encoders and tokenizers, in a pipeline without the rest.
-        encode: `encode(pipe, prompts) -> {argument of the call: (B, ...)}`, with the pipeline's own `encode_prompt`.
-        prompts: of training and evaluation; those of the validation are added.
-        negative_prompt: of the unconditional branch, `None` without guidance. Its embeddings get the arguments' names
-            with `negative_` in front.
+        encode: `encode(pipe, records) -> {argument of the call: (B, ...)}`, with the pipeline's own `encode_prompt`.
+        key: what a record's embeddings depend on, see `Backbone.key`.
+        records: of training, evaluation and validation.
+        negative: of the unconditional branch, `None` without guidance. Its embeddings get the arguments' names with
+            `negative_` in front.
 
     Returns:
-        `embeds(prompts) -> {argument: (B, ...)}`.
+        `embeds(records) -> {argument: (B, ...)}`.
     """
     device = accelerator.device
-    source: Callable[[Sequence[str]], Embeds]
-    if args.precompute_prompt_embeds:
-        negative = [] if negative_prompt is None else [negative_prompt]
-        everything = list(dict.fromkeys([*prompts, *(args.validation_prompt or ()), *negative]))
-        settings = {
-            name: value
-            for name, value in vars(args).items()
-            if name in ("revision", "variant", "mixed_precision", "max_sequence_length")
+    source: Callable[[Sequence[Record]], Embeds]
+    if config.precompute_prompt_embeds:
+        everything = {key(each): each for each in (*records, *([] if negative is None else [negative]))}
+        settings: dict[str, Any] = {
+            "revision": config.revision,
+            "variant": config.variant,
+            "mixed_precision": config.mixed_precision,
+            "max_sequence_length": config.max_sequence_length,
+            "diffusers": diffusers.__version__,
+            "transformers": transformers.__version__,
+            "files": text_files(config.pretrained_model_name_or_path),
+            "commit": hub_commit(config.pretrained_model_name_or_path, config.revision),
+            "prompts_per_file": PROMPTS_PER_FILE,
         }
-        settings |= {"diffusers": diffusers.__version__, "transformers": transformers.__version__}
-        settings["files"] = text_files(args.pretrained_model_name_or_path)
-        settings["commit"] = hub_commit(args.pretrained_model_name_or_path, args.revision)
-        settings["prompts_per_file"] = PROMPTS_PER_FILE
-        root = args.prompt_embeds_dir.expanduser()
-        folder = cache_folder(root, args.pretrained_model_name_or_path, everything, settings)
+        root = config.prompt_embeds_dir.expanduser()
+        folder = cache_folder(root, config.pretrained_model_name_or_path, list(everything), settings)
         with accelerator.local_main_process_first():
             if folder.is_dir():
                 accelerator.print(f"Prompt embeddings: {folder} exists already.")
             else:
-                encoder = PromptEncoder(load_pipeline(), encode, device, args.offload, args.group_offload)
-                precompute(folder, everything, encoder, say=accelerator.print)
+                encoder = PromptEncoder(load_pipeline(), encode, device, config.offload, config.group_offload)
+                precompute(folder, list(everything.values()), encoder, say=accelerator.print)
                 del encoder
                 gc.collect()
                 if device.type == "cuda":
                     torch.cuda.empty_cache()
-        source = PromptEmbeds(folder, everything, device)
+        source = PromptEmbeds(folder, list(everything), key, device)
     else:
-        source = PromptEncoder(load_pipeline(), encode, device, args.offload, args.group_offload)
-    of_negative = {} if negative_prompt is None else source([negative_prompt])
+        source = PromptEncoder(load_pipeline(), encode, device, config.offload, config.group_offload)
+    of_negative = {} if negative is None else source([negative])
 
-    def embeds(batch: Sequence[str]) -> Embeds:
+    def embeds(batch: Sequence[Record]) -> Embeds:
         found = source(batch)
         for name, value in of_negative.items():
             found[f"negative_{name}"] = value.expand(len(batch), *value.shape[1:])

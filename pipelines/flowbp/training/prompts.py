@@ -6,17 +6,34 @@
 
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 import datasets
+
+T = TypeVar("T")
 
 _BUILDERS = {".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 _COLUMN_NAMES = ("prompt", "caption", "text")
 
 
-def load_prompts(source: str, *, column: str | None = None, split: str = "train") -> list[str]:
-    """Reads prompts, in their order, without surrounding white space; blank ones are left out.
+@dataclass(frozen=True)
+class Record:
+    """A row of the prompts' table.
+
+    Attributes:
+        prompt: without surrounding white space.
+        columns: the row's other columns of text, numbers or truth values, by name.
+    """
+
+    prompt: str
+    columns: Mapping[str, Any] = field(default_factory=dict)
+
+
+def load_records(source: str, *, column: str | None = None, split: str = "train") -> list[Record]:
+    """Reads prompts with the other columns of their rows, in their order; rows with a blank prompt are left out.
 
     Args:
         source: a `.txt` file (one prompt a line), a `.jsonl`, `.csv` or `.parquet` file, a folder (written by
@@ -26,7 +43,7 @@ def load_prompts(source: str, *, column: str | None = None, split: str = "train"
         split: the split of a folder or Hub dataset. A single file has none but "train".
 
     Returns:
-        At least one prompt.
+        At least one record.
 
     Raises:
         FileNotFoundError: the source is no file, no folder and cannot be an id on the Hub.
@@ -36,13 +53,25 @@ def load_prompts(source: str, *, column: str | None = None, split: str = "train"
     if isinstance(table, list):
         if column is not None:
             raise ValueError(f"prompts: column {column!r} was asked of {source!r}, but a .txt file has no columns")
-        prompts = table
+        rows = [(prompt, {}) for prompt in table]
     else:
-        prompts = _column(table, source, column)
-    prompts = [prompt.strip() for prompt in prompts if prompt is not None and prompt.strip()]
-    if not prompts:
+        name = _prompt_column(table, source, column)
+        others = [each for each, kind in table.features.items() if each != name and _is_plain(kind)]
+        columns = [list(table[each]) for each in others]
+        values = zip(*columns, strict=True) if columns else [()] * len(table)
+        rows = [
+            (prompt, dict(zip(others, of_row, strict=True)))
+            for prompt, of_row in zip(table[name], values, strict=True)
+        ]
+    records = [Record(prompt.strip(), columns) for prompt, columns in rows if prompt is not None and prompt.strip()]
+    if not records:
         raise ValueError(f"prompts: {source!r} holds no prompts: at least one is needed")
-    return prompts
+    return records
+
+
+def load_prompts(source: str, *, column: str | None = None, split: str = "train") -> list[str]:
+    """The prompts of `load_records`."""
+    return [record.prompt for record in load_records(source, column=column, split=split)]
 
 
 def load_texts(source: str, column: str, *, prompt_column: str | None = None, split: str = "train") -> dict[str, str]:
@@ -154,7 +183,16 @@ def _reason(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def _is_plain(kind: Any) -> bool:
+    dtype = str(getattr(kind, "dtype", ""))
+    return dtype in ("string", "large_string", "bool") or dtype.startswith(("int", "uint", "float"))
+
+
 def _column(table: datasets.Dataset, source: str, column: str | None) -> list[str | None]:
+    return list(table[_prompt_column(table, source, column)])
+
+
+def _prompt_column(table: datasets.Dataset, source: str, column: str | None) -> str:
     text = [
         name for name, kind in table.features.items() if getattr(kind, "dtype", None) in ("string", "large_string")
     ]
@@ -175,11 +213,11 @@ def _column(table: datasets.Dataset, source: str, column: str | None) -> list[st
             f"prompts: column {column!r} of {source!r} holds {table.features[column]}, expected text: "
             f"columns of text are: {', '.join(text) or 'none'}"
         )
-    return list(table[column])
+    return column
 
 
-class PromptSampler:
-    """Endless batches of prompts, in an order that only the seed decides.
+class PromptSampler(Generic[T]):
+    """Endless batches of prompts (or records of them), in an order that only the seed decides.
 
     All processes walk one sequence: the prompts, shuffled anew in every epoch by `(seed, epoch)`. Each process takes
     its own part of every `num_processes * batch_size` places of it, so a prompt repeats among the processes' batches
@@ -198,7 +236,7 @@ class PromptSampler:
     """
 
     def __init__(
-        self, prompts: list[str], batch_size: int, seed: int, process_index: int = 0, num_processes: int = 1
+        self, prompts: Sequence[T], batch_size: int, seed: int, process_index: int = 0, num_processes: int = 1
     ) -> None:
         if not prompts:
             raise ValueError("PromptSampler: at least one prompt expected, got none")
@@ -218,15 +256,15 @@ class PromptSampler:
         self._epoch = -1
         self._order: list[int] = []
 
-    def __iter__(self) -> Iterator[list[str]]:
+    def __iter__(self) -> Iterator[list[T]]:
         return self
 
-    def __next__(self) -> list[str]:
+    def __next__(self) -> list[T]:
         start = self.position + self.process_index * self.batch_size
         self.position += self.num_processes * self.batch_size
         return [self._at(place) for place in range(start, start + self.batch_size)]
 
-    def _at(self, place: int) -> str:
+    def _at(self, place: int) -> T:
         epoch, index = divmod(place, len(self.prompts))
         if epoch != self._epoch:
             self._epoch = epoch

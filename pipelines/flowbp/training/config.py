@@ -1,0 +1,422 @@
+# Copyright 2026 The FlowBP for diffusers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""`TrainingConfig`: every option of a training run, with its type, default, range, help and source."""
+
+import argparse
+import os
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from accelerate.tracking import get_available_trackers
+
+from ..methods import METHODS, Method, Option, find_row, get_method, row_options
+from ..publishing.run_info import settings
+from ..rewards import part_names
+from .command_line import (
+    add_options,
+    find_recipe,
+    given_early,
+    make_config,
+    make_parser,
+    parse_args_with_config,
+    read_recipe,
+)
+from .options import COUNT, FINITE, NORM, NOT_NEGATIVE, POSITIVE, SHARE, check_options, declarations, option
+
+if TYPE_CHECKING:
+    from .backbone import Backbone
+
+# Those of diffusers' schedules that need no further options.
+LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
+PAPER = "the paper's public code"
+
+_model = partial(option, group="model")
+_embeds = partial(option, group="prompt embeddings", of_backbone=True)
+_rollout = partial(option, group="rollout: what the pipeline is called with, as at inference")
+METHOD_GROUP = "method: a row of the table; options that are left out keep the row's default"
+_method = partial(option, group=METHOD_GROUP)
+_reward = partial(option, group="reward and prompts")
+_training = partial(option, group="training")
+_guard = partial(option, group="guard: evaluation on held-out prompts and rewards while training")
+_reports = partial(option, group="reports")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """The options of a run. Fields that are None and belong to the backbone get its defaults, see `settle`.
+
+    Raises:
+        ValueError: in one line, for a value of another type or outside its range, and for options that exclude each
+            other.
+    """
+
+    # The model, its LoRA, and what makes both fit the memory.
+    pretrained_model_name_or_path: str = _model(MISSING, "Folder or Hub id of the pipeline.")
+    revision: str | None = _model(None, "Branch, tag or commit of the model on the Hub.")
+    variant: str | None = _model(None, "Variant of the model files, such as fp16.")
+    lora_component: str | None = _model(None, "Which of the pipeline's transformers gets the LoRA.", of_backbone=True)
+    rank: int = _model(4, "Rank of the LoRA.", range=COUNT, source="diffusers' LoRA scripts")
+    lora_alpha: int = _model(4, "Scale of the LoRA: its update is multiplied by lora_alpha / rank.", range=COUNT)
+    lora_layers: str | None = _model(
+        None, "Names of the layers that get a LoRA, with commas between them.", of_backbone=True
+    )
+    mixed_precision: str | None = _model(
+        None,
+        "Dtype of the frozen model; the LoRA stays float32. Default: what accelerate launch was told.",
+        choices=("no", "fp16", "bf16"),
+    )
+    quantization_config_path: Path | None = _model(
+        None,
+        "JSON file of a diffusers quantisation config for the frozen transformer; bitsandbytes' unless its "
+        "quant_method says torchao or quanto.",
+        aliases=("--bnb_quantization_config_path",),
+    )
+    gradient_checkpointing: bool = _model(False, "Recompute blocks of transformer and VAE: less memory.")
+    group_offload: bool = _model(False, "Text encoders stay on the CPU, their layers visit the GPU.")
+    allow_tf32: bool = _model(False, "Allow TF32 matrix products on Ampere and later GPUs.")
+
+    # Prompt embeddings, for pipelines whose encode_prompt a script calls itself.
+    offload: bool | None = _embeds(
+        None, "Text encoders wait on the CPU between uses. Default: they do, except with --group_offload."
+    )
+    precompute_prompt_embeds: bool = _embeds(
+        False, "Encode all prompts before the transformer is loaded, keep them on disk and free the text encoders."
+    )
+    prompt_embeds_dir: Path = _embeds(
+        Path("~/.cache/flowbp/prompt_embeds"),
+        "Folder of the kept embeddings, by model and a hash of prompts and settings.",
+    )
+
+    # What the pipeline is called with.
+    resolution: tuple[int, ...] | None = _rollout(
+        None,
+        "Height and width of the images in pixels. Several: each micro-batch has one of them, in turn; evaluation and "
+        "validation use the first. Default: 512, the paper's.",
+        range=COUNT,
+    )
+    height: tuple[int, ...] | None = _rollout(
+        None, "Heights, in place of --resolution: as many as --width, or one for all.", range=COUNT
+    )
+    width: tuple[int, ...] | None = _rollout(
+        None, "Widths, in place of --resolution: as many as --height, or one for all.", range=COUNT
+    )
+    num_frames: int | None = _rollout(
+        None, "Frames of a video. Default: the pipeline's.", range=COUNT, of_backbone=True
+    )
+    num_inference_steps: int = _rollout(25, "Steps N of a rollout.", range=COUNT, source=PAPER)
+    guidance_scale: float | None = _rollout(
+        None,
+        "Guidance scale; an input of the model where guidance is distilled.",
+        range=FINITE,
+        of_backbone=True,
+    )
+    true_cfg_scale: float | None = _rollout(
+        None, "Above 1: guidance by a second, unconditional call.", range=FINITE, of_backbone=True
+    )
+    negative_prompt: str | None = _rollout(None, "Prompt of the unconditional branch.", of_backbone=True)
+    max_sequence_length: int | None = _rollout(
+        None, "Length of the prompt in tokens of the longest text encoder.", range=COUNT, of_backbone=True
+    )
+    sigmas: str | None = _rollout(
+        None,
+        "stock: the scheduler's own; linear: linspace(1, 1 / N, N) before its shift, as the paper trains.",
+        choices=("stock", "linear"),
+        of_backbone=True,
+    )
+    flow_shift: float | None = _rollout(
+        None,
+        "Sample with FlowMatchEulerDiscreteScheduler of this shift, for models that were saved with another "
+        "scheduler, such as Wan (3.0 for 480p, 5.0 for 720p) and Sana.",
+        range=POSITIVE,
+        of_backbone=True,
+    )
+    pipeline_arguments: Mapping[str, Any] | None = _rollout(
+        None,
+        "JSON object with more arguments of the pipeline's call, such as negative_prompt or true_cfg_scale.",
+        of_backbone=True,
+    )
+
+    # How the gradient returns.
+    method: str = _method("flowbp-lagrange", "A row of the table, or package.module:row for one of your own.")
+    method_options: Mapping[str, Any] | None = _method(
+        None, "Options of the row; on the command line and in recipes each has its own name."
+    )
+    unconditional_gradient: bool | None = _method(
+        None, "Send gradients through the unconditional branch of guidance too. Default: the method's."
+    )
+    samples_per_decode: int | None = _method(
+        None, "Decode and score this many images at a time: less memory. Default: all.", range=COUNT
+    )
+    strict: bool = _method(
+        False, "Repeat every active transformer call whole and compare, at every update; else at the first one only."
+    )
+
+    # Reward, objective and prompts.
+    reward: str | None = _reward(None, "Name, weighted sum (a:0.7,b:0.3) or package.module:factory.")
+    reward_model_path: tuple[str, ...] = _reward(
+        (), "NAME=FOLDER: folders with the weights of rewards, by the reward's name, in place of the Hub."
+    )
+    reward_offload: bool = _reward(False, "Rewards wait on the CPU and visit the GPU in turn.")
+    reward_augment: bool = _reward(False, "Shift, blur and noise images a little before an ocr reward.")
+    reward_text_column: str | None = _reward(
+        None, "Column of --prompts with the text that ocr looks for. Default: what is quoted."
+    )
+    reward_clip: float | None = _reward(
+        None, "Samples with a reward above this stop contributing (hinge; the paper, for HPSv2.1: 0.55)."
+    )
+    loss_scale: float = _reward(1.0, "Factor on the loss.", range=POSITIVE)
+    undo_guidance: bool | None = _reward(None, "Divide the loss by the guidance scale. Default: the method's.")
+    prompts: str = _reward(MISSING, ".txt, .jsonl, .csv or .parquet file, or a datasets folder or Hub id.")
+    prompt_column: str | None = _reward(None, "Column of the prompts. Default: prompt, caption or text.")
+    prompt_split: str = _reward("train", "Split of a dataset.")
+
+    # Optimizer and checkpoints, named as in diffusers' LoRA scripts.
+    output_dir: Path | None = _training(None, "Folder of everything that is written.", of_backbone=True)
+    seed: int = _training(0, "Seed of noise, surrogates, prompt order and the LoRA's start.")
+    train_batch_size: int = _training(4, "Prompts per process and micro-batch.", range=COUNT)
+    gradient_accumulation_steps: int = _training(1, "Micro-batches per update.", range=COUNT)
+    max_train_steps: int = _training(300, "Updates.", range=COUNT, source=PAPER)
+    learning_rate: float = _training(1e-4, "Learning rate after warm-up.", range=POSITIVE)
+    lr_scheduler: str = _training("constant", "Schedule of the learning rate.", choices=LR_SCHEDULERS)
+    lr_warmup_steps: int = _training(0, "Updates of warm-up.", range=NOT_NEGATIVE)
+    lr_num_cycles: int = _training(1, "Restarts of cosine_with_restarts.", range=COUNT)
+    lr_power: float = _training(1.0, "Power of polynomial.", range=NOT_NEGATIVE)
+    adam_beta1: float = _training(0.9, "AdamW.", range=SHARE)
+    adam_beta2: float = _training(0.999, "AdamW.", range=SHARE)
+    adam_weight_decay: float = _training(1e-4, "AdamW.", range=NOT_NEGATIVE, source=PAPER)
+    adam_epsilon: float = _training(1e-8, "AdamW.", range=NOT_NEGATIVE)
+    max_grad_norm: float = _training(1.0, "Gradients are clipped to this norm.", range=NORM, source=PAPER)
+    use_ema: bool = _training(False, "Validate, evaluate and save an average of the LoRA over the updates.")
+    ema_decay: float = _training(
+        0.995, "Decay of that average, constant from the first update.", range=SHARE, source=PAPER
+    )
+    velocity_anchor: float = _training(
+        0.0,
+        "Weight of the mean squared distance between the outputs of trained and base model at active steps.",
+        range=NOT_NEGATIVE,
+    )
+    max_skipped_updates: int = _training(
+        10,
+        "Stop with an error after this many updates in a row whose reward, loss or gradient is not finite.",
+        range=COUNT,
+    )
+    checkpointing_steps: int = _training(
+        500, "Updates between checkpoints.", range=COUNT, source="diffusers' LoRA scripts"
+    )
+    checkpointing_minutes: float = _training(
+        15.0,
+        "Minutes after which a checkpoint is written even where --checkpointing_steps asks for none.",
+        range=POSITIVE,
+    )
+    checkpoints_total_limit: int | None = _training(None, "How many checkpoints to keep. Default: all.", range=COUNT)
+    resume_from_checkpoint: str | None = _training(
+        None, "latest (the newest whole one), or a checkpoint's name or path."
+    )
+    verify: bool = _training(
+        False,
+        "First compare the gradient of a rollout of 3 steps with autograd through the stock pipeline, and stop with "
+        "an error where they differ. Takes the memory of all three steps' graphs at once.",
+    )
+    dry_run: bool = _training(
+        False,
+        "One update, then print peak memory and seconds by stage and an estimate for the whole run; nothing but the "
+        "embeddings of --precompute_prompt_embeds is written.",
+    )
+
+    # Evaluation while training.
+    eval_reward: str | None = _guard(None, "Held-out reward, as --reward: judges and never trains.")
+    eval_prompts: str | None = _guard(
+        None, "Held-out prompts, as --prompts. Default with --eval_reward: the validation prompts."
+    )
+    eval_steps: int = _guard(50, "Updates between evaluations.", range=COUNT)
+    num_eval_images: int = _guard(2, "Images of each evaluation prompt, always from the same noise.", range=COUNT)
+    select: str | None = _guard(
+        None,
+        "Which LoRA is the result: the one with the best held-out reward, or the last. Default: best with "
+        "--eval_reward.",
+        choices=("best", "last"),
+    )
+    stop_on_alarm: bool = _guard(False, "Stop at the guard's first alarm and finish as at the end.")
+
+    # Reports.
+    validation_prompt: tuple[str, ...] | None = _reports(
+        None, "Prompts of the validation images. Default: the first prompts."
+    )
+    num_validation_images: int = _reports(4, "Images of each, or how many of the first prompts.", range=COUNT)
+    validation_steps: int = _reports(50, "Updates between validations.", range=COUNT)
+    report_to: str = _reports("tensorboard", "An accelerate tracker, all, or none.")
+    logging_dir: str = _reports("logs", "Folder of the tracker in --output_dir.")
+    run_name: str | None = _reports(None, "Name of the run in the tracker. Default: the output folder's.")
+    tracker_project: str = _reports("flowbp", "Project of the run in the tracker.")
+    tracker_group: str | None = _reports(None, "Group of the run, where the tracker has groups (wandb).")
+    tracker_tags: tuple[str, ...] = _reports((), "Tags of the run, where the tracker has tags (wandb, comet_ml).")
+    push_to_hub: bool = _reports(False, "Push LoRA, card, run.json and images to the Hub at the end.")
+    hub_model_id: str | None = _reports(None, "Repository on the Hub. Default: the output folder's name.")
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        if self.lr_warmup_steps and self.lr_scheduler == "constant":
+            raise ValueError(
+                "--lr_warmup_steps has no effect with --lr_scheduler constant; choose constant_with_warmup"
+            )
+        if self.lr_warmup_steps > self.max_train_steps:
+            raise ValueError(
+                f"--lr_warmup_steps must be at most --max_train_steps {self.max_train_steps}, got "
+                f"{self.lr_warmup_steps}"
+            )
+        if self.validation_prompt is not None and not all(prompt.strip() for prompt in self.validation_prompt):
+            raise ValueError("--validation_prompt must not be blank")
+        trackers = [str(tracker) for tracker in get_available_trackers()]
+        if self.report_to not in (*trackers, "all", "none"):
+            # accelerate leaves out what is not installed without a word.
+            raise ValueError(
+                f"--report_to {self.report_to}: expected all, none or an installed tracker ({', '.join(trackers)}); "
+                "install its package or choose another"
+            )
+        if self.lora_layers is not None and not all(name.strip() for name in self.lora_layers.split(",")):
+            raise ValueError("--lora_layers has an empty name; write names with commas between them")
+        if self.group_offload and self.offload:
+            raise ValueError("--offload and --group_offload exclude each other; choose one")
+        if self.select == "best" and self.eval_reward is None:
+            raise ValueError("--select best needs --eval_reward, the held-out reward to choose by")
+        if self.eval_reward is not None and self.reward is not None:
+            both = sorted({*part_names(self.reward)} & {*part_names(self.eval_reward)})
+            if both:
+                raise ValueError(
+                    f"--eval_reward {self.eval_reward}: --reward trains {both[0]}; choose one that is held out"
+                )
+        self._check_sizes()
+
+    def _check_sizes(self) -> None:
+        heights, widths = self.height, self.width
+        if self.resolution is not None and (heights or widths):
+            raise ValueError("--resolution sets height and width; leave it out where --height and --width are given")
+        if heights and widths and len(heights) != len(widths) and 1 not in (len(heights), len(widths)):
+            raise ValueError(
+                f"--height and --width must have as many values, or one of them a single one, got {len(heights)} and "
+                f"{len(widths)}"
+            )
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """Height and width of the images, in pixels, of each of the run's sizes."""
+        if self.height is None and self.width is None:
+            return tuple((size, size) for size in self.resolution or (512,))
+        heights, widths = self.height or (512,), self.width or (512,)
+        count = max(len(heights), len(widths))
+        return tuple(zip(heights * (count // len(heights)), widths * (count // len(widths)), strict=True))
+
+    def settle(self, backbone: "type[Backbone]") -> "TrainingConfig":
+        """The config with the backbone's defaults, and with what depends on other options or on accelerate.
+
+        Raises:
+            ValueError: for an option that the backbone does not have.
+        """
+        found: dict[str, Any] = {}
+        for name, (field, declared, _) in declarations(type(self)).items():
+            if name in backbone.defaults:
+                if getattr(self, name) is None:
+                    found[name] = backbone.defaults[name]
+            elif declared.of_backbone and getattr(self, name) != field.default:
+                raise ValueError(f"--{name}: {backbone.__name__} does not have this option; leave it out")
+        if self.height is None and self.width is None and self.resolution is None:
+            found["resolution"] = (512,)
+        if self.mixed_precision is None:
+            found["mixed_precision"] = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+            if found["mixed_precision"] not in ("no", "fp16", "bf16"):
+                raise ValueError(
+                    f"--mixed_precision must be no, fp16 or bf16, accelerate says {found['mixed_precision']}"
+                )
+        if "offload" in backbone.defaults and self.offload is None:
+            found["offload"] = not self.group_offload
+        if self.select is None:
+            found["select"] = "last" if self.eval_reward is None else "best"
+        return replace(self, **found)
+
+    def make_method(self, backbone: str) -> Method:
+        """The row with its options, those left out as the table has them for the backbone (see `get_method`).
+
+        Raises:
+            ValueError: for a row or an option that is not known.
+        """
+        return get_method(self.method, backbone=backbone, **(self.method_options or {}))
+
+    def settings(self) -> dict[str, Any]:
+        """All options as JSON has them, those of the method beside the others, without secrets."""
+        own = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "method_options"}
+        return settings({**own, **(self.method_options or {})})
+
+
+def add_method_options(
+    parser: argparse.ArgumentParser, group: Any, backbone: str, argv: list[str] | None, recipes: Path | None
+) -> list[str]:
+    """Add the options of all rows of the table, or of the user's own row if `--method` names one; returns names."""
+    rows = dict(METHODS)
+    method = given_early(parser, "method", argv)
+    if method is None and (recipe := given_early(parser, "config", argv)) is not None:
+        try:
+            method = read_recipe(find_recipe(recipe, recipes)).get("method")
+        except ValueError as error:
+            parser.error(str(error))
+    if isinstance(method, str) and method not in rows:
+        try:
+            rows = {method: find_row(method)}
+        except ValueError as error:
+            parser.error(str(error))
+    owners: dict[str, list[str]] = {}
+    declared: dict[str, Option] = {}
+    for row, content in rows.items():
+        defaults = content.defaults(backbone)
+        for name, found in row_options(row).items():
+            declared[name] = found
+            owners.setdefault(name, []).append(f"{row} {_text(defaults[name])}")
+    for name, found in declared.items():
+        kind = found.kind
+        group.add_argument(
+            f"--{name}",
+            type=kind.parse,
+            choices=kind.choices,
+            nargs=kind.nargs,
+            metavar=kind.metavar,
+            # argparse formats help texts with %.
+            help=f"{found.help} Defaults: {', '.join(owners[name])}.".replace("%", "%%"),
+        )
+    return list(declared)
+
+
+def _text(default: Any) -> str:
+    if isinstance(default, tuple):
+        return " ".join(map(_text, default))
+    return f"{default:g}" if isinstance(default, float) else str(default).lower()
+
+
+def parse_training_config(
+    backbone: "type[Backbone]", description: str, argv: list[str] | None = None, recipes: Path | None = None
+) -> TrainingConfig:
+    """The config of a command line and of the recipe that its `--config` names, with the backbone's defaults.
+
+    Args:
+        backbone: of the script.
+        description: first line of `--help`.
+        argv: the arguments; those of the process by default.
+        recipes: folder of the recipes that `--config` may name without a path.
+
+    Raises:
+        SystemExit: with code 2 and one line, for what the user can put right.
+    """
+    parser = make_parser(description)
+    groups = add_options(parser, TrainingConfig, backbone.defaults, required=("reward",), without=("method_options",))
+    names = add_method_options(parser, groups[METHOD_GROUP], backbone.name, argv, recipes)
+    values = vars(parse_args_with_config(parser, argv, recipes))
+    del values["config"]
+    given = {name: value for name in names if (value := values.pop(name)) is not None}
+    config = make_config(parser, TrainingConfig, {**values, "method_options": given or None})
+    try:
+        return config.settle(backbone)
+    except ValueError as error:
+        parser.error(str(error))

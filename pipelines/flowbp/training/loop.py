@@ -1,0 +1,110 @@
+# Copyright 2026 The FlowBP for diffusers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""`train`: draw, record, score, sweep, step."""
+
+from collections.abc import Sequence
+
+import torch
+
+from ..callback import FlowBPCallback
+from ..judging.images import score_images
+from ..rewards import part_means
+from .backbone import Backbone
+from .config import TrainingConfig
+from .overview import print_estimate, tell_plan, tell_update
+from .reports import MicroBatch
+from .results import TrainingResult, finish
+from .rewards import Reward
+from .seeds import make_generator, sample_generators, seed_rewards
+from .setup import Run, prepare
+from .signals import StopSignals
+from .stages import StageMeter
+
+
+def train(
+    config: TrainingConfig,
+    backbone: type[Backbone],
+    reward: Reward | None = None,
+    command: Sequence[str] | None = None,
+) -> TrainingResult | None:
+    """Train a LoRA with the gradient of a reward.
+
+    Args:
+        config: the options.
+        backbone: of the model, such as `flowbp.scripts.train_flowbp_sd3.SD3`.
+        reward: a name or weighted sum in place of `config.reward`, or any `reward(images, prompts) -> (B,)` that is
+            differentiable in the images `(B, 3, H, W)` in [0, 1].
+        command: the command line of a script, for run.json.
+
+    Returns:
+        Paths, log and scores; None after a dry run.
+
+    Raises:
+        ValueError, OSError: in one line, for what does not fit; before any model is loaded if it can be known then.
+        RecordingError: for a pipeline whose gradient would be wrong.
+        TrainingError: for a run that cannot continue.
+        TrainingStopped: after SIGTERM or SIGINT; the update was finished and a checkpoint written.
+        PushError: where pushing failed for good; everything else is there.
+    """
+    run = prepare(config, backbone, reward, command)
+    tell_plan(run)
+    if run.config.dry_run:
+        return print_estimate(run, one_update(run, run.first_update))
+    with StopSignals() as signals:
+        run.evaluation.before_training()
+        for update in run.console.updates(run.first_update, run.config.max_train_steps):
+            if run.evaluation.must_stop:
+                run.console.tell(f"Stopped by an alarm after update {update}, as --stop_on_alarm says.")
+                break
+            one_update(run, update)
+            run.checkpoints.judge_and_write(signals)
+    return finish(run)
+
+
+def one_update(run: Run, update: int) -> StageMeter:
+    """Record, score and sweep each micro-batch, then step and log."""
+    config, meter = run.config, StageMeter(run.accelerator.device)
+    scale, micro_batches = run.state.gradient_scale, []
+    for index in range(1 if config.dry_run else config.gradient_accumulation_steps):
+        records = next(run.state.sampler)
+        start = (index * run.accelerator.num_processes + run.accelerator.process_index) * len(records)
+        places = range(start, start + len(records))
+        # Micro-batches and processes share a surrogate, so that they do equal work; every sample has its own noise.
+        callback = FlowBPCallback(
+            run.method,
+            generator=make_generator("surrogate", config.seed, update),
+            unconditional_gradient=config.unconditional_gradient,
+            samples_per_decode=config.samples_per_decode,
+            noise_generator=sample_generators("copies", config.seed, update, places),
+            strict=config.strict or update == run.first_update,
+            on_stage=meter.mark,
+            velocity_anchor=config.velocity_anchor,
+            measure_gradients=True,
+        )
+        seed_rewards(config.seed, update, places)
+        meter.mark("encode")
+        inputs = run.sampling.inputs(records)
+        meter.mark("rollout")
+        with callback.record(run.sampling.pipe):
+            images = []
+            for _ in range(1 + callback.copies):
+                noise = sample_generators("noise", config.seed, update, places)
+                images.append(run.sampling.images(inputs, noise, run.sampling.size(update, index)))
+        out = callback.backward(
+            lambda images, prompts: score_images(run.rewards.training, images.float(), prompts),
+            torch.cat(images),
+            [record.prompt for record in records],
+            objective=run.objective,
+            gradient_scale=scale,
+            transformer=run.wrapped,
+        )
+        micro_batches.append(MicroBatch(out, callback.surrogate, part_means(run.rewards.training)))
+    meter.mark("optimizer")
+    step = run.state.step([each.out for each in micro_batches])
+    meter.mark(None)
+    entry = run.reports.update(run.state, step, micro_batches, meter)
+    tell_update(run, step, entry)
+    run.evaluation.add_update(entry, step.was_skipped)
+    return meter

@@ -1,0 +1,126 @@
+# Copyright 2026 The FlowBP for diffusers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""The model of a run: checks of what is to be loaded, quantisation, and its LoRA."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE as LORA_FILE
+from diffusers.quantizers.auto import DiffusersAutoQuantizer
+from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+from diffusers.training_utils import cast_training_params
+from peft import LoraConfig
+
+from .config import TrainingConfig
+from .seeds import derive_seed
+
+__all__ = [
+    "LORA_FILE",
+    "WEIGHT_DTYPES",
+    "add_lora",
+    "freeze",
+    "load_pipeline_config",
+    "load_quantization_config",
+    "missing_components",
+]
+
+WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def load_pipeline_config(pipeline: type[DiffusionPipeline], model: str, source: Mapping[str, Any]) -> dict[str, Any]:
+    """The `model_index.json` of a saved pipeline.
+
+    Args:
+        pipeline: its class; `DiffusionPipeline` for any.
+        model: folder or Hub id.
+        source: `revision`.
+
+    Raises:
+        ValueError: for a pipeline of another class.
+        OSError: where there is none.
+    """
+    config = DiffusionPipeline.load_config(model, **source)
+    name = config.get("_class_name") if isinstance(config, Mapping) else None
+    # A list is diffusers' mark of code that comes with the model.
+    if not isinstance(name, str) or (pipeline is not DiffusionPipeline and name != pipeline.__name__):
+        others = "train_flowbp.py takes any pipeline of diffusers that can be recorded"
+        remedy = "choose another model" if pipeline is DiffusionPipeline else others
+        raise ValueError(f"{model}: expected a saved {pipeline.__name__}, got {name}; {remedy}.")
+    return config
+
+
+def missing_components(config: Mapping[str, Any]) -> dict[str, None]:
+    """Components that a pipeline was saved without, as the arguments `from_pretrained` wants for them.
+
+    Args:
+        config: of `DiffusionPipeline.load_config`.
+    """
+    return {name: None for name, spec in config.items() if spec == [None, None]}
+
+
+def load_quantization_config(path: Path | None, dtype: torch.dtype) -> QuantizationConfigMixin | None:
+    """A diffusers quantisation config from a JSON file, for a model's `from_pretrained`.
+
+    Args:
+        path: file with the config's arguments; `quant_method` says whose they are, bitsandbytes' where it is left out.
+        dtype: what 4-bit weights of bitsandbytes are computed in where the file does not say.
+
+    Raises:
+        ValueError: for a file that cannot be read as such a config, and where its library or a GPU is missing.
+    """
+    if path is None:
+        return None
+    try:
+        content = {"quant_method": "bitsandbytes", **json.loads(path.read_text(encoding="utf-8"))}
+        if content.get("load_in_4bit"):
+            content.setdefault("bnb_4bit_compute_dtype", str(dtype).removeprefix("torch."))
+        config = DiffusersAutoQuantizer.from_dict(content)
+        # diffusers takes keys that it does not know without a word.
+        known = config.to_dict()
+        if unknown := content.keys() - known:
+            raise ValueError(f"unknown {', '.join(sorted(unknown))}, expected some of {', '.join(sorted(known))}")
+        DiffusersAutoQuantizer.from_config(config).validate_environment(device_map=None)
+    except (OSError, ValueError, TypeError, KeyError, AssertionError, ImportError, RuntimeError) as error:
+        # The libraries raise all of these for a file that they cannot use.
+        raise ValueError(f"--quantization_config_path {path}: {type(error).__name__}: {error}") from error
+    return config
+
+
+def freeze(module: torch.nn.Module) -> torch.nn.Module:
+    """Switch gradients and dropout off."""
+    return module.requires_grad_(False).eval()
+
+
+def add_lora(transformer: torch.nn.Module, config: TrainingConfig) -> None:
+    """Add the run's LoRA, in float32, to a frozen transformer.
+
+    Args:
+        transformer: of the pipeline, quantised or not.
+        config: with rank, scale, layers and seed.
+
+    Raises:
+        ValueError: where no layer has one of the names of `--lora_layers`.
+    """
+    torch.manual_seed(derive_seed("lora", config.seed))
+    lora = LoraConfig(
+        r=config.rank,
+        lora_alpha=config.lora_alpha,
+        init_lora_weights="gaussian",
+        target_modules=[name.strip() for name in config.lora_layers.split(",")],
+    )
+    try:
+        transformer.add_adapter(lora)
+    except ValueError as error:
+        layers = {
+            name.rpartition(".")[2] for name, part in transformer.named_modules() if type(part) is torch.nn.Linear
+        }
+        raise ValueError(
+            f"--lora_layers {config.lora_layers}: {error} Its linear layers are called {', '.join(sorted(layers))}."
+        ) from error
+    cast_training_params(transformer, dtype=torch.float32)

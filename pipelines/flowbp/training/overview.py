@@ -1,0 +1,103 @@
+# Copyright 2026 The FlowBP for diffusers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""What a run tells of itself: the plan at its start, each update, and the estimate of a dry run."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from .console import duration, size, table
+from .setup import Run
+from .stages import StageMeter
+from .state import Step
+
+
+def tell_plan(run: Run) -> None:
+    """What is trained, on what, and what is written when."""
+    config = run.config
+    if config.dry_run:
+        return
+    trained = sum(parameter.numel() for parameter in run.state.parameters)
+    whole = sum(parameter.numel() for parameter in run.state.transformer.parameters())
+    batch = (config.train_batch_size, config.gradient_accumulation_steps, run.accelerator.num_processes)
+    sizes = ", ".join(f"{height} x {width}" for height, width in config.sizes)
+    judged = f"{len(run.rewards.validation)} for validation every {config.validation_steps} updates"
+    if run.rewards.evaluation:
+        judged += f", {len(run.rewards.evaluation)} for evaluation every {config.eval_steps}"
+        judged += f" by {run.evaluation.judge}"
+    resumed = f", of which {run.first_update} are done" if run.first_update else ""
+    lines = [
+        ("reward", run.rewards.name),
+        ("trained", f"{trained:,} parameters in float32 ({trained / whole:.1%}), LoRA of rank {config.rank}"),
+        (
+            "batch",
+            f"{math.prod(batch)} samples per update = {' x '.join(map(str, batch))} (batch, micro-batches, processes) "
+            f"of {sizes} pixels",
+        ),
+        ("prompts", f"{len(run.state.sampler.prompts)} for training, {judged}"),
+        ("updates", f"{config.max_train_steps}{resumed}"),
+        ("written to", f"{config.output_dir}: a checkpoint {_checkpoint_times(run)}; LoRA and card at the end"),
+    ]
+    model = f"{type(run.sampling.pipe).__name__} ({config.pretrained_model_name_or_path})"
+    run.console.tell(table(f"{run.title} on {model}", lines))
+
+
+def tell_update(run: Run, step: Step, entry: Mapping[str, Any]) -> None:
+    """An update's reward, and what was wrong with it."""
+    reward = "skipped" if step.was_skipped else f"{entry['reward']:.3f}"
+    run.console.show(reward=reward, s_per_update=f"{entry['seconds']:.2f}")
+    if entry["gradient_norm"] == 0:
+        run.console.tell(
+            f"Update {entry['step']}: the gradient is exactly 0. Are all rewards above --reward_clip, or all samples "
+            "dropped by --max_gap_j or --max_gap_0?"
+        )
+    if step.was_skipped:
+        run.console.tell(f"Update {entry['step']}: skipped, its reward, loss or gradient is not finite.")
+
+
+def print_estimate(run: Run, meter: StageMeter) -> None:
+    """Seconds and memory of a dry run's update, and what the whole run will take; on stdout, by the main process."""
+    if run.accelerator.is_main_process:
+        print(meter.table())
+        print("\n" + estimate(run, meter))
+    run.accelerator.end_training()
+
+
+def estimate(run: Run, meter: StageMeter) -> str:
+    """Hours, disk, and what is written when, computed from one update's seconds."""
+    config, processes = run.config, run.accelerator.num_processes
+    left = config.max_train_steps - run.first_update
+    of_update = config.gradient_accumulation_steps * meter.total
+    evaluated = len(run.rewards.evaluation) * config.num_eval_images
+    evaluations = 1 + math.ceil(config.max_train_steps / config.eval_steps) if evaluated else 0
+    validations = (config.max_train_steps - 1) // config.validation_steps
+    shown = len(run.rewards.validation)
+    images = evaluations * evaluated + (validations + 2) * shown
+    # A rollout samples a batch at once, evaluations one image after the other.
+    of_image = meter.seconds["rollout"] / config.train_batch_size
+    of_images = images * of_image / processes
+    seconds = left * of_update + of_images
+    lora = sum(parameter.numel() * parameter.element_size() for parameter in run.state.parameters)
+    copies = 4 + config.use_ema + (config.eval_reward is not None)
+    by_steps = math.ceil(left / config.checkpointing_steps)
+    count = by_steps + math.floor(seconds / 60 / config.checkpointing_minutes)
+    kept = count if config.checkpoints_total_limit is None else min(count, config.checkpoints_total_limit)
+    lines = [
+        "The whole run, estimated from this update (which is the first: it also checks every active step):",
+        f"  updates      {left} x {of_update:.2f} s = {duration(left * of_update)}",
+        f"  images       {images} x {of_image:.2f} s = {duration(of_images)}: {evaluations} evaluations of "
+        f"{evaluated}, {validations} validations of {shown}, {2 * shown} at the end",
+        f"  in all       {duration(seconds)}, without loading and rewards of images",
+        f"  checkpoints  about {count} of {size(copies * lora)}, {_checkpoint_times(run)}; {kept} are kept: "
+        f"{size(kept * copies * lora)} (--checkpoints_total_limit)",
+        f"  at the end   the LoRA, {size(lora)}, its card, run.json and images in {config.output_dir}",
+    ]
+    return "\n".join(lines)
+
+
+def _checkpoint_times(run: Run) -> str:
+    config = run.config
+    steps, minutes = config.checkpointing_steps, config.checkpointing_minutes
+    return f"every {steps} updates, after {minutes:g} minutes without one, and at the end"

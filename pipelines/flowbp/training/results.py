@@ -1,0 +1,248 @@
+# Copyright 2026 The FlowBP for diffusers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""The end of a run: the LoRA that is chosen, closing images, run.json, the card, and the push."""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..judging.figures import before_after, reward_curve
+from ..judging.images import Drawn
+from ..judging.statistics import estimate
+from ..observers import adapters_off
+from ..publishing.model_card import write_card
+from ..publishing.push import push_folder
+from ..publishing.run_info import git_commit, hardware, versions, write_run_json
+from .console import duration, table
+from .distributed import full_lora, load_lora
+from .model import LORA_FILE
+from .reports import finite
+
+if TYPE_CHECKING:
+    from .setup import Run
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a run made.
+
+    Attributes:
+        output_dir: folder of everything that was written.
+        lora: file of the LoRA.
+        update: that the LoRA is of.
+        selected: "best" by the held-out reward, or "last".
+        log: an entry for each update, as in log.jsonl; empty in processes but the main one.
+        scores: by reward: `role` ("trained" or "held out"), and `base`, `lora` and `difference`, each with the `mean`
+            and the ends `low` and `high` of its 95 % interval over prompts.
+        alarms: that the guard raised.
+        url: of the repository on the Hub, with `push_to_hub`; in the main process only.
+    """
+
+    output_dir: Path
+    lora: Path
+    update: int
+    selected: str
+    log: list[dict[str, Any]]
+    scores: dict[str, dict[str, Any]]
+    alarms: list[dict[str, Any]]
+    url: str | None = None
+
+
+def finish(run: "Run") -> TrainingResult:
+    """Choose the final LoRA, save it, draw the closing images, write run.json and the card, and push. Collective.
+
+    Raises:
+        PushError: where pushing failed for good; everything is in the output folder.
+    """
+    config, accelerator, state, evaluation = run.config, run.accelerator, run.state, run.evaluation
+    if run.rewards.evaluation and evaluation.found.get("last", {}).get("update") != state.update:
+        with state.averaged():
+            evaluation.evaluate(state.update)
+    selected = "best" if config.select == "best" and evaluation.best_lora is not None else "last"
+    if selected == "best":
+        load_lora(state.transformer, evaluation.best_lora)
+        evaluation.write_best()
+    else:
+        load_lora(state.transformer, state.result())
+    update = evaluation.found["best"]["update"] if selected == "best" else state.update
+    lora = full_lora(state.transformer)
+    if accelerator.is_main_process:
+        save_result(run, lora)
+    aligned = evaluation.validate()
+    with adapters_off(state.transformer):
+        base = evaluation.validate()
+    scores = compared_scores(run, selected, base, aligned)
+    if accelerator.is_main_process:
+        draw_figures(run, update, base, aligned)
+        write_record(run, {"kind": selected, "update": update}, scores, base, aligned)
+        write_card(config.output_dir)
+        tell_result(run, selected, update, scores)
+    accelerator.wait_for_everyone()
+    url = None
+    try:
+        if config.push_to_hub and accelerator.is_main_process:
+            url = push_folder(config.output_dir, config.hub_model_id)
+            run.console.print(f"Pushed to {url}")
+    finally:
+        accelerator.end_training()
+    file = config.output_dir / LORA_FILE
+    return TrainingResult(config.output_dir, file, update, selected, run.reports.log, scores, evaluation.alarms, url)
+
+
+def save_result(run: "Run", lora: Mapping[str, torch.Tensor]) -> None:
+    """Write the LoRA into the output folder; a reader finds the old file or the new one."""
+    folder = run.config.output_dir
+    partial = folder / "lora.partial"
+    partial.mkdir(exist_ok=True)
+    run.save_lora(partial, lora)
+    os.replace(partial / LORA_FILE, folder / LORA_FILE)
+    partial.rmdir()
+
+
+def compared_scores(run: "Run", selected: str, base: Drawn, aligned: Drawn) -> dict[str, dict[str, Any]]:
+    """Base and LoRA by reward, on the evaluation's images, or without an evaluation on the closing images."""
+    evaluation = run.evaluation
+    if run.rewards.evaluation:
+        before, after = evaluation.found["base"]["scores"], evaluation.found[selected]["scores"]
+        count = run.config.num_eval_images
+    else:
+        before, after = ({name: finite(values) for name, values in drawn.scores.items()} for drawn in (base, aligned))
+        count = 1
+    return {
+        name: {
+            "role": "held out" if name in evaluation.held_out else "trained",
+            "base": estimate(before[name], count),
+            "lora": estimate(after[name], count),
+            "difference": estimate(_differences(before[name], after[name]), count),
+            "images": len(before[name]),
+        }
+        for name in before
+        if name in after
+    }
+
+
+def _differences(before: Sequence[float | None], after: Sequence[float | None]) -> list[float | None]:
+    return [None if old is None or new is None else new - old for old, new in zip(before, after, strict=True)]
+
+
+def draw_figures(run: "Run", update: int, base: Drawn, aligned: Drawn) -> None:
+    """before_after.png and reward_curve.png."""
+    config, name, title = run.config, run.rewards.name, run.title
+    before_after(
+        base.images,
+        aligned.images,
+        [record.prompt for record in run.rewards.validation],
+        config.output_dir / "before_after.png",
+        title=f"{title}: before and after {update} updates",
+        subtitle=f"reward: {name}",
+        scores=(base.scores[name], aligned.scores[name]),
+    )
+    if any(entry["reward"] is not None for entry in run.reports.log):
+        reward_curve(
+            run.reports.log,
+            config.output_dir / "reward_curve.png",
+            title=f"{title}, reward {name}",
+            held_out=run.evaluation.history if config.eval_reward is not None else (),
+            chosen=update,
+            held_out_title=config.eval_reward or "",
+        )
+
+
+def write_record(
+    run: "Run",
+    selected: Mapping[str, Any],
+    scores: Mapping[str, Mapping[str, Any]],
+    base: Drawn,
+    aligned: Drawn,
+) -> None:
+    """run.json and the images that the card shows."""
+    config, accelerator, log = run.config, run.accelerator, run.reports.log
+    stages = sorted({name for entry in log for name in entry if name.startswith("seconds/")})
+    write_run_json(
+        config.output_dir / "run.json",
+        {
+            "format": 2,
+            "script": run.script,
+            "command": run.command,
+            "settings": {**config.settings(), "reward": run.rewards.name},
+            "method": {"name": config.method, "title": run.title, "options": dict(run.method.options)},
+            "base_model": config.pretrained_model_name_or_path,
+            "pipeline_class": type(run.sampling.pipe).__name__,
+            "versions": versions(),
+            "git": git_commit(),
+            "hardware": {
+                **hardware(accelerator.device, accelerator.num_processes),
+                "distributed_type": accelerator.distributed_type.value,
+            },
+            "timings": {
+                "started": run.started.isoformat(timespec="seconds"),
+                "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+                "seconds": sum(entry["seconds"] for entry in log),
+                "seconds_by_stage": {
+                    name.removeprefix("seconds/"): sum(entry.get(name, 0.0) for entry in log) for name in stages
+                },
+            },
+            "updates": run.state.update,
+            "skipped_updates": run.state.skipped,
+            "selected": dict(selected),
+            "rewards": [{"name": name, **found} for name, found in scores.items()],
+            "alarms": run.evaluation.alarms,
+            "images": save_images(run, base, aligned),
+            "hub_model_id": config.hub_model_id if config.push_to_hub else None,
+        },
+    )
+
+
+def save_images(run: "Run", base: Drawn, aligned: Drawn) -> list[dict[str, str]]:
+    """The closing images one by one, in the folder `images`; returns their prompts and file names."""
+    folder = run.config.output_dir / "images"
+    if folder.is_symlink():
+        # Nothing is written or removed where a link leads.
+        folder.unlink()
+    folder.mkdir(exist_ok=True)
+    # Those of an earlier run into the same folder would be published with this one's.
+    for path in folder.glob("*_*.png"):
+        if re.fullmatch(r"[0-9]+_(base|lora)\.png", path.name):
+            path.unlink()
+    entries = []
+    pairs = zip(run.rewards.validation, base.images, aligned.images, strict=True)
+    for place, (record, old, new) in enumerate(pairs):
+        entry = {"prompt": record.prompt, "base": f"images/{place}_base.png", "lora": f"images/{place}_lora.png"}
+        old.save(run.config.output_dir / entry["base"])
+        new.save(run.config.output_dir / entry["lora"])
+        entries.append(entry)
+    return entries
+
+
+def tell_result(run: "Run", selected: str, update: int, scores: Mapping[str, Mapping[str, Any]]) -> None:
+    """Which update was chosen, what it gained, and where everything is."""
+    name = run.evaluation.judge
+    found = scores[name]
+    why = f"the best by the held-out reward {name}" if selected == "best" else "the last one"
+    lines = [("LoRA", f"of update {update} of {run.state.update}, {why}")]
+    if found["difference"]["mean"] is not None:
+        interval = ""
+        if found["difference"]["low"] is not None:
+            interval = f" [{found['difference']['low']:+.3g}, {found['difference']['high']:+.3g}]"
+        lines.append(
+            (
+                "gain",
+                f"{name} {found['base']['mean']:.3g} -> {found['lora']['mean']:.3g}, "
+                f"{found['difference']['mean']:+.3g}{interval} on {found['images']} images ({found['role']})",
+            )
+        )
+    seconds = sum(entry["seconds"] for entry in run.reports.log)
+    lines += [
+        ("time", f"{duration(seconds)} in updates, {run.state.skipped} skipped"),
+        ("files", f"LoRA, model card, run.json, before_after.png and reward_curve.png are in {run.config.output_dir}"),
+        ("load", run.backbone.how_to_load(run.config.output_dir)),
+    ]
+    run.console.print(table("Done", lines))

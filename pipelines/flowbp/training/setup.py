@@ -1,0 +1,246 @@
+# Copyright 2026 The FlowBP for diffusers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""Everything that a run needs before its first update: checked first, loaded then."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
+from diffusers import DiffusionPipeline
+
+from ..methods import Method, find_row
+from ..objectives import Objective
+from ..publishing.push import check_access
+from ..rewards import WeightedReward
+from ..verification import verify
+from .backbone import Backbone
+from .checkpointing import Checkpointer
+from .checkpoints import clean, find_checkpoint
+from .config import TrainingConfig
+from .console import Console
+from .distributed import check_distributed, check_environment, prepare_transformer
+from .evaluation import Evaluation
+from .model import add_lora, freeze
+from .prompts import Record, load_records
+from .reports import Reports, read_log
+from .rewards import Reward, RunRewards, load_run_rewards
+from .sampling import Sampling
+from .seeds import make_generator
+from .state import TrainingError, TrainingState
+
+# Processes wait for one another longer than NCCL's 10 minutes: while one encodes all prompts, or scores a last video.
+PATIENCE = InitProcessGroupKwargs(timeout=timedelta(hours=2))
+
+
+@dataclass
+class Run:
+    """A run that is ready to train.
+
+    Attributes:
+        script: name of the script that was started, None from Python.
+        command: the command line, None from Python.
+        wrapped: the transformer that the sweep calls: DDP's wrapper, or the pipeline's own.
+        first_update: updates that an earlier run had done.
+    """
+
+    config: TrainingConfig
+    script: str | None
+    command: list[str] | None
+    accelerator: Accelerator
+    console: Console
+    backbone: Backbone
+    method: Method
+    objective: Objective
+    rewards: RunRewards
+    sampling: Sampling
+    wrapped: torch.nn.Module
+    state: TrainingState
+    reports: Reports
+    evaluation: Evaluation
+    checkpoints: Checkpointer
+    first_update: int
+    started: datetime = field(default_factory=lambda: datetime.now(UTC))
+
+    @property
+    def title(self) -> str:
+        """The method's name as papers write it."""
+        return find_row(self.config.method).title
+
+    def save_lora(self, folder: Path, lora: Mapping[str, torch.Tensor]) -> None:
+        """Write a LoRA into a folder as the pipeline's users load it."""
+        self.backbone.save_lora(folder, lora, self.state.transformer)
+
+
+def prepare(
+    config: TrainingConfig, backbone_class: type[Backbone], reward: Reward | None, command: Sequence[str] | None
+) -> Run:
+    """Check a run, then load it.
+
+    Args:
+        config: of the run, settled or not.
+        backbone_class: of the model.
+        reward: in place of `config.reward`.
+        command: the command line, None from Python.
+
+    Raises:
+        ValueError, OSError, TrainingError: in one line, for what does not fit; before any model is loaded if it can be
+            known then.
+    """
+    config = config.settle(backbone_class)
+    check_environment()
+    method = config.make_method(backbone_class.name)
+    # Tried once on the run's number of steps, so that options which do not fit it fail now.
+    method.draw(torch.linspace(1, 0, config.num_inference_steps + 1), make_generator("trial"))
+    records = load_records(config.prompts, column=config.prompt_column, split=config.prompt_split)
+    backbone = backbone_class(config)
+    if config.resume_from_checkpoint is not None:
+        find_checkpoint(config.output_dir, config.resume_from_checkpoint, tell=lambda message: None)
+    rewards = load_run_rewards(config, records, reward)
+    accelerator = make_accelerator(config)
+    if config.push_to_hub:
+        config = backbone.config = replace(config, hub_model_id=_repository(config, accelerator))
+    console = Console(accelerator)
+    sampling, wrapped = load_model(config, accelerator, backbone, rewards, records)
+    for note in backbone.notes:
+        console.tell(note)
+    transformer = backbone.transformer(sampling.pipe)
+    if config.verify:
+        verify_call(config, method, sampling, records[:1], console)
+
+    def save_lora(folder: Path, lora: Mapping[str, torch.Tensor]) -> None:
+        backbone.save_lora(folder, lora, transformer)
+
+    state = TrainingState(config, accelerator, transformer, records)
+    parts = list(rewards.training.weights) if isinstance(rewards.training, WeightedReward) else []
+    reports = Reports(config, accelerator, parts)
+    evaluation = Evaluation(config, accelerator, state, rewards, sampling, console, reports, save_lora)
+    checkpoints = Checkpointer(config, accelerator, state, evaluation, console, save_lora)
+    resumed = checkpoints.resume()
+    reports.begin([] if resumed is None else read_log(resumed.parent / "log.jsonl", state.update))
+    return Run(
+        config=config,
+        script=None if command is None else Path(command[0]).name,
+        command=None if command is None else list(command),
+        accelerator=accelerator,
+        console=console,
+        backbone=backbone,
+        method=method,
+        objective=make_objective(config, method, backbone.guidance_gain),
+        rewards=rewards,
+        sampling=sampling,
+        wrapped=wrapped,
+        state=state,
+        reports=reports,
+        evaluation=evaluation,
+        checkpoints=checkpoints,
+        first_update=state.update,
+    )
+
+
+def make_accelerator(config: TrainingConfig) -> Accelerator:
+    """Processes and trackers of a run, and its output folder.
+
+    The frozen model is cast by hand, without autocast: the rollout computes what the user's inference computes.
+
+    Raises:
+        ValueError: where accelerate runs another number of processes than were started, or in a way that the sweep
+            does not know.
+    """
+    is_silent = config.report_to == "none" or config.dry_run
+    logs = config.output_dir / config.logging_dir
+    accelerator = Accelerator(
+        mixed_precision="no",
+        kwargs_handlers=[PATIENCE],
+        log_with=None if is_silent else config.report_to,
+        project_config=ProjectConfiguration(
+            project_dir=str(config.output_dir),
+            # TensorBoard knows a run by its folder.
+            logging_dir=str(logs if config.run_name is None else logs / config.run_name),
+        ),
+    )
+    check_distributed(accelerator)
+    torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
+    if accelerator.is_main_process and not config.dry_run:
+        config.output_dir.mkdir(parents=True, exist_ok=True)
+        clean(config.output_dir)
+    accelerator.wait_for_everyone()
+    return accelerator
+
+
+def _repository(config: TrainingConfig, accelerator: Accelerator) -> str:
+    """The repository of `--push_to_hub`; a bad token or name fails here, not after the training."""
+    name = config.hub_model_id or config.output_dir.resolve().name
+    return check_access(name) if accelerator.is_main_process and not config.dry_run else name
+
+
+def make_objective(config: TrainingConfig, method: Method, guidance_gain: float) -> Objective:
+    """The objective of a run.
+
+    Args:
+        config: of the run.
+        method: which says whether to undo the gain of guidance where `--undo_guidance` does not.
+        guidance_gain: factor of guidance on the conditional branch.
+    """
+    undo_guidance = method.undo_guidance if config.undo_guidance is None else config.undo_guidance
+    return Objective(config.reward_clip, config.loss_scale, guidance_gain if undo_guidance else 1.0)
+
+
+def load_model(
+    config: TrainingConfig,
+    accelerator: Accelerator,
+    backbone: Backbone,
+    rewards: RunRewards,
+    records: Sequence[Record],
+) -> tuple[Sampling, torch.nn.Module]:
+    """Text first, which may be freed, then the pipeline with a LoRA on its frozen transformer.
+
+    Returns:
+        The sampling, and the transformer that the sweep calls.
+    """
+    inputs = backbone.prompt_inputs(accelerator, [*records, *rewards.evaluation, *rewards.validation])
+    pipe: DiffusionPipeline = backbone.load_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    backbone.place(pipe, accelerator.device)
+    for module in rewards:
+        freeze(module).to(accelerator.device)
+    transformer = backbone.transformer(pipe)
+    add_lora(transformer, config)
+    if config.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+        vae = pipe.components.get("vae")
+        if vae is not None and vae._supports_gradient_checkpointing:
+            vae.enable_gradient_checkpointing()
+    wrapped = prepare_transformer(accelerator, transformer)
+    return Sampling(config, accelerator, backbone, pipe, inputs), wrapped
+
+
+def verify_call(
+    config: TrainingConfig, method: Method, sampling: Sampling, records: Sequence[Record], console: Console
+) -> None:
+    """`--verify`: compare the engine's gradient of 3 steps with autograd through the stock pipeline, for row `full`.
+
+    Where the run leaves the unconditional branch of guidance out, that is compared too.
+
+    Raises:
+        TrainingError: where a difference is out of its bound.
+    """
+    height, width = config.sizes[0]
+    call = {**sampling.inputs(records), **sampling.backbone.call(height, width), "output_type": "pt"}
+    # Not 2: the last step of Stable Diffusion 3's own schedule is so short that its coupling would not be seen.
+    steps: dict[str, Any] = {"num_inference_steps": 3}
+    for key in ("sigmas", "timesteps"):
+        if schedule := call.get(key):
+            steps[key] = [schedule[len(schedule) * step // 3] for step in range(3)]
+    choice = method.unconditional_gradient if config.unconditional_gradient is None else config.unconditional_gradient
+    for unconditional_gradient in dict.fromkeys((True, choice)):
+        found = verify(sampling.pipe, unconditional_gradient=unconditional_gradient, **{**call, **steps})
+        if not found.is_within_bound:
+            raise TrainingError(f"--verify: {found}; train with another call or dtype, and report this pipeline.")
+        console.print(str(found))

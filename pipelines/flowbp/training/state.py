@@ -1,0 +1,248 @@
+# Copyright 2026 The FlowBP for diffusers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""What an update changes and a checkpoint holds: LoRA, optimizer, schedule, average, loss scale, prompts' order."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers.optimization import get_scheduler
+
+from ..outputs import BackwardOutput
+from .checkpoints import CheckpointError, load_tensors, save_tensors
+from .config import TrainingConfig
+from .distributed import all_ranks_max, clip_gradients, full_lora, full_tensor, full_tensors, like, load_lora
+from .prompts import PromptSampler, Record
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot continue; the message says what was found and what to do."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What an optimizer step did.
+
+    Attributes:
+        gradient_norm: 2-norm of the gradient before clipping.
+        learning_rate: that it used.
+        was_skipped: a reward, loss or gradient of some process was not finite, so nothing was changed.
+    """
+
+    gradient_norm: float
+    learning_rate: float
+    was_skipped: bool
+
+
+class TrainingState:
+    """What an update changes.
+
+    Args:
+        config: of the run.
+        accelerator: of the run.
+        transformer: with the LoRA, already on its device, wrapped or sharded.
+        records: of the training.
+
+    Attributes:
+        update: updates that are done.
+        skipped: those of them that changed nothing because something was not finite.
+        parameters: that are trained.
+        average: of the parameters over the updates, with `--use_ema`.
+    """
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        accelerator: Accelerator,
+        transformer: torch.nn.Module,
+        records: Sequence[Record],
+    ) -> None:
+        self.config = config
+        self.accelerator = accelerator
+        self.transformer = transformer
+        self.parameters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            self.parameters,
+            lr=config.learning_rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            weight_decay=config.adam_weight_decay,
+            eps=config.adam_epsilon,
+        )
+        self.lr_scheduler = get_scheduler(
+            config.lr_scheduler,
+            self.optimizer,
+            num_warmup_steps=config.lr_warmup_steps,
+            num_training_steps=config.max_train_steps,
+            num_cycles=config.lr_num_cycles,
+            power=config.lr_power,
+        )
+        self.average = [parameter.detach().clone() for parameter in self.parameters] if config.use_ema else None
+        # float16 gradients need a loss scale; it is off for the other dtypes.
+        self.scaler = torch.amp.GradScaler(accelerator.device.type, enabled=config.mixed_precision == "fp16")
+        self.sampler = PromptSampler(
+            records, config.train_batch_size, config.seed, accelerator.process_index, accelerator.num_processes
+        )
+        self.update = 0
+        self.skipped = 0
+        self.skipped_in_a_row = 0
+
+    @property
+    def gradient_scale(self) -> float:
+        """What the gradients of one micro-batch are multiplied with."""
+        scale = self.scaler.scale(torch.ones((), device=self.accelerator.device)).item()
+        return scale / self.config.gradient_accumulation_steps
+
+    def step(self, outs: Sequence[BackwardOutput]) -> Step:
+        """Clip the gradients and step, or skip the update where any process found something not finite. Collective.
+
+        Args:
+            outs: of this process' micro-batches.
+
+        Raises:
+            TrainingError: where the step made the LoRA itself not finite.
+        """
+        rate = self.lr_scheduler.get_last_lr()[0]
+        self.scaler.unscale_(self.optimizer)
+        norm = clip_gradients(self.parameters, self.config.max_grad_norm)
+        computed = torch.cat([torch.cat([out.rewards.float(), out.loss.float().view(1)]) for out in outs])
+        is_finite = math.isfinite(norm) and bool(computed.isfinite().all())
+        was_skipped = bool(all_ranks_max(self.accelerator, [float(not is_finite)])[0])
+        self.update += 1
+        if was_skipped:
+            self.skipped += 1
+            self.skipped_in_a_row += 1
+        else:
+            self.skipped_in_a_row = 0
+            self.scaler.step(self.optimizer)
+            self.lr_scheduler.step()
+            self._update_average()
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        size = full_tensor(torch.nn.utils.get_total_norm([parameter.detach() for parameter in self.parameters]))
+        if not math.isfinite(size.item()):
+            raise TrainingError(
+                "The optimizer's step made the LoRA not finite, so it is not saved; lower --learning_rate and resume "
+                "from the last checkpoint."
+            )
+        return Step(norm, rate, was_skipped)
+
+    @torch.no_grad()
+    def _update_average(self) -> None:
+        # A constant decay from the first update, as the paper's code; diffusers' EMAModel warms its decay up.
+        for average, parameter in zip(self.average or (), self.parameters, strict=False):
+            average.lerp_(parameter, 1 - self.config.ema_decay)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The average in place of the last values, with `--use_ema`."""
+        if self.average is None:
+            yield
+            return
+        before = [parameter.detach().clone() for parameter in self.parameters]
+        self._write(self.average)
+        try:
+            yield
+        finally:
+            self._write(before)
+
+    @torch.no_grad()
+    def _write(self, values: Sequence[torch.Tensor]) -> None:
+        for parameter, value in zip(self.parameters, values, strict=True):
+            parameter.copy_(value)
+
+    def result(self) -> dict[str, torch.Tensor]:
+        """The LoRA that a run would end with now, whole, by peft's names. Collective."""
+        with self.averaged():
+            return full_lora(self.transformer)
+
+    # Checkpoints.
+
+    def tensors(self) -> dict[str, dict[str, torch.Tensor]]:
+        """Whole tensors by file, for `save_tensors`. Collective."""
+        moments = {
+            f"{index}.{name}": value
+            for index, values in self.optimizer.state_dict()["state"].items()
+            for name, value in values.items()
+        }
+        found = {"lora": full_lora(self.transformer), "optimizer": full_tensors(moments)}
+        if self.average is not None:
+            found["ema"] = {str(index): full_tensor(value) for index, value in enumerate(self.average)}
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is no tensor, as JSON has it."""
+        return {
+            "update": self.update,
+            "skipped": self.skipped,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "prompts": self.sampler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "lr_scheduler": self.lr_scheduler.state_dict(),
+            "has_average": self.average is not None,
+        }
+
+    def load(self, folder: Path, state: Mapping[str, Any]) -> None:
+        """Continue from a checkpoint.
+
+        Args:
+            folder: with the files of `tensors`.
+            state: of `state_dict`.
+
+        Raises:
+            CheckpointError: for a LoRA, precision or average that does not fit.
+        """
+        where = f"--resume_from_checkpoint {folder}"
+        lora = load_tensors(folder / "lora.safetensors")
+        expected = {name: tensor.shape for name, tensor in full_lora(self.transformer).items()}
+        if {name: tensor.shape for name, tensor in lora.items()} != expected:
+            raise CheckpointError(
+                f"{where}: its LoRA has other layers or another rank; use the --lora_layers and --rank of that run."
+            )
+        if bool(state["scaler"]) != self.scaler.is_enabled():
+            raise CheckpointError(f"{where}: use the --mixed_precision of that run.")
+        if state["has_average"] != (self.average is not None):
+            raise CheckpointError(
+                f"{where}: that run was {'with' if state['has_average'] else 'without'} --use_ema; this one must be "
+                "too."
+            )
+        load_lora(self.transformer, lora)
+        self._load_optimizer(load_tensors(folder / "optimizer.safetensors"), state["lr_scheduler"])
+        if self.average is not None:
+            average = load_tensors(folder / "ema.safetensors")
+            self.average = [like(average[str(index)], each) for index, each in enumerate(self.parameters)]
+        self.sampler.load_state_dict(state["prompts"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.update = state["update"]
+        self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
+
+    def _load_optimizer(self, moments: Mapping[str, torch.Tensor], schedule_state: Mapping[str, Any]) -> None:
+        by_index: dict[int, dict[str, torch.Tensor]] = {}
+        for key, value in moments.items():
+            index, _, name = key.partition(".")
+            parameter = self.parameters[int(index)]
+            by_index.setdefault(int(index), {})[name] = like(value, parameter) if value.ndim else value
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": by_index, "param_groups": groups})
+        # Where the schedule is comes from the checkpoint, what it multiplies from --learning_rate, which may differ.
+        schedule = self.lr_scheduler
+        rates = [
+            base * factor(schedule_state["last_epoch"])
+            for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+        ]
+        schedule.load_state_dict({**schedule_state, "base_lrs": schedule.base_lrs, "_last_lr": rates})
+        # A schedule sets rates when it steps; until then the optimizer needs these.
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+
+
+def save_files(folder: Path, tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+    """Write `TrainingState.tensors` into a folder."""
+    for name, content in tensors.items():
+        save_tensors(folder / f"{name}.safetensors", content)
