@@ -105,6 +105,24 @@ def tiny_text_encoder(width: int) -> CLIPTextModelWithProjection:
     return CLIPTextModelWithProjection(config)
 
 
+def tiny_vae(channels: int, **config: object) -> AutoencoderKL:
+    """An `AutoencoderKL` that makes pictures twice as large as its latents."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
+        up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        latent_channels=channels,
+        norm_num_groups=2,
+        sample_size=8,
+        scaling_factor=1.5,
+        shift_factor=0.06,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        **config,
+    )
+
+
 def redraw(module: torch.nn.Module, gain: float, generator: torch.Generator) -> None:
     """Redraws every parameter: matrices N(0, gain^2 / fan_in), biases N(0, 0.1^2), norms' scales around 1."""
     for name, parameter in module.named_parameters():
@@ -154,19 +172,7 @@ def tiny_sd3_pipeline(
         pos_embed_max_size=4,
         dual_attention_layers=(0,),
     )
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
-        up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
-        block_out_channels=(8, 8),
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=2,
-        sample_size=8,
-        scaling_factor=1.5,
-        shift_factor=0.06,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
+    vae = tiny_vae(4)
     text_encoder = tiny_text_encoder(width)
     text_encoder_2 = tiny_text_encoder(width)
     for module, gain in ((transformer, 1.0), (vae, 0.7), (text_encoder, 1.0), (text_encoder_2, 1.0)):

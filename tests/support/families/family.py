@@ -4,12 +4,13 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """What a family of the matrix is: a tiny pipeline, and the calls that are put to the test."""
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from tiny_sd3 import redraw
 
 
@@ -93,6 +94,52 @@ def ready(
         module.eval().requires_grad_(is_transformer).to(dtype)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def tiny_pipeline(
+    pipeline: type[DiffusionPipeline],
+    shift: float | None = None,
+    gain: float = 1.0,
+    dtype: torch.dtype = torch.float64,
+    **components: Any,
+) -> DiffusionPipeline:
+    """A pipeline of these components, `ready` for the test.
+
+    Args:
+        pipeline: the class. Components that it needs and that are not given, such as text encoders and tokenizers, are
+            None.
+        shift: of the Euler scheduler, where `components` has no scheduler; None for dynamic shifting.
+        gain: see `ready`.
+        dtype: see `ready`.
+        components: by the names of the class.
+    """
+    parameters = list(inspect.signature(pipeline.__init__).parameters.values())[1:]
+    absent = {parameter.name: None for parameter in parameters if parameter.default is parameter.empty}
+    shifting = {"use_dynamic_shifting": True} if shift is None else {"shift": shift}
+    scheduler = FlowMatchEulerDiscreteScheduler(**shifting)
+    return ready(pipeline(**{**absent, "scheduler": scheduler, **components}), gain=gain, dtype=dtype)
+
+
+def guidance_cases(
+    arguments: Mapping[str, Any],
+    guidance_scale: float,
+    unconditional: Part,
+    negative: Mapping[str, Any] | None = None,
+    off: float = 1.0,
+) -> list[Case]:
+    """The two cases of most pipelines: without guidance, and with it.
+
+    Args:
+        arguments: of both.
+        guidance_scale: of the second.
+        unconditional: where the second computes the unconditional branch.
+        negative: further arguments of the second.
+        off: the guidance scale of the first.
+    """
+    return [
+        Case("no guidance", {**arguments, "guidance_scale": off}),
+        Case("guidance", {**arguments, **(negative or {}), "guidance_scale": guidance_scale}, unconditional),
+    ]
 
 
 def embeddings(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:

@@ -49,11 +49,11 @@ from diffusers import (
 from diffusers.models.transformers.transformer_hidream_image import MOEFeedForwardSwiGLU
 from diffusers.models.transformers.transformer_hunyuanimage import HunyuanImageByT5TextProjection
 from diffusers.pipelines.omnigen import pipeline_omnigen, processor_omnigen
-from tiny_sd3 import tiny_sd3_pipeline
+from tiny_sd3 import tiny_sd3_pipeline, tiny_vae
 from transformers import PreTrainedTokenizerFast
 
-from .family import Case, Family, Part, embeddings, ready
-from .paper import sd3_cases, tiny_flux2_vae, tiny_vae
+from .family import Case, Family, Part, embeddings, guidance_cases, tiny_pipeline
+from .paper import sd3_cases, tiny_flux2_vae
 from .videos import tiny_wan_vae
 
 
@@ -88,9 +88,7 @@ def build_lumina2() -> DiffusionPipeline:
         axes_lens=(16, 16, 16),
         cap_feat_dim=16,
     )
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=6.0)
-    parts = {"vae": tiny_vae(4), "text_encoder": None, "tokenizer": None}
-    return ready(Lumina2Pipeline(transformer=transformer, scheduler=scheduler, **parts))
+    return tiny_pipeline(Lumina2Pipeline, transformer=transformer, shift=6.0, vae=tiny_vae(4))
 
 
 def lumina2_cases(pipe: DiffusionPipeline) -> list[Case]:
@@ -117,8 +115,7 @@ def build_lumina() -> DiffusionPipeline:
         cross_attention_dim=16,
     )
     scheduler = FlowMatchEulerDiscreteScheduler()
-    parts = {"vae": tiny_vae(4), "text_encoder": None, "tokenizer": None}
-    return ready(LuminaPipeline(transformer=transformer, scheduler=scheduler, **parts))
+    return tiny_pipeline(LuminaPipeline, transformer=transformer, scheduler=scheduler, vae=tiny_vae(4))
 
 
 def lumina_cases(pipe: DiffusionPipeline) -> list[Case]:
@@ -146,9 +143,7 @@ def build_aura_flow() -> DiffusionPipeline:
         out_channels=4,
         pos_embed_max_size=16,
     )
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.73)
-    parts = {"vae": tiny_vae(4), "text_encoder": None, "tokenizer": None}
-    return ready(AuraFlowPipeline(transformer=transformer, scheduler=scheduler, **parts))
+    return tiny_pipeline(AuraFlowPipeline, transformer=transformer, shift=1.73, vae=tiny_vae(4))
 
 
 def aura_flow_cases(pipe: DiffusionPipeline) -> list[Case]:
@@ -175,16 +170,12 @@ def build_cogview4() -> DiffusionPipeline:
     scheduler = FlowMatchEulerDiscreteScheduler(
         base_shift=0.25, max_shift=0.75, use_dynamic_shifting=True, time_shift_type="linear"
     )
-    parts = {"vae": tiny_vae(4), "text_encoder": None, "tokenizer": None}
-    return ready(CogView4Pipeline(transformer=transformer, scheduler=scheduler, **parts))
+    return tiny_pipeline(CogView4Pipeline, transformer=transformer, scheduler=scheduler, vae=tiny_vae(4))
 
 
 def cogview4_cases(pipe: DiffusionPipeline) -> list[Case]:
     plain = {**prompts(16), "height": 16, "width": 16}
-    return [
-        Case("no guidance", {**plain, "guidance_scale": 1.0}),
-        Case("guidance", {**plain, **negatives(16), "guidance_scale": 5.0}, Part(1)),
-    ]
+    return guidance_cases(plain, 5.0, Part(1), negatives(16))
 
 
 def sana_parts() -> dict[str, Any]:
@@ -229,12 +220,12 @@ def sana_parts() -> dict[str, Any]:
 
 
 def build_sana() -> DiffusionPipeline:
-    return ready(SanaPipeline(**sana_parts()))
+    return tiny_pipeline(SanaPipeline, **sana_parts())
 
 
 def build_sana_dpm_solver() -> DiffusionPipeline:
     scheduler = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
-    return ready(SanaPipeline(**{**sana_parts(), "scheduler": scheduler}))
+    return tiny_pipeline(SanaPipeline, **{**sana_parts(), "scheduler": scheduler})
 
 
 def sana_prompts() -> tuple[dict[str, Any], dict[str, Any]]:
@@ -261,21 +252,23 @@ def sana_dpm_solver_cases(pipe: DiffusionPipeline) -> list[Case]:
     return [Case("multistep solver", plain, refused="DPMSolverMultistepScheduler is not latents")]
 
 
+def pag_cases(plain: dict[str, Any], guided: dict[str, Any]) -> list[Case]:
+    """Of a pipeline with perturbed attention, given its arguments without guidance and with it."""
+    exchanged = "parts of the transformer were exchanged"
+    return [
+        Case("guidance", {**guided, "pag_scale": 0.0}, Part(0, "first half")),
+        Case("perturbed attention", {**plain, "pag_scale": 3.0}, refused=exchanged),
+        Case("perturbed attention and guidance", {**guided, "pag_scale": 3.0}, refused=exchanged),
+    ]
+
+
 def build_sana_pag() -> DiffusionPipeline:
-    return ready(SanaPAGPipeline(**sana_parts(), pag_applied_layers="transformer_blocks.0"))
+    return tiny_pipeline(SanaPAGPipeline, **sana_parts(), pag_applied_layers="transformer_blocks.0")
 
 
 def sana_pag_cases(pipe: DiffusionPipeline) -> list[Case]:
     plain, guided = sana_prompts()
-    return [
-        Case("guidance", {**guided, "pag_scale": 0.0}, Part(0, "first half")),
-        Case("perturbed attention", {**plain, "pag_scale": 3.0}, refused="parts of the transformer were exchanged"),
-        Case(
-            "perturbed attention and guidance",
-            {**guided, "pag_scale": 3.0},
-            refused="parts of the transformer were exchanged",
-        ),
-    ]
+    return pag_cases(plain, guided)
 
 
 def build_sd3_pag() -> DiffusionPipeline:
@@ -288,15 +281,7 @@ def build_sd3_pag() -> DiffusionPipeline:
 
 def sd3_pag_cases(pipe: DiffusionPipeline) -> list[Case]:
     plain, guided, _ = (dict(case.arguments) for case in sd3_cases(pipe))
-    return [
-        Case("guidance", {**guided, "pag_scale": 0.0}, Part(0, "first half")),
-        Case("perturbed attention", {**plain, "pag_scale": 3.0}, refused="parts of the transformer were exchanged"),
-        Case(
-            "perturbed attention and guidance",
-            {**guided, "pag_scale": 3.0},
-            refused="parts of the transformer were exchanged",
-        ),
-    ]
+    return pag_cases(plain, guided)
 
 
 def build_hidream(trains_experts: bool = True) -> DiffusionPipeline:
@@ -316,9 +301,7 @@ def build_hidream(trains_experts: bool = True) -> DiffusionPipeline:
         max_resolution=(4, 4),
         llama_layers=(0, 1),
     )
-    encoders = {f"{name}{number}": None for name in ("text_encoder", "tokenizer") for number in ("", "_2", "_3", "_4")}
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    pipe = ready(HiDreamImagePipeline(scheduler=scheduler, vae=tiny_vae(4), transformer=transformer, **encoders))
+    pipe = tiny_pipeline(HiDreamImagePipeline, shift=3.0, vae=tiny_vae(4), transformer=transformer)
     # The pipeline scales every size to this one.
     pipe.default_sample_size = 4
     # In evaluation mode diffusers runs the routed experts without gradients.
@@ -341,10 +324,7 @@ def hidream_cases(pipe: DiffusionPipeline) -> list[Case]:
         "negative_prompt_embeds_llama3": embeddings(2, 2, 5, 8, seed=4),
         "negative_pooled_prompt_embeds": embeddings(2, 16, seed=5),
     }
-    return [
-        Case("no guidance", {**plain, "guidance_scale": 1.0}),
-        Case("guidance", {**plain, **negative, "guidance_scale": 5.0}, Part(0, "first half")),
-    ]
+    return guidance_cases(plain, 5.0, Part(0, "first half"), negative)
 
 
 def build_hidream_evaluating() -> DiffusionPipeline:
@@ -367,8 +347,7 @@ def build_prx() -> DiffusionPipeline:
         depth=2,
         axes_dim=[4, 4],
     )
-    parts = {"vae": tiny_vae(4), "text_encoder": None, "tokenizer": None}
-    return ready(PRXPipeline(transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), **parts))
+    return tiny_pipeline(PRXPipeline, transformer=transformer, shift=3.0, vae=tiny_vae(4))
 
 
 def prx_cases(pipe: DiffusionPipeline) -> list[Case]:
@@ -395,8 +374,7 @@ def build_prx_pixel() -> DiffusionPipeline:
         bottleneck_size=8,
         resolution_embeds=True,
     )
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    return ready(PRXPixelPipeline(transformer=transformer, scheduler=scheduler, text_encoder=None, tokenizer=None))
+    return tiny_pipeline(PRXPixelPipeline, transformer=transformer, shift=3.0)
 
 
 def build_ernie_image() -> DiffusionPipeline:
@@ -410,9 +388,7 @@ def build_ernie_image() -> DiffusionPipeline:
         text_in_dim=16,
         rope_axes_dim=(4, 2, 2),
     )
-    parts = {"vae": tiny_flux2_vae(), "text_encoder": None, "tokenizer": None}
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    return ready(ErnieImagePipeline(transformer=transformer, scheduler=scheduler, **parts))
+    return tiny_pipeline(ErnieImagePipeline, transformer=transformer, shift=3.0, vae=tiny_flux2_vae())
 
 
 def ernie_image_cases(pipe: DiffusionPipeline) -> list[Case]:
@@ -422,10 +398,7 @@ def ernie_image_cases(pipe: DiffusionPipeline) -> list[Case]:
         "width": 4 * pipe.vae_scale_factor,
     }
     negative = {"negative_prompt_embeds": [embeddings(4, 16, seed=2), embeddings(6, 16, seed=3)]}
-    return [
-        Case("no guidance", {**plain, "guidance_scale": 1.0}),
-        Case("guidance", {**plain, **negative, "guidance_scale": 4.0}, Part(0, "first half")),
-    ]
+    return guidance_cases(plain, 4.0, Part(0, "first half"), negative)
 
 
 def build_glm_image() -> DiffusionPipeline:
@@ -445,18 +418,13 @@ def build_glm_image() -> DiffusionPipeline:
     scheduler = FlowMatchEulerDiscreteScheduler(
         base_shift=0.25, max_shift=0.75, use_dynamic_shifting=True, time_shift_type="linear"
     )
-    names = ("tokenizer", "processor", "text_encoder", "vision_language_encoder")
-    encoders = dict.fromkeys(names)
-    return ready(GlmImagePipeline(transformer=transformer, scheduler=scheduler, vae=vae, **encoders))
+    return tiny_pipeline(GlmImagePipeline, transformer=transformer, scheduler=scheduler, vae=vae)
 
 
 def glm_image_cases(pipe: DiffusionPipeline) -> list[Case]:
     tokens = torch.randint(0, 32, (2, 4), generator=torch.Generator().manual_seed(3))
     plain = {**prompts(16), "prior_token_ids": tokens, "height": 8, "width": 8}
-    return [
-        Case("no guidance", {**plain, "guidance_scale": 1.0}),
-        Case("guidance", {**plain, **negatives(16), "guidance_scale": 3.0}, Part(1)),
-    ]
+    return guidance_cases(plain, 3.0, Part(1), negatives(16))
 
 
 def hunyuan_image_guider(**options: Any) -> AdaptiveProjectedMixGuidance:
@@ -508,9 +476,7 @@ def build_hunyuan_image(**guiders: AdaptiveProjectedMixGuidance) -> DiffusionPip
         spatial_compression_ratio=2,
         sample_size=8,
     )
-    encoders = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    return ready(HunyuanImagePipeline(transformer=transformer, scheduler=scheduler, vae=vae, **guiders, **encoders))
+    return tiny_pipeline(HunyuanImagePipeline, transformer=transformer, shift=3.0, vae=vae, **guiders)
 
 
 def hunyuan_image_prompts() -> tuple[dict[str, Any], dict[str, Any]]:
@@ -592,8 +558,8 @@ def build_cosmos2() -> DiffusionPipeline:
     parts = {"text_encoder": None, "tokenizer": None, "vae": tiny_wan_vae(), "safety_checker": PermissiveChecker()}
     scheduler = FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True)
     # Its position embedding is normalised in float32.
-    return ready(
-        Cosmos2TextToImagePipeline(transformer=transformer, scheduler=scheduler, **parts), dtype=torch.float32
+    return tiny_pipeline(
+        Cosmos2TextToImagePipeline, transformer=transformer, scheduler=scheduler, **parts, dtype=torch.float32
     )
 
 
@@ -642,7 +608,7 @@ def build_omnigen() -> DiffusionPipeline:
         patch.object(processor_omnigen, "transforms", create=True),
         patch.object(pipeline_omnigen, "OmniGenMultiModalProcessor", processor, create=True),
     ):
-        pipe = ready(OmniGenPipeline(**parts))
+        pipe = tiny_pipeline(OmniGenPipeline, **parts)
     collator = pipe.multimodal_processor.collator
 
     def collate(features: list[Any]) -> dict[str, Any]:

@@ -21,19 +21,19 @@ from diffusers import (
     Ideogram4Pipeline,
     Ideogram4Transformer2DModel,
     Kandinsky5T2IPipeline,
-    Kandinsky5Transformer3DModel,
     LTXI2VLongMultiPromptPipeline,
     LTXPipeline,
     NucleusMoEImagePipeline,
     NucleusMoEImageTransformer2DModel,
 )
+from tiny_sd3 import tiny_vae
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import Qwen2Tokenizer, Qwen3VLConfig, Qwen3VLModel, T5Config, T5EncoderModel
 
-from .family import Case, Family, Part, embeddings, ready
+from .family import Case, Family, Part, embeddings, guidance_cases, tiny_pipeline
 from .images import PermissiveChecker
-from .paper import build_flux, tiny_flux2_vae, tiny_vae
-from .videos import build_ltx, tiny_wan_vae, wan_prompts
+from .paper import build_flux, tiny_flux2_vae
+from .videos import build_ltx, kandinsky_5_prompts, tiny_kandinsky_5, tiny_wan_vae, wan_prompts
 
 
 def build_kontext() -> DiffusionPipeline:
@@ -65,50 +65,14 @@ def kontext_cases(pipe: DiffusionPipeline) -> list[Case]:
 
 
 def build_kandinsky_5() -> DiffusionPipeline:
-    transformer = Kandinsky5Transformer3DModel(
-        in_visual_dim=4,
-        in_text_dim=32,
-        in_text_dim2=16,
-        time_dim=16,
-        out_visual_dim=4,
-        model_dim=16,
-        ff_dim=32,
-        num_text_blocks=1,
-        num_visual_blocks=1,
-        axes_dims=(2, 2, 4),
-    )
-    pipe = Kandinsky5T2IPipeline(
-        transformer=transformer,
-        vae=tiny_vae(4),
-        text_encoder=None,
-        tokenizer=None,
-        text_encoder_2=None,
-        tokenizer_2=None,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-    )
+    pipe = tiny_kandinsky_5(Kandinsky5T2IPipeline, tiny_vae(4), shift=3.0, visual_cond=False)
     # Other sizes are replaced by the nearest of these.
     pipe.resolutions = [(48, 32)]
-    ready(pipe)
-    # They get float32 numbers, whatever the model's dtype.
-    pipe.transformer.time_embeddings.float()
     return pipe
 
 
 def kandinsky_5_cases(pipe: DiffusionPipeline) -> list[Case]:
-    prompts = {
-        "prompt_embeds_qwen": embeddings(2, 5, 32),
-        "prompt_embeds_clip": embeddings(2, 16, seed=1),
-        "prompt_cu_seqlens": torch.tensor([0, 5, 10]),
-        "negative_prompt_embeds_qwen": embeddings(2, 4, 32, seed=2),
-        "negative_prompt_embeds_clip": embeddings(2, 16, seed=3),
-        "negative_prompt_cu_seqlens": torch.tensor([0, 4, 8]),
-        "height": 32,
-        "width": 48,
-    }
-    return [
-        Case("no guidance", {**prompts, "guidance_scale": 1.0}),
-        Case("guidance", {**prompts, "guidance_scale": 3.5}, Part(1)),
-    ]
+    return guidance_cases({**kandinsky_5_prompts(), "height": 32, "width": 48}, 3.5, Part(1))
 
 
 def byte_tokenizer() -> Qwen2Tokenizer:
@@ -152,16 +116,14 @@ def tiny_ideogram_transformer() -> Ideogram4Transformer2DModel:
 
 
 def build_ideogram() -> DiffusionPipeline:
-    return ready(
-        Ideogram4Pipeline(
-            scheduler=FlowMatchEulerDiscreteScheduler(),
-            vae=tiny_flux2_vae(),
-            # The pipeline takes the outputs of layers up to the 36th.
-            text_encoder=tiny_qwen3_vl(width=8, layers=36),
-            tokenizer=byte_tokenizer(),
-            transformer=tiny_ideogram_transformer(),
-            unconditional_transformer=tiny_ideogram_transformer(),
-        )
+    return tiny_pipeline(
+        Ideogram4Pipeline,
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=tiny_flux2_vae(),
+        text_encoder=tiny_qwen3_vl(width=8, layers=36),
+        tokenizer=byte_tokenizer(),
+        transformer=tiny_ideogram_transformer(),
+        unconditional_transformer=tiny_ideogram_transformer(),
     )
 
 
@@ -196,15 +158,7 @@ def build_nucleus() -> DiffusionPipeline:
         latents_mean=[0.1, -0.2, 0.3, 0.0],
         latents_std=[1.5, 1.2, 0.8, 1.0],
     )
-    return ready(
-        NucleusMoEImagePipeline(
-            transformer=transformer,
-            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
-            vae=vae,
-            text_encoder=None,
-            processor=None,
-        )
-    )
+    return tiny_pipeline(NucleusMoEImagePipeline, transformer=transformer, vae=vae)
 
 
 def nucleus_cases(pipe: DiffusionPipeline) -> list[Case]:
@@ -243,15 +197,13 @@ def build_dream_lite(pipeline: type[DiffusionPipeline]) -> DiffusionPipeline:
         num_decoder_blocks=(1, 1),
         latent_channels=4,
     )
-    return ready(
-        pipeline(
-            text_encoder=tiny_qwen3_vl(width=8, layers=2),
-            tokenizer=byte_tokenizer(),
-            processor=None,
-            vae=vae,
-            unet=unet,
-            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
-        )
+    return tiny_pipeline(
+        pipeline,
+        text_encoder=tiny_qwen3_vl(width=8, layers=2),
+        tokenizer=byte_tokenizer(),
+        processor=None,
+        vae=vae,
+        unet=unet,
     )
 
 
@@ -286,24 +238,18 @@ def build_cosmos_25() -> DiffusionPipeline:
         concat_padding_mask=False,
         extra_pos_embed_type=None,
     )
-    return ready(
-        Cosmos2_5_PredictBasePipeline(
-            text_encoder=None,
-            tokenizer=None,
-            transformer=transformer,
-            vae=tiny_wan_vae(),
-            scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
-            safety_checker=PermissiveChecker(),
-        )
+    return tiny_pipeline(
+        Cosmos2_5_PredictBasePipeline,
+        transformer=transformer,
+        vae=tiny_wan_vae(),
+        shift=5.0,
+        safety_checker=PermissiveChecker(),
     )
 
 
 def cosmos_25_cases(pipe: DiffusionPipeline) -> list[Case]:
     prompts = wan_prompts()
-    return [
-        Case("no guidance", {**prompts, "guidance_scale": 0.0}),
-        Case("guidance", {**prompts, "guidance_scale": 4.0}, Part(1)),
-    ]
+    return guidance_cases(prompts, 4.0, Part(1), off=0.0)
 
 
 def build_ltx_long() -> DiffusionPipeline:
@@ -311,7 +257,7 @@ def build_ltx_long() -> DiffusionPipeline:
     components = build_ltx(LTXPipeline).components
     components |= {"text_encoder": T5EncoderModel(config), "tokenizer": byte_tokenizer()}
     components["scheduler"] = FlowMatchEulerDiscreteScheduler()
-    return ready(LTXI2VLongMultiPromptPipeline(**components))
+    return tiny_pipeline(LTXI2VLongMultiPromptPipeline, **components)
 
 
 def ltx_long_cases(pipe: DiffusionPipeline) -> list[Case]:

@@ -35,6 +35,7 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
+from tiny_sd3 import tiny_vae
 from tokenizers import pre_tokenizers
 from transformers import (
     BatchFeature,
@@ -46,24 +47,27 @@ from transformers import (
     SmolLM3ForCausalLM,
 )
 
-from .family import Case, Family, Part, embeddings, ready
-from .paper import tiny_flux2_vae, tiny_vae
+from .family import Case, Family, Part, embeddings, guidance_cases, tiny_pipeline
+from .paper import tiny_flux2_vae
 
 PADDED = torch.tensor([[True, True, True, True, True], [True, True, True, False, False]])
 """Attention mask of two prompts of 5 and 3 tokens."""
 
 
+# Of the autoencoders that are built like Qwen-Image's.
+VAE_SIZES = {
+    "z_dim": 4,
+    "dim_mult": [1, 1],
+    "num_res_blocks": 1,
+    "temperal_downsample": [False],
+    "latents_mean": [0.1, -0.2, 0.3, 0.0],
+    "latents_std": [1.2, 0.8, 1.0, 0.9],
+}
+
+
 def tiny_qwen_vae() -> AutoencoderKLQwenImage:
     """The autoencoder of Qwen-Image with four latent channels and pictures twice as large as its latents."""
-    return AutoencoderKLQwenImage(
-        base_dim=8,
-        z_dim=4,
-        dim_mult=[1, 1],
-        num_res_blocks=1,
-        temperal_downsample=[False],
-        latents_mean=[0.1, -0.2, 0.3, 0.0],
-        latents_std=[1.2, 0.8, 1.0, 0.9],
-    )
+    return AutoencoderKLQwenImage(base_dim=8, **VAE_SIZES)
 
 
 def build_qwen_image() -> DiffusionPipeline:
@@ -76,15 +80,7 @@ def build_qwen_image() -> DiffusionPipeline:
         joint_attention_dim=32,
         axes_dims_rope=(4, 6, 6),
     )
-    return ready(
-        QwenImagePipeline(
-            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
-            vae=tiny_qwen_vae(),
-            text_encoder=None,
-            tokenizer=None,
-            transformer=transformer,
-        )
-    )
+    return tiny_pipeline(QwenImagePipeline, vae=tiny_qwen_vae(), transformer=transformer)
 
 
 def qwen_image_cases(pipe: DiffusionPipeline) -> list[Case]:
@@ -134,25 +130,13 @@ def build_qwen_image_21() -> DiffusionPipeline:
         context_in_dim=32,
         axes_dims_rope=(4, 6, 6),
     )
-    vae = AutoencoderKLQwenImage21(
-        base_dim=8,
-        decoder_base_dim=8,
-        z_dim=4,
-        dim_mult=[1, 1],
-        num_res_blocks=1,
-        temperal_downsample=[False],
-        latents_mean=[0.1, -0.2, 0.3, 0.0],
-        latents_std=[1.2, 0.8, 1.0, 0.9],
-    )
+    vae = AutoencoderKLQwenImage21(base_dim=8, decoder_base_dim=8, **VAE_SIZES)
     template = "{% for message in messages %}{{ message['content'][0]['text'] }}{% endfor %}"
-    return ready(
-        QwenImage21Pipeline(
-            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
-            vae=vae,
-            text_encoder=None,
-            processor=TokenizerProcessor(byte_tokenizer(), chat_template=template),
-            transformer=transformer,
-        )
+    return tiny_pipeline(
+        QwenImage21Pipeline,
+        vae=vae,
+        processor=TokenizerProcessor(byte_tokenizer(), chat_template=template),
+        transformer=transformer,
     )
 
 
@@ -190,15 +174,7 @@ def build_chroma() -> DiffusionPipeline:
         approximator_hidden_dim=16,
         approximator_layers=1,
     )
-    return ready(
-        ChromaPipeline(
-            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
-            vae=tiny_vae(4),
-            text_encoder=None,
-            tokenizer=None,
-            transformer=transformer,
-        )
-    )
+    return tiny_pipeline(ChromaPipeline, vae=tiny_vae(4), transformer=transformer)
 
 
 def chroma_cases(pipe: DiffusionPipeline) -> list[Case]:
@@ -212,10 +188,7 @@ def chroma_cases(pipe: DiffusionPipeline) -> list[Case]:
         "negative_prompt_embeds": embeddings(2, 5, 32, seed=2),
         "negative_prompt_attention_mask": PADDED,
     }
-    return [
-        Case("no guidance", {**prompts, "guidance_scale": 1.0}),
-        Case("guidance", {**prompts, **negative, "guidance_scale": 4.0}, Part(1)),
-    ]
+    return guidance_cases(prompts, 4.0, Part(1), negative)
 
 
 def build_ovis_image() -> DiffusionPipeline:
@@ -229,25 +202,14 @@ def build_ovis_image() -> DiffusionPipeline:
         joint_attention_dim=32,
         axes_dims_rope=(4, 4, 8),
     )
-    return ready(
-        OvisImagePipeline(
-            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
-            vae=tiny_vae(4),
-            text_encoder=None,
-            tokenizer=None,
-            transformer=transformer,
-        )
-    )
+    return tiny_pipeline(OvisImagePipeline, vae=tiny_vae(4), transformer=transformer)
 
 
 def ovis_image_cases(pipe: DiffusionPipeline) -> list[Case]:
     prompts = {"prompt_embeds": embeddings(2, 5, 32), "height": 8, "width": 8}
     # The default negative prompt is a text, which may not come together with embeddings.
     negative = {"negative_prompt": None, "negative_prompt_embeds": embeddings(2, 5, 32, seed=2)}
-    return [
-        Case("no guidance", {**prompts, "guidance_scale": 1.0}),
-        Case("guidance", {**prompts, **negative, "guidance_scale": 4.0}, Part(1)),
-    ]
+    return guidance_cases(prompts, 4.0, Part(1), negative)
 
 
 def build_krea2() -> DiffusionPipeline:
@@ -268,15 +230,8 @@ def build_krea2() -> DiffusionPipeline:
         num_refiner_text_blocks=1,
         axes_dims_rope=(4, 2, 2),
     )
-    return ready(
-        Krea2Pipeline(
-            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
-            vae=tiny_qwen_vae(),
-            text_encoder=None,
-            tokenizer=None,
-            transformer=transformer,
-            text_encoder_select_layers=(0, 1, 2),
-        )
+    return tiny_pipeline(
+        Krea2Pipeline, vae=tiny_qwen_vae(), transformer=transformer, text_encoder_select_layers=(0, 1, 2)
     )
 
 
@@ -291,10 +246,7 @@ def krea2_cases(pipe: DiffusionPipeline) -> list[Case]:
         "negative_prompt_embeds": embeddings(2, 5, 3, 16, seed=2),
         "negative_prompt_embeds_mask": PADDED,
     }
-    return [
-        Case("no guidance", {**prompts, "guidance_scale": 0.0}),
-        Case("guidance", {**prompts, **negative, "guidance_scale": 3.0}, Part(1)),
-    ]
+    return guidance_cases(prompts, 3.0, Part(1), negative, off=0.0)
 
 
 def build_longcat_image() -> DiffusionPipeline:
@@ -320,15 +272,12 @@ def build_longcat_image() -> DiffusionPipeline:
         "pad_token_id": tokenizer.pad_token_id,
     }
     vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
-    pipe = ready(
-        LongCatImagePipeline(
-            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
-            vae=tiny_vae(16),
-            text_encoder=Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision)),
-            tokenizer=tokenizer,
-            text_processor=None,
-            transformer=transformer,
-        )
+    pipe = tiny_pipeline(
+        LongCatImagePipeline,
+        vae=tiny_vae(16),
+        text_encoder=Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision)),
+        tokenizer=tokenizer,
+        transformer=transformer,
     )
     # Prompts are padded to this many tokens; there is no argument for it.
     pipe.tokenizer_max_length = 8
@@ -362,15 +311,7 @@ def build_bria() -> DiffusionPipeline:
         joint_attention_dim=32,
         axes_dims_rope=[4, 4, 8],
     )
-    return ready(
-        BriaPipeline(
-            transformer=transformer,
-            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
-            vae=tiny_vae(4),
-            text_encoder=None,
-            tokenizer=None,
-        )
-    )
+    return tiny_pipeline(BriaPipeline, transformer=transformer, vae=tiny_vae(4))
 
 
 def bria_cases(pipe: DiffusionPipeline) -> list[Case]:
@@ -406,23 +347,9 @@ def build_bria_fibo() -> DiffusionPipeline:
         text_encoder_dim=16,
         axes_dims_rope=[4, 4, 8],
     )
-    vae = AutoencoderKLWan(
-        base_dim=8,
-        z_dim=4,
-        dim_mult=[1, 1],
-        num_res_blocks=1,
-        temperal_downsample=[False],
-        latents_mean=[0.1, -0.2, 0.3, 0.0],
-        latents_std=[1.2, 0.8, 1.0, 0.9],
-    )
-    return ready(
-        BriaFiboPipeline(
-            transformer=transformer,
-            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
-            vae=vae,
-            text_encoder=SmolLM3ForCausalLM(text),
-            tokenizer=tokenizer,
-        )
+    vae = AutoencoderKLWan(base_dim=8, **VAE_SIZES)
+    return tiny_pipeline(
+        BriaFiboPipeline, transformer=transformer, vae=vae, text_encoder=SmolLM3ForCausalLM(text), tokenizer=tokenizer
     )
 
 
@@ -458,15 +385,7 @@ def build_bria_fibo2() -> DiffusionPipeline:
         axes_dims=(4, 6, 6),
         axes_lens=(16, 16, 16),
     )
-    return ready(
-        BriaFibo2Pipeline(
-            transformer=transformer,
-            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
-            vae=tiny_flux2_vae(),
-            text_encoder=None,
-            processor=None,
-        )
-    )
+    return tiny_pipeline(BriaFibo2Pipeline, transformer=transformer, vae=tiny_flux2_vae())
 
 
 def bria_fibo2_cases(pipe: DiffusionPipeline) -> list[Case]:
@@ -480,10 +399,7 @@ def bria_fibo2_cases(pipe: DiffusionPipeline) -> list[Case]:
         "negative_prompt_embeds": embeddings(2, 2, 5, 32, seed=2),
         "negative_prompt_embeds_mask": PADDED,
     }
-    return [
-        Case("no guidance", {**prompts, "guidance_scale": 1.0}),
-        Case("guidance", {**prompts, **negative, "guidance_scale": 5.0}, Part(1)),
-    ]
+    return guidance_cases(prompts, 5.0, Part(1), negative)
 
 
 def tiny_z_image_parts() -> dict[str, Any]:
@@ -509,11 +425,11 @@ def tiny_z_image_parts() -> dict[str, Any]:
 
 
 def build_z_image() -> DiffusionPipeline:
-    return ready(ZImagePipeline(**tiny_z_image_parts()))
+    return tiny_pipeline(ZImagePipeline, **tiny_z_image_parts())
 
 
 def build_z_image_omni() -> DiffusionPipeline:
-    return ready(ZImageOmniPipeline(**tiny_z_image_parts(), siglip=None, siglip_processor=None))
+    return tiny_pipeline(ZImageOmniPipeline, **tiny_z_image_parts())
 
 
 def z_image_cases(pipe: DiffusionPipeline) -> list[Case]:

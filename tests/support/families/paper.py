@@ -9,10 +9,8 @@ import functools
 import PIL.Image
 import torch
 from diffusers import (
-    AutoencoderKL,
     AutoencoderKLFlux2,
     DiffusionPipeline,
-    FlowMatchEulerDiscreteScheduler,
     Flux2KleinKVPipeline,
     Flux2KleinPipeline,
     Flux2Pipeline,
@@ -20,9 +18,9 @@ from diffusers import (
     FluxPipeline,
     FluxTransformer2DModel,
 )
-from tiny_sd3 import tiny_sd3_pipeline
+from tiny_sd3 import tiny_sd3_pipeline, tiny_vae
 
-from .family import Case, Family, Part, embeddings, ready
+from .family import Case, Family, Part, embeddings, guidance_cases, tiny_pipeline
 
 
 def build_sd3() -> DiffusionPipeline:
@@ -46,24 +44,6 @@ def sd3_cases(pipe: DiffusionPipeline) -> list[Case]:
     ]
 
 
-def tiny_vae(channels: int, **config: object) -> AutoencoderKL:
-    """An `AutoencoderKL` that makes pictures twice as large as its latents."""
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
-        up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
-        block_out_channels=(8, 8),
-        layers_per_block=1,
-        latent_channels=channels,
-        norm_num_groups=2,
-        sample_size=8,
-        scaling_factor=1.5,
-        shift_factor=0.06,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        **config,
-    )
-
-
 def build_flux() -> DiffusionPipeline:
     transformer = FluxTransformer2DModel(
         patch_size=1,
@@ -77,17 +57,7 @@ def build_flux() -> DiffusionPipeline:
         guidance_embeds=True,
         axes_dims_rope=(4, 4, 8),
     )
-    return ready(
-        FluxPipeline(
-            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
-            vae=tiny_vae(4),
-            text_encoder=None,
-            tokenizer=None,
-            text_encoder_2=None,
-            tokenizer_2=None,
-            transformer=transformer,
-        )
-    )
+    return tiny_pipeline(FluxPipeline, vae=tiny_vae(4), transformer=transformer)
 
 
 def flux_cases(pipe: DiffusionPipeline) -> list[Case]:
@@ -149,43 +119,28 @@ def build_flux2_klein(is_distilled: bool) -> DiffusionPipeline:
     Args:
         is_distilled: the step-distilled model, which ignores `guidance_scale`, and not the base model.
     """
-    return ready(
-        Flux2KleinPipeline(
-            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
-            vae=tiny_flux2_vae(),
-            text_encoder=None,
-            tokenizer=None,
-            transformer=tiny_flux2_transformer(guidance_embeds=False),
-            is_distilled=is_distilled,
-        ),
+    return tiny_pipeline(
+        Flux2KleinPipeline,
+        vae=tiny_flux2_vae(),
+        transformer=tiny_flux2_transformer(guidance_embeds=False),
+        is_distilled=is_distilled,
         gain=1.5,
     )
 
 
 def build_flux2_klein_kv() -> DiffusionPipeline:
-    return ready(
-        Flux2KleinKVPipeline(
-            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
-            vae=tiny_flux2_vae(),
-            text_encoder=None,
-            tokenizer=None,
-            transformer=tiny_flux2_transformer(guidance_embeds=False),
-            is_distilled=True,
-        ),
+    return tiny_pipeline(
+        Flux2KleinKVPipeline,
+        vae=tiny_flux2_vae(),
+        transformer=tiny_flux2_transformer(guidance_embeds=False),
+        is_distilled=True,
         gain=1.5,
     )
 
 
 def build_flux2_dev() -> DiffusionPipeline:
-    return ready(
-        Flux2Pipeline(
-            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
-            vae=tiny_flux2_vae(),
-            text_encoder=None,
-            tokenizer=None,
-            transformer=tiny_flux2_transformer(guidance_embeds=True),
-        ),
-        gain=1.5,
+    return tiny_pipeline(
+        Flux2Pipeline, vae=tiny_flux2_vae(), transformer=tiny_flux2_transformer(guidance_embeds=True), gain=1.5
     )
 
 
@@ -200,10 +155,7 @@ def reference_image() -> PIL.Image.Image:
 
 def flux2_klein_cases(pipe: DiffusionPipeline) -> list[Case]:
     negative = {"negative_prompt_embeds": embeddings(2, 5, 32, seed=2)}
-    return [
-        Case("no guidance", {**FLUX2_PROMPTS, "guidance_scale": 1.0}),
-        Case("guidance", {**FLUX2_PROMPTS, **negative, "guidance_scale": 4.0}, Part(1)),
-    ]
+    return guidance_cases(FLUX2_PROMPTS, 4.0, Part(1), negative)
 
 
 def flux2_distilled_cases(pipe: DiffusionPipeline) -> list[Case]:

@@ -62,7 +62,7 @@ from diffusers import (
 from diffusers.models.embeddings import TimestepEmbedding
 from diffusers.pipelines.ltx2 import LTX2TextConnectors, LTX2Vocoder
 
-from .family import Case, Family, Part, embeddings, ready
+from .family import Case, Family, Part, embeddings, guidance_cases, ready, tiny_pipeline
 
 
 def mask(*lengths: int, length: int = 5) -> torch.Tensor:
@@ -70,19 +70,30 @@ def mask(*lengths: int, length: int = 5) -> torch.Tensor:
     return (torch.arange(length) < torch.tensor(lengths)[:, None]).long()
 
 
+# Of the transformers that are built like Wan's.
+WAN_SIZES = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "in_channels": 4,
+    "out_channels": 4,
+    "text_dim": 32,
+    "freq_dim": 32,
+    "ffn_dim": 32,
+}
+
+
 def tiny_wan_transformer() -> WanTransformer3DModel:
-    return WanTransformer3DModel(
-        patch_size=(1, 2, 2),
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=4,
-        out_channels=4,
-        text_dim=32,
-        freq_dim=32,
-        ffn_dim=32,
-        num_layers=1,
-        rope_max_seq_len=32,
-    )
+    return WanTransformer3DModel(patch_size=(1, 2, 2), num_layers=1, rope_max_seq_len=32, **WAN_SIZES)
+
+
+def prompts(features: int, mask_dtype: torch.dtype = torch.long) -> dict[str, torch.Tensor]:
+    """Embeddings (2, 5, features) of two prompts and two negative prompts, with masks."""
+    return {
+        "prompt_embeds": embeddings(2, 5, features),
+        "prompt_attention_mask": mask(5, 4).to(mask_dtype),
+        "negative_prompt_embeds": embeddings(2, 5, features, seed=1),
+        "negative_prompt_attention_mask": mask(3, 5).to(mask_dtype),
+    }
 
 
 def tiny_wan_vae() -> AutoencoderKLWan:
@@ -99,17 +110,14 @@ def tiny_wan_vae() -> AutoencoderKLWan:
 
 
 def build_wan(boundary_ratio: float | None = None, expand_timesteps: bool = False) -> DiffusionPipeline:
-    return ready(
-        WanPipeline(
-            tokenizer=None,
-            text_encoder=None,
-            vae=tiny_wan_vae(),
-            scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
-            transformer=tiny_wan_transformer(),
-            transformer_2=None if boundary_ratio is None else tiny_wan_transformer(),
-            boundary_ratio=boundary_ratio,
-            expand_timesteps=expand_timesteps,
-        )
+    return tiny_pipeline(
+        WanPipeline,
+        vae=tiny_wan_vae(),
+        shift=7.0,
+        transformer=tiny_wan_transformer(),
+        transformer_2=None if boundary_ratio is None else tiny_wan_transformer(),
+        boundary_ratio=boundary_ratio,
+        expand_timesteps=expand_timesteps,
     )
 
 
@@ -129,18 +137,15 @@ def wan_prompts() -> dict[str, object]:
 
 
 def wan_cases(pipe: DiffusionPipeline) -> list[Case]:
-    prompts = wan_prompts()
-    return [
-        Case("no guidance", {**prompts, "guidance_scale": 1.0}),
-        Case("guidance", {**prompts, "guidance_scale": 5.0}, Part(1)),
-    ]
+    arguments = wan_prompts()
+    return guidance_cases(arguments, 5.0, Part(1))
 
 
 def wan_22_cases(pipe: DiffusionPipeline) -> list[Case]:
-    prompts = wan_prompts()
+    arguments = wan_prompts()
     return [
-        Case("no guidance", {**prompts, "guidance_scale": 1.0}),
-        Case("guidance", {**prompts, "guidance_scale": 5.0, "guidance_scale_2": 3.0}, Part(1)),
+        Case("no guidance", {**arguments, "guidance_scale": 1.0}),
+        Case("guidance", {**arguments, "guidance_scale": 5.0, "guidance_scale_2": 3.0}, Part(1)),
     ]
 
 
@@ -172,21 +177,11 @@ def build_hunyuan_video() -> DiffusionPipeline:
         pooled_projection_dim=8,
         rope_axes_dim=(2, 4, 4),
     )
-    return ready(
-        HunyuanVideoPipeline(
-            text_encoder=None,
-            tokenizer=None,
-            transformer=transformer,
-            vae=tiny_hunyuan_vae(),
-            scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
-            text_encoder_2=None,
-            tokenizer_2=None,
-        )
-    )
+    return tiny_pipeline(HunyuanVideoPipeline, transformer=transformer, vae=tiny_hunyuan_vae(), shift=7.0)
 
 
 def hunyuan_video_cases(pipe: DiffusionPipeline) -> list[Case]:
-    prompts = {
+    arguments = {
         "prompt_embeds": embeddings(2, 5, 16),
         "pooled_prompt_embeds": embeddings(2, 8, seed=1),
         "prompt_attention_mask": mask(5, 4),
@@ -202,8 +197,8 @@ def hunyuan_video_cases(pipe: DiffusionPipeline) -> list[Case]:
         "true_cfg_scale": 4.0,
     }
     return [
-        Case("distilled guidance", prompts),
-        Case("true guidance", {**prompts, **negative}, Part(1)),
+        Case("distilled guidance", arguments),
+        Case("true guidance", {**arguments, **negative}, Part(1)),
     ]
 
 
@@ -253,7 +248,7 @@ def hunyuan_video_15_case(label: str, unconditional: Part | None = None) -> Call
     """This pipeline's guidance is a component of it, so each case has a pipeline of its own."""
 
     def cases(pipe: DiffusionPipeline) -> list[Case]:
-        prompts = {
+        arguments = {
             "prompt_embeds": embeddings(2, 5, 16),
             "prompt_embeds_mask": mask(5, 4),
             "prompt_embeds_2": embeddings(2, 3, 32, seed=1),
@@ -266,7 +261,7 @@ def hunyuan_video_15_case(label: str, unconditional: Part | None = None) -> Call
             "width": 16,
             "num_frames": 5,
         }
-        return [Case(label, prompts, unconditional)]
+        return [Case(label, arguments, unconditional)]
 
     return cases
 
@@ -291,30 +286,19 @@ def build_ltx(pipeline: type[DiffusionPipeline]) -> DiffusionPipeline:
         decoder_spatio_temporal_scaling=(True, True, False, False),
         patch_size=1,
     )
-    return ready(
-        pipeline(
-            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=pipeline is LTXPipeline),
-            vae=vae,
-            text_encoder=None,
-            tokenizer=None,
-            transformer=transformer,
-        )
+    return tiny_pipeline(
+        pipeline,
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=pipeline is LTXPipeline),
+        vae=vae,
+        transformer=transformer,
     )
 
 
 def ltx_cases(pipe: DiffusionPipeline) -> list[Case]:
-    prompts = {
-        "prompt_embeds": embeddings(2, 5, 32),
-        "prompt_attention_mask": mask(5, 4),
-        "negative_prompt_embeds": embeddings(2, 5, 32, seed=1),
-        "negative_prompt_attention_mask": mask(3, 5),
-        "height": 32,
-        "width": 32,
-        "num_frames": 5,
-    }
-    guided = {**prompts, "guidance_scale": 3.0}
+    arguments = {**prompts(32), "height": 32, "width": 32, "num_frames": 5}
+    guided = {**arguments, "guidance_scale": 3.0}
     return [
-        Case("no guidance", {**prompts, "guidance_scale": 1.0}),
+        Case("no guidance", {**arguments, "guidance_scale": 1.0}),
         Case("guidance", guided, Part(0, "first half")),
         Case("rescaled guidance", {**guided, "guidance_rescale": 0.7}, Part(0, "first half")),
     ]
@@ -340,36 +324,25 @@ def build_mochi() -> DiffusionPipeline:
         decoder_block_out_channels=(32, 32, 32, 32),
         layers_per_block=(1, 1, 1, 1, 1),
     )
-    return ready(
-        MochiPipeline(
-            scheduler=FlowMatchEulerDiscreteScheduler(),
-            vae=vae,
-            text_encoder=None,
-            tokenizer=None,
-            transformer=transformer,
-        )
-    )
+    return tiny_pipeline(MochiPipeline, scheduler=FlowMatchEulerDiscreteScheduler(), vae=vae, transformer=transformer)
 
 
 def mochi_cases(pipe: DiffusionPipeline) -> list[Case]:
-    prompts = {
-        "prompt_embeds": embeddings(2, 5, 32),
-        "prompt_attention_mask": mask(5, 4).bool(),
-        "negative_prompt_embeds": embeddings(2, 5, 32, seed=1),
-        "negative_prompt_attention_mask": mask(3, 5).bool(),
+    arguments = {
+        **prompts(32, torch.bool),
         "height": 16,
         "width": 32,
         "num_frames": 7,
         # The pipeline's schedule needs an even number.
         "num_inference_steps": 4,
     }
-    return [
-        Case("no guidance", {**prompts, "guidance_scale": 1.0}),
-        Case("guidance", {**prompts, "guidance_scale": 4.5}, Part(0, "first half")),
-    ]
+    return guidance_cases(arguments, 4.5, Part(0, "first half"))
 
 
-def build_kandinsky_5() -> DiffusionPipeline:
+def tiny_kandinsky_5(
+    pipeline: type[DiffusionPipeline], vae: torch.nn.Module, shift: float, visual_cond: bool
+) -> DiffusionPipeline:
+    """Kandinsky 5 of videos or of images."""
     transformer = Kandinsky5Transformer3DModel(
         in_visual_dim=4,
         in_text_dim=32,
@@ -381,39 +354,31 @@ def build_kandinsky_5() -> DiffusionPipeline:
         num_text_blocks=1,
         num_visual_blocks=1,
         axes_dims=(2, 2, 4),
-        visual_cond=True,
+        visual_cond=visual_cond,
     )
-    pipe = Kandinsky5T2VPipeline(
-        transformer=transformer,
-        vae=tiny_hunyuan_vae(),
-        text_encoder=None,
-        tokenizer=None,
-        text_encoder_2=None,
-        tokenizer_2=None,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
-    )
-    ready(pipe)
+    pipe = tiny_pipeline(pipeline, shift=shift, transformer=transformer, vae=vae)
     # They get float32 numbers, whatever the model's dtype.
     pipe.transformer.time_embeddings.float()
     return pipe
 
 
-def kandinsky_5_cases(pipe: DiffusionPipeline) -> list[Case]:
-    prompts = {
+def build_kandinsky_5() -> DiffusionPipeline:
+    return tiny_kandinsky_5(Kandinsky5T2VPipeline, tiny_hunyuan_vae(), shift=7.0, visual_cond=True)
+
+
+def kandinsky_5_prompts() -> dict[str, torch.Tensor]:
+    return {
         "prompt_embeds_qwen": embeddings(2, 5, 32),
         "prompt_embeds_clip": embeddings(2, 16, seed=1),
         "prompt_cu_seqlens": torch.tensor([0, 5, 10]),
         "negative_prompt_embeds_qwen": embeddings(2, 4, 32, seed=2),
         "negative_prompt_embeds_clip": embeddings(2, 16, seed=3),
         "negative_prompt_cu_seqlens": torch.tensor([0, 4, 8]),
-        "height": 16,
-        "width": 32,
-        "num_frames": 5,
     }
-    return [
-        Case("no guidance", {**prompts, "guidance_scale": 1.0}),
-        Case("guidance", {**prompts, "guidance_scale": 5.0}, Part(1)),
-    ]
+
+
+def kandinsky_5_cases(pipe: DiffusionPipeline) -> list[Case]:
+    return guidance_cases({**kandinsky_5_prompts(), "height": 16, "width": 32, "num_frames": 5}, 5.0, Part(1))
 
 
 def build_easy_animate() -> DiffusionPipeline:
@@ -438,30 +403,14 @@ def build_easy_animate() -> DiffusionPipeline:
         norm_num_groups=2,
         spatial_group_norm=False,
     )
-    return ready(
-        EasyAnimatePipeline(
-            vae=vae,
-            text_encoder=None,
-            tokenizer=None,
-            transformer=transformer,
-            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
-        )
-    )
+    return tiny_pipeline(EasyAnimatePipeline, vae=vae, transformer=transformer)
 
 
 def easy_animate_cases(pipe: DiffusionPipeline) -> list[Case]:
-    prompts = {
-        "prompt_embeds": embeddings(2, 5, 16),
-        "prompt_attention_mask": mask(5, 4),
-        "negative_prompt_embeds": embeddings(2, 5, 16, seed=1),
-        "negative_prompt_attention_mask": mask(3, 5),
-        "height": 16,
-        "width": 32,
-        "num_frames": 5,
-    }
-    guided = {**prompts, "guidance_scale": 5.0}
+    arguments = {**prompts(16), "height": 16, "width": 32, "num_frames": 5}
+    guided = {**arguments, "guidance_scale": 5.0}
     return [
-        Case("no guidance", {**prompts, "guidance_scale": 1.0}),
+        Case("no guidance", {**arguments, "guidance_scale": 1.0}),
         Case("guidance", guided, Part(0, "first half")),
         Case("rescaled guidance", {**guided, "guidance_rescale": 0.7}, Part(0, "first half")),
     ]
@@ -483,19 +432,11 @@ def build_sana_video() -> DiffusionPipeline:
         qk_norm="rms_norm_across_heads",
         rope_max_seq_len=32,
     )
-    return ready(
-        SanaVideoPipeline(
-            tokenizer=None,
-            text_encoder=None,
-            vae=tiny_wan_vae(),
-            transformer=transformer,
-            scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
-        )
-    )
+    return tiny_pipeline(SanaVideoPipeline, vae=tiny_wan_vae(), transformer=transformer, shift=7.0)
 
 
 def sana_video_cases(pipe: DiffusionPipeline) -> list[Case]:
-    prompts = {
+    arguments = {
         "prompt_embeds": embeddings(2, 5, 8),
         "prompt_attention_mask": mask(5, 4),
         "negative_prompt": None,
@@ -506,10 +447,7 @@ def sana_video_cases(pipe: DiffusionPipeline) -> list[Case]:
         "frames": 5,
         "use_resolution_binning": False,
     }
-    return [
-        Case("no guidance", {**prompts, "guidance_scale": 1.0}),
-        Case("guidance", {**prompts, "guidance_scale": 6.0}, Part(0, "first half")),
-    ]
+    return guidance_cases(arguments, 6.0, Part(0, "first half"))
 
 
 def build_ltx_2(pipeline: type[DiffusionPipeline]) -> DiffusionPipeline:
@@ -574,26 +512,14 @@ def build_ltx_2(pipeline: type[DiffusionPipeline]) -> DiffusionPipeline:
         resnet_kernel_sizes=[3],
         resnet_dilations=[[1]],
     )
-    return ready(
-        pipeline(
-            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
-            vae=vae,
-            audio_vae=audio_vae,
-            text_encoder=None,
-            tokenizer=None,
-            connectors=connectors,
-            transformer=transformer,
-            vocoder=vocoder,
-        )
+    return tiny_pipeline(
+        pipeline, vae=vae, audio_vae=audio_vae, connectors=connectors, transformer=transformer, vocoder=vocoder
     )
 
 
 def ltx_2_cases(pipe: DiffusionPipeline) -> list[Case]:
-    prompts = {
-        "prompt_embeds": embeddings(2, 5, 32),
-        "prompt_attention_mask": mask(5, 4),
-        "negative_prompt_embeds": embeddings(2, 5, 32, seed=1),
-        "negative_prompt_attention_mask": mask(3, 5),
+    arguments = {
+        **prompts(32),
         "height": 32,
         "width": 32,
         "num_frames": 3,
@@ -602,8 +528,8 @@ def ltx_2_cases(pipe: DiffusionPipeline) -> list[Case]:
     off = {"guidance_scale": 1.0, "audio_guidance_scale": 1.0, "stg_scale": 0.0, "audio_stg_scale": 0.0}
     off |= {"modality_scale": 1.0, "audio_modality_scale": 1.0, "guidance_rescale": 0.0, "audio_guidance_rescale": 0.0}
     return [
-        Case("no guidance", {**prompts, **off}, refused="other than through the latents"),
-        Case("all guidance", prompts, refused="other than through the latents"),
+        Case("no guidance", {**arguments, **off}, refused="other than through the latents"),
+        Case("all guidance", arguments, refused="other than through the latents"),
     ]
 
 
@@ -623,16 +549,7 @@ def build_motif(guider: BaseGuidance) -> DiffusionPipeline:
         # They get float32 numbers, whatever the model's dtype.
         if isinstance(module, TimestepEmbedding):
             module.register_forward_pre_hook(lambda module, inputs: (inputs[0].to(module.linear_1.weight.dtype),))
-    return ready(
-        MotifVideoPipeline(
-            scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
-            vae=tiny_wan_vae(),
-            text_encoder=None,
-            tokenizer=None,
-            transformer=transformer,
-            guider=guider,
-        )
-    )
+    return tiny_pipeline(MotifVideoPipeline, shift=7.0, vae=tiny_wan_vae(), transformer=transformer, guider=guider)
 
 
 def motif_case(
@@ -641,29 +558,15 @@ def motif_case(
     """As with HunyuanVideo 1.5, the guidance is a component."""
 
     def cases(pipe: DiffusionPipeline) -> list[Case]:
-        prompts = {
-            "prompt_embeds": embeddings(2, 5, 32),
-            "prompt_attention_mask": mask(5, 4).bool(),
-            "negative_prompt_embeds": embeddings(2, 5, 32, seed=1),
-            "negative_prompt_attention_mask": mask(3, 5).bool(),
-            "height": 16,
-            "width": 32,
-            "num_frames": 5,
-        }
-        return [Case(label, prompts, unconditional, refused)]
+        arguments = {**prompts(32, torch.bool), "height": 16, "width": 32, "num_frames": 5}
+        return [Case(label, arguments, unconditional, refused)]
 
     return cases
 
 
 def build_helios() -> DiffusionPipeline:
     transformer = HeliosTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=4,
-        out_channels=4,
-        text_dim=32,
-        freq_dim=32,
-        ffn_dim=32,
+        **WAN_SIZES,
         num_layers=1,
         rope_dim=(4, 4, 4),
         has_multi_term_memory_patch=True,
@@ -671,19 +574,11 @@ def build_helios() -> DiffusionPipeline:
         zero_history_timestep=True,
         is_amplify_history=False,
     )
-    return ready(
-        HeliosPipeline(
-            tokenizer=None,
-            text_encoder=None,
-            vae=tiny_wan_vae(),
-            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
-            transformer=transformer,
-        )
-    )
+    return tiny_pipeline(HeliosPipeline, vae=tiny_wan_vae(), transformer=transformer)
 
 
 def helios_cases(pipe: DiffusionPipeline) -> list[Case]:
-    prompts = {
+    arguments = {
         "prompt_embeds": embeddings(2, 5, 32),
         "negative_prompt_embeds": embeddings(2, 5, 32, seed=1),
         "height": 16,
@@ -693,40 +588,26 @@ def helios_cases(pipe: DiffusionPipeline) -> list[Case]:
         "history_sizes": [4, 2, 1],
     }
     return [
-        Case("no guidance", {**prompts, "guidance_scale": 1.0}),
-        Case("guidance", {**prompts, "guidance_scale": 5.0}, Part(1)),
-        Case("two chunks", {**prompts, "guidance_scale": 5.0, "num_frames": 10}, refused="second sampling loop"),
+        Case("no guidance", {**arguments, "guidance_scale": 1.0}),
+        Case("guidance", {**arguments, "guidance_scale": 5.0}, Part(1)),
+        Case("two chunks", {**arguments, "guidance_scale": 5.0, "num_frames": 10}, refused="second sampling loop"),
     ]
 
 
 def build_wan_vace() -> DiffusionPipeline:
     transformer = WanVACETransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=4,
-        out_channels=4,
-        text_dim=32,
-        freq_dim=32,
-        ffn_dim=32,
+        **WAN_SIZES,
         num_layers=2,
         rope_max_seq_len=32,
         vace_layers=[0],
         # Two sets of latents and an eighth by an eighth of the mask.
         vace_in_channels=72,
     )
-    return ready(
-        WanVACEPipeline(
-            tokenizer=None,
-            text_encoder=None,
-            vae=tiny_wan_vae(),
-            scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
-            transformer=transformer,
-        )
-    )
+    return tiny_pipeline(WanVACEPipeline, vae=tiny_wan_vae(), shift=7.0, transformer=transformer)
 
 
 def wan_vace_cases(pipe: DiffusionPipeline) -> list[Case]:
-    prompts = {
+    arguments = {
         # The pipeline makes one video at a time.
         "prompt_embeds": embeddings(1, 5, 32),
         "negative_prompt_embeds": embeddings(1, 5, 32, seed=1),
@@ -734,33 +615,12 @@ def wan_vace_cases(pipe: DiffusionPipeline) -> list[Case]:
         "width": 32,
         "num_frames": 5,
     }
-    return [
-        Case("no guidance", {**prompts, "guidance_scale": 1.0}),
-        Case("guidance", {**prompts, "guidance_scale": 5.0}, Part(1)),
-    ]
+    return guidance_cases(arguments, 5.0, Part(1))
 
 
 def build_skyreels() -> DiffusionPipeline:
-    transformer = SkyReelsV2Transformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=4,
-        out_channels=4,
-        text_dim=32,
-        freq_dim=32,
-        ffn_dim=32,
-        num_layers=1,
-        rope_max_seq_len=32,
-    )
-    return ready(
-        SkyReelsV2Pipeline(
-            tokenizer=None,
-            text_encoder=None,
-            transformer=transformer,
-            vae=tiny_wan_vae(),
-            scheduler=FlowMatchEulerDiscreteScheduler(shift=8.0),
-        )
-    )
+    transformer = SkyReelsV2Transformer3DModel(num_layers=1, rope_max_seq_len=32, **WAN_SIZES)
+    return tiny_pipeline(SkyReelsV2Pipeline, transformer=transformer, vae=tiny_wan_vae(), shift=8.0)
 
 
 def ltx_condition_cases(pipe: DiffusionPipeline) -> list[Case]:
@@ -786,23 +646,18 @@ def build_kandinsky_6() -> DiffusionPipeline:
         cross_gates=True,
         fix_modulation=True,
     )
-    pipe = Kandinsky6TI2VAPipeline(
+    return tiny_pipeline(
+        Kandinsky6TI2VAPipeline,
+        shift=7.0,
         transformer=transformer,
         vae=tiny_hunyuan_vae(),
-        text_encoder=None,
-        tokenizer=None,
-        text_encoder_2=None,
-        tokenizer_2=None,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
         audio_vae=MMAudioVAE(mel_bins=8, latent_channels=4, hidden_channels=8, n_fft=64, hop_length=2048),
         vocoder=MMAudioVocoder(num_mels=8, upsample_initial_channel=64),
     )
-    ready(pipe)
-    return pipe
 
 
 def kandinsky_6_cases(pipe: DiffusionPipeline) -> list[Case]:
-    prompts = {
+    arguments = {
         "prompt_embeds": embeddings(2, 5, 32),
         "pooled_prompt_embeds": embeddings(2, 16, seed=1),
         "negative_prompt_embeds": embeddings(2, 5, 32, seed=2),
@@ -811,11 +666,11 @@ def kandinsky_6_cases(pipe: DiffusionPipeline) -> list[Case]:
         "width": 32,
         "num_frames": 5,
     }
-    silent = {**prompts, "sample_audio": False}
+    silent = {**arguments, "sample_audio": False}
     return [
         Case("no guidance, no sound", {**silent, "guidance_scale": 1.0}),
         Case("guidance, no sound", {**silent, "guidance_scale": 5.0}, Part(1)),
-        Case("sound", {**prompts, "guidance_scale": 5.0}, refused="other than through the latents"),
+        Case("sound", {**arguments, "guidance_scale": 5.0}, refused="other than through the latents"),
     ]
 
 
