@@ -21,6 +21,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from PIL import Image
 from safetensors.torch import save_file
 from tiny_pipelines import tiny_ovis_image_pipeline, tiny_wan_22_pipeline, tiny_wan_pipeline
@@ -29,7 +30,6 @@ from tiny_sd3 import MAX_SEQUENCE_LENGTH, add_random_lora, save_random_lora, tin
 from training_scripts import ROOT, check_refusal, command_line, environment, load_pipeline, load_script, script_path
 
 from flowbp.judging.images import to_pil
-from flowbp.training.training_utils import LORA_FILE
 
 NAME = "evaluate_flowbp"
 STEPS = 4
@@ -94,7 +94,7 @@ def content_of(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def picture_of(pipe: DiffusionPipeline, prompts: list[str], seeds: list[int], **call: Any) -> list[Image.Image]:
+def images_of(pipe: DiffusionPipeline, prompts: list[str], seeds: list[int], **call: Any) -> list[Image.Image]:
     """What users get from the noise that the parquet file names."""
     images = pipe(
         prompts,
@@ -137,7 +137,7 @@ def test_every_row_is_what_users_get(
             pipe.load_lora_weights(models[lora], adapter_name="x")
             pipe.set_adapters("x", scale)
         # In the script's batches, because sums of other batches may round differently.
-        parts = [picture_of(pipe, texts[start : start + 3], seeds[start : start + 3]) for start in (0, 3)]
+        parts = [images_of(pipe, texts[start : start + 3], seeds[start : start + 3]) for start in (0, 3)]
         assert [image.tobytes() for part in parts for image in part] == drawn(row)
     names = ["first", "two"]
     key = "toy_reward:make_reward"
@@ -173,7 +173,7 @@ def test_the_last_steps_of_the_base_model(
 
     seeds = scores_of(folder, "base", "seed")
     sigmas = torch.linspace(1, 1 / STEPS, STEPS).tolist()
-    images = picture_of(pipe, list(PROMPTS[:2]), seeds, callback_on_step_end=off, sigmas=sigmas)
+    images = images_of(pipe, list(PROMPTS[:2]), seeds, callback_on_step_end=off, sigmas=sigmas)
     paths = scores_of(folder, "one, base for last 2", "image")
     assert [image.tobytes() for image in images] == [Image.open(folder / path).tobytes() for path in paths]
 
@@ -197,7 +197,7 @@ def test_killed_in_the_middle_and_started_again_it_writes_the_same(
     folder = arguments["output_dir"]
     assert len(list(folder.glob("scores/*/*.json"))) == 4 and not (folder / "table.md").exists()
     # It may die while it writes, too.
-    (folder / "images" / "one" / "000002.png").write_bytes(b"half a picture")
+    (folder / "images" / "one" / "000002.png").write_bytes(b"half an image")
     (folder / "scores" / "one" / "000001.json.partial").write_text("[0.")
     finished = {path: path.stat().st_mtime_ns for path in folder.glob("scores/*/*.json")}
     script.main(words)
@@ -264,7 +264,7 @@ def test_loras_that_no_pipeline_loads(
     transformer = getattr(pipe, component)
     add_random_lora(SimpleNamespace(transformer=transformer), 2, torch.Generator().manual_seed(0))
     # As train_flowbp.py saves them.
-    transformer.save_lora_adapter(tmp_path / "lora", weight_name=LORA_FILE)
+    transformer.save_lora_adapter(tmp_path / "lora", weight_name=LORA_WEIGHT_NAME_SAFE)
     changes = {"pretrained_model_name_or_path": tmp_path / "base", "lora": [tmp_path / "lora"], "lora_scale": [0, 1]}
     few = {"num_images_per_prompt": 1, "num_prompts": 1}
     script.main(command_line(arguments, **changes, **few, **size, lora_component=component))
@@ -373,7 +373,7 @@ def test_a_folder_of_other_settings_and_a_lora_of_another_model_are_refused(
     with pytest.raises(ValueError, match="--lora .*other: does not fit StableDiffusion3Pipeline"):
         script.main(command_line(arguments, **few, lora=[tmp_path / "other"]))
     encoder = {f"text_encoder.x.lora_{side}.weight": torch.ones(2, 2) for side in "AB"}
-    save_file(encoder, tmp_path / "other" / LORA_FILE)
+    save_file(encoder, tmp_path / "other" / LORA_WEIGHT_NAME_SAFE)
     with pytest.raises(ValueError, match="--lora .*other: (does not fit|has no layer)"):
         script.main(command_line(arguments, **few, lora=[tmp_path / "other"]))
 

@@ -2,7 +2,7 @@
 #
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""The guard's statistics on pictures with known answers, and its alarms on histories that deserve them or do not."""
+"""The guard's statistics on images with known answers, and its alarms on histories that deserve them or do not."""
 
 import json
 import math
@@ -42,15 +42,15 @@ def blurred(images: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.conv2d(torch.nn.functional.pad(images, (2,) * 4, mode="replicate"), kernel, groups=3)
 
 
-# Pictures.
+# Images.
 
 
-def test_saturated_share_counts_the_values_that_8_bits_show_as_black_or_full():
-    picture = torch.full((3, 4, 4), 0.5)
-    assert saturated_share(picture[None]).tolist() == [0]
-    picture[0, 0, :3] = torch.tensor([0.0, 1.0, 0.4 / 255])
-    picture[1, 0, :3] = torch.tensor([1 - 0.4 / 255, 0.6 / 255, 1 - 0.6 / 255])
-    assert saturated_share(picture[None]).tolist() == pytest.approx([4 / 48])
+def test_saturated_share_counts_the_values_that_8_bits_show_as_saturated():
+    image = torch.full((3, 4, 4), 0.5)
+    assert saturated_share(image[None]).tolist() == [0]
+    image[0, 0, :3] = torch.tensor([0.0, 1.0, 0.4 / 255])
+    image[1, 0, :3] = torch.tensor([1 - 0.4 / 255, 0.6 / 255, 1 - 0.6 / 255])
+    assert saturated_share(image[None]).tolist() == pytest.approx([4 / 48])
     assert saturated_share(checkerboard(2).half()).tolist() == [1]
 
 
@@ -81,9 +81,9 @@ def test_high_frequency_energy_weighs_channels_by_luminance():
 
 
 def test_high_frequency_energy_does_not_depend_on_size():
-    picture = torch.rand(1, 3, 32, 48)
-    energy = high_frequency_energy(picture).item()
-    assert high_frequency_energy(picture.repeat(1, 1, 2, 3)).item() == pytest.approx(energy, rel=1e-4)
+    image = torch.rand(1, 3, 32, 48)
+    energy = high_frequency_energy(image).item()
+    assert high_frequency_energy(image.repeat(1, 1, 2, 3)).item() == pytest.approx(energy, rel=1e-4)
     # White noise of variance 1/12 in each channel: the share of the plane beyond 1/4 cycles and of the grid below it.
     share = 1 - math.pi / 16 + math.pi / 16 / 9
     assert high_frequency_energy(torch.rand(8, 3, 48, 48)).mean().item() == pytest.approx(
@@ -95,8 +95,8 @@ def test_high_frequency_energy_does_not_depend_on_size():
 
 
 def test_blur_lowers_high_frequency_energy():
-    picture = torch.rand(2, 3, 64, 64)
-    assert (high_frequency_energy(blurred(picture)) < 0.1 * high_frequency_energy(picture)).all()
+    image = torch.rand(2, 3, 64, 64)
+    assert (high_frequency_energy(blurred(image)) < 0.1 * high_frequency_energy(image)).all()
 
 
 def test_diversity_is_the_rms_distance_of_what_remains_coarse():
@@ -123,19 +123,19 @@ def test_videos_count_all_their_frames():
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_picture_that_is_not_finite_spoils_only_itself(value: float):
-    pictures = torch.rand(3, 3, 32, 32)
-    pictures[1, 0, 5, 5] = value
+def test_an_image_that_is_not_finite_spoils_only_itself(value: float):
+    images = torch.rand(3, 3, 32, 32)
+    images[1, 0, 5, 5] = value
     for statistic in (saturated_share, high_frequency_energy):
-        found = statistic(pictures)
+        found = statistic(images)
         assert found.isnan().tolist() == [False, True, False]
-        assert torch.equal(found[::2], statistic(pictures[::2]))
-    assert diversity(pictures) == diversity(pictures[::2])
-    assert diversity(pictures[:2]) is None
+        assert torch.equal(found[::2], statistic(images[::2]))
+    assert diversity(images) == diversity(images[::2])
+    assert diversity(images[:2]) is None
 
 
 def test_other_shapes_are_refused():
-    with pytest.raises(ValueError, match=r"expected pictures .* got shape \(3, 8, 8\)"):
+    with pytest.raises(ValueError, match=r"expected images .* got shape \(3, 8, 8\)"):
         saturated_share(torch.rand(3, 8, 8))
     with pytest.raises(ValueError, match=r"got shape \(2, 8, 8, 3\)"):
         high_frequency_energy(torch.rand(2, 8, 8, 3))
@@ -230,11 +230,11 @@ def history(
     noise: float = 0.02,
     training: Callable[[int], float] | None = None,
 ) -> list[Measurement]:
-    """Evaluations of 8 pictures, whose rewards vary by `noise` around functions of the evaluation."""
+    """Evaluations of 8 images, whose rewards vary by `noise` around functions of the evaluation."""
     rng = random.Random(seed)
 
     def around(value: float) -> tuple[float, ...]:
-        return tuple(value + picture / 10 + rng.gauss(0, noise) for picture in range(8))
+        return tuple(value + image / 10 + rng.gauss(0, noise) for image in range(8))
 
     return [
         replace(
@@ -291,14 +291,14 @@ def test_one_bad_evaluation_in_noise_seldom_raises_an_alarm():
     assert runs(lambda place: -0.05 * max(place - 3, 0)) == 50
 
 
-def test_one_picture_that_falls_far_is_no_fall():
+def test_one_image_that_falls_far_is_no_fall():
     measurements = history(lambda place: place, lambda place: 0, 9, noise=0)
     spoiled = [
         replace(measurement, held_out=(measurement.held_out[0] - 5 * place, *measurement.held_out[1:]))
         for place, measurement in enumerate(measurements)
     ]
     assert evaluated(spoiled) == []
-    # The same fall shared by all pictures is one.
+    # The same fall shared by all images is one.
     shared = [
         replace(measurement, held_out=tuple(value - 5 * place / 8 for value in measurement.held_out))
         for place, measurement in enumerate(measurements)
@@ -306,11 +306,11 @@ def test_one_picture_that_falls_far_is_no_fall():
     assert names(evaluated(shared)) == ["held-out-falls"]
 
 
-def test_training_rewards_of_updates_come_before_those_of_pictures():
+def test_training_rewards_of_updates_come_before_those_of_images():
     def fall(place: int) -> float:
         return -place
 
-    # Windows with the base have no mean of updates and go by the pictures.
+    # Windows with the base have no mean of updates and go by the images.
     rises = history(lambda place: 0, fall, 6, noise=0, training=lambda place: place)
     assert [alarm.update for alarm in evaluated(rises)] == [30]
     sinks = history(lambda place: min(place, 1), fall, 6, noise=0, training=lambda place: -place)
@@ -323,11 +323,11 @@ def test_what_is_not_comparable_raises_nothing():
     assert evaluated([replace(measurement, held_out=None) for measurement in falls]) == []
     few = [replace(entry, reward=entry.reward[:3], held_out=entry.held_out[:3]) for entry in falls]
     assert evaluated(few) == []
-    # Two evaluations of 8 pictures, then of 7: only these are compared.
+    # Two evaluations of 8 images, then of 7: only these are compared.
     fewer = [replace(entry, reward=entry.reward[1:], held_out=entry.held_out[1:]) for entry in falls]
     assert evaluated([*falls[:2], *fewer[2:4]]) == []
     assert [alarm.update for alarm in evaluated([*falls[:2], *fewer[2:]])] == [40]
-    with pytest.raises(ValueError, match="for each of 8 pictures, got 7"):
+    with pytest.raises(ValueError, match="for each of 8 images, got 7"):
         Guard().evaluate(replace(BASE, held_out=(0.5,) * 7))
 
 
@@ -395,7 +395,7 @@ def test_values_that_are_not_finite_are_absent(value: float):
     blind = {"saturated": value, "high_frequency": value, "velocity_norm": value, "diversity": value}
     for measurements in ([replace(BASE, **blind), BASE], [BASE, replace(BASE, **blind)]):
         assert evaluated(measurements) == []
-    # One picture without rewards hides nothing of the others.
+    # One image without rewards hides nothing of the others.
     falls = history(lambda place: place, lambda place: -place, 3)
     falls[1] = replace(falls[1], reward=(value, *falls[1].reward[1:]), held_out=(*falls[1].held_out[1:], value))
     falls[2] = replace(falls[2], training_rewards=value)
@@ -516,12 +516,12 @@ def test_another_state_is_refused():
         Guard().load_state_dict({"base": None})
 
 
-# Real pictures.
+# Real images.
 
 
 @pytest.fixture(scope="module")
 def drawn() -> list[torch.Tensor]:
-    """Four prompts' pictures of the demo's base model, four seeds each, as the demo samples them; twice over."""
+    """Four prompts' images of the demo's base model, four seeds each, as the demo samples them; twice over."""
     pipe = StableDiffusion3Pipeline.from_pretrained(
         DEMO / "pipeline", text_encoder_3=None, tokenizer_3=None, dtype=torch.float32
     )
@@ -533,15 +533,15 @@ def drawn() -> list[torch.Tensor]:
     return list(images.unflatten(0, (4, 8)))
 
 
-def measured(update: int, pictures: list[torch.Tensor]) -> Measurement:
-    """As a script measures: `pictures` are one tensor for each prompt."""
-    joined = torch.cat(pictures)
+def measured(update: int, by_prompt: list[torch.Tensor]) -> Measurement:
+    """As a run measures: one tensor of images for each prompt."""
+    joined = torch.cat(by_prompt)
     return replace(
         BASE,
         update=update,
         saturated=saturated_share(joined).mean().item(),
         high_frequency=high_frequency_energy(joined).mean().item(),
-        diversity=sum(diversity(images) for images in pictures) / len(pictures),
+        diversity=sum(diversity(images) for images in by_prompt) / len(by_prompt),
     )
 
 
@@ -558,7 +558,7 @@ def measured(update: int, pictures: list[torch.Tensor]) -> Measurement:
         ("diversity", lambda images: images[:1].lerp(images, 0.3)),
     ],
 )
-def test_spoiled_pictures_of_the_demo(
+def test_spoiled_images_of_the_demo(
     drawn: list[torch.Tensor], name: str | None, spoil: Callable[[torch.Tensor], torch.Tensor]
 ):
     guard = Guard()

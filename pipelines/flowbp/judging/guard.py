@@ -2,16 +2,16 @@
 #
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""The reward guard: numbers of evaluation pictures, and the alarms that they raise.
+"""The reward guard: measurements of evaluation images, and alarms about them.
 
-A reward that is followed too far is hacked: it goes on rising while pictures get worse (Gao et al., 2022, "Scaling
-laws for reward model overoptimization"). Backpropagated rewards do it within hundreds of updates: saturated colours,
-grids, one picture for every seed (Clark et al., 2024, DRaFT; Prabhudesai et al., 2023, AlignProp). The guard compares
-each evaluation, of fixed prompts and seeds, with the base model's.
+A reward that is optimised too far is hacked: it keeps rising while the images get worse (Gao et al., 2022, "Scaling
+laws for reward model overoptimization"). Backpropagated rewards are hacked within hundreds of updates: saturated
+colours, grids, the same image for every seed (Clark et al., 2024, DRaFT; Prabhudesai et al., 2023, AlignProp). The
+guard compares each evaluation, of fixed prompts and seeds, with the base model's.
 
-The literature gives no thresholds. The constants below are ours: rules of thumb, set so that LoRAs which learned what
-they should on this repository's demo stay below them and pictures spoiled on purpose do not. An alarm asks for a look
-at the pictures; it proves nothing.
+The literature gives no thresholds. The constants below are our rules of thumb. They are set so that LoRAs of this
+repository's demo that learned what they should raise no alarm, and images spoiled on purpose do. An alarm is a reason
+to look at the images, not evidence of a failed run.
 """
 
 import itertools
@@ -25,60 +25,68 @@ import torch
 
 from ..host import float64_on_host, read
 
-HIGH_FREQUENCY = 1 / 4  # cycles per pixel: details of 4 pixels and less, of which photographs have little
-GRID_PERIOD = 16  # pixels that a token of the usual transformer covers (patch 2 x VAE 8): its grids repeat with them
-COARSE = 16  # cells across, of which diversity takes the means: they keep composition and colour, not noise
+HIGH_FREQUENCY = 1 / 4  # cycles per pixel: details of 4 pixels and less, which are rare in photographs
+GRID_PERIOD = 16  # pixels of a transformer's token (patch 2 x VAE 8), with which its grids repeat
+COARSE = 16  # cells across over which diversity averages: composition and colour remain, noise does not
 
-# Held-out reward: how many evaluations are compared, and standard errors that it must fall by over them. The two
-# rewards must also part from each evaluation to the next, the held-out one by an equal part of these errors (1). So
-# pure noise raises the alarm in 1 to 2 % of runs of 20 evaluations of 8 to 64 pictures (simulated); 2 errors alone
-# would in 20 to 35 %. Fewer pictures than MIN_PICTURES have no standard error worth the name; 16 or more are better.
-WINDOW, FALL_ERRORS, MIN_PICTURES = 3, 2.0, 4
-# Saturated share: its rise over the base's, and the factor on its odds share / (1 - share), with which graphics that
-# have a share near 1 can vary. Demo: +0.01 at most.
+# Held-out reward: number of evaluations compared, and the standard errors by which it must fall over them. From each
+# evaluation to the next, the training reward must also rise and the held-out reward fall, by an equal part of these
+# errors (1). Pure noise then raises the alarm in 1 to 2 % of runs of 20 evaluations of 8 to 64 images (simulated);
+# without this condition it does in 20 to 35 %. Standard errors of fewer than MIN_IMAGES images are meaningless; use 16
+# or more.
+WINDOW, FALL_ERRORS, MIN_IMAGES = 3, 2.0, 4
+# Saturated share: its increase over the base model's, and the ratio of the odds share / (1 - share), because the share
+# of graphics is near 1 and varies. In the demo it increases by 0.01 at most.
 SATURATED_RISE, SATURATED_ODDS = 0.15, 2.0
-# High-frequency energy over the base's, which counts as the floor at least: the least that can raise the alarm is a
-# checkerboard of +-0.04, which one sees. Demo: 1.1 to 1.7 times; a photograph sharpened hard: 2.7 times.
+# High-frequency energy relative to the base model's, or to the floor if that is larger. The floor is set so that the
+# weakest pattern that raises the alarm, a checkerboard of +-0.04, is visible. Demo: 1.1 to 1.7; a photograph sharpened
+# hard: 2.7.
 HIGH_FREQUENCY_RATIO, HIGH_FREQUENCY_FLOOR = 3.0, 5e-4
-# Velocity norm over the base's, or the base's over it. Demo: 1.08 at most.
+# Velocity norm relative to the base model's, or the inverse. Demo: 1.08 at most.
 VELOCITY_RATIO = 1.5
-# Diversity over the base's; a base below the floor, under 3 steps of 8 bits, has none to lose. Demo: 0.56 to 0.94, and
-# 0.49 where training gave 39 % of the pictures a wrong colour.
+# Diversity relative to the base model's. A base model below the floor, less than 3 steps of 8 bits, has no diversity
+# to lose. Demo: 0.56 to 0.94, and 0.49 where training gave 39 % of the images a wrong colour.
 DIVERSITY_RATIO, DIVERSITY_FLOOR = 0.5, 0.01
-# A gradient norm must exceed the median of the last updates and their maximum by these factors. The median alone is
-# not enough: terms of very different weight are drawn for one step, and clipped rewards leave small gradients.
-# Simulated with the demo's gradients, that is less than one false alarm in 700 updates; with DRTune on 25 steps, one
-# in 160 (by the median alone, one in 9).
+# Gradient norm relative to the median of the last updates and to their maximum. The median alone is not enough: the
+# terms drawn for one step differ much in weight, and clipped rewards leave small gradients. With the demo's gradients
+# this gives less than one false alarm in 700 updates (simulated), with DRTune on 25 steps one in 160; with the median
+# alone, one in 9.
 GRADIENT_RATIO, GRADIENT_PEAK = 10.0, 3.0
-# Updates that are looked back on, and values without which nothing is compared.
+# Number of last updates compared, and number of values below which nothing is compared.
 GRADIENT_UPDATES, GRADIENT_VALUES = 50, 10
-# A step's norm is compared with those of steps this near: the active ones are drawn for each update, so a step has few
-# values of its own, and over a whole rollout norms differ by an order of magnitude.
+# A step's norm is compared with those of steps at most this far away. Active steps are drawn for each update, so a
+# single step has few values; over the whole rollout, norms differ by an order of magnitude.
 NEAR_STEPS = 2
 
 
-# Pictures.
+# Images.
 
 
 def _frames(images: torch.Tensor) -> torch.Tensor:
-    """Pictures `(B, 3, H, W)` or videos `(B, F, 3, H, W)` as float32 `(B, F, 3, H, W)`.
+    """Images `(B, 3, H, W)` or videos `(B, F, 3, H, W)` as float32 `(B, F, 3, H, W)`, without a gradient.
 
     Raises:
-        ValueError: any other shape.
+        ValueError: the shape is a different one.
     """
     if images.ndim not in (4, 5) or images.shape[-3] != 3:
-        raise ValueError(f"expected pictures (B, 3, H, W) or videos (B, F, 3, H, W), got shape {tuple(images.shape)}")
+        raise ValueError(
+            f"expected images (B, 3, H, W) or videos (B, F, 3, H, W), got shape {tuple(images.shape)}; move the "
+            "channels before height and width"
+        )
     return (images if images.ndim == 5 else images[:, None]).detach().float()
 
 
 def saturated_share(images: torch.Tensor) -> torch.Tensor:
-    """Share of channel values that are black or full: within half a step of 8 bits of 0 or 1.
+    """Share of channel values that are saturated: within half a step of 8 bits of 0 or 1.
 
     Args:
-        images: `(B, 3, H, W)`, or videos `(B, F, 3, H, W)`, in [0, 1], any floating dtype.
+        images: `(B, 3, H, W)`, or videos `(B, F, 3, H, W)`, in [0, 1], of any floating dtype.
 
     Returns:
-        `(B,)` float32 in [0, 1]; NaN for a picture or video that is not finite.
+        `(B,)` float32 in [0, 1]; NaN for an image or video with a value that is not finite.
+
+    Raises:
+        ValueError: the shape is a different one.
     """
     frames = _frames(images).flatten(1)
     share = ((frames - 0.5).abs() >= 0.5 - 0.5 / 255).float().mean(1)
@@ -86,23 +94,27 @@ def saturated_share(images: torch.Tensor) -> torch.Tensor:
 
 
 def high_frequency_energy(images: torch.Tensor) -> torch.Tensor:
-    """Energy per pixel of the luminance in what grids and checkerboards draw, by FFT.
+    """Energy per pixel that grids, checkerboards and noise have in the luminance, by FFT.
 
-    Counted are frequencies of `HIGH_FREQUENCY` cycles per pixel and more (checkerboards of the VAE, noise), and
-    below it multiples of 1 / `GRID_PERIOD` in both directions, where everything lies that repeats with the
-    transformer's tokens; a natural picture has a 256th of its other energy there. A pattern of standard deviation s
-    within these has s². Energy is a mean over pixels (Parseval), so it depends on content and not on resolution;
-    rows and columns beyond a multiple of `GRID_PERIOD` are left out, so that its frequencies fall into single bins.
-    (Up to 16 x 16 pixels have no other bins, and everything counts.)
+    It counts frequencies of `HIGH_FREQUENCY` cycles per pixel and above (checkerboards of the VAE, noise), and below
+    them the multiples of 1 / `GRID_PERIOD` in both directions, where everything lies that repeats with the
+    transformer's tokens. Of a natural image's other energy, a 256th lies there. A pattern of standard deviation s
+    within these frequencies has energy s². Energy is a mean over pixels (Parseval), so it depends on content and not
+    on resolution. Lines and columns beyond a multiple of `GRID_PERIOD` are left out, so that its frequencies are
+    single bins. Images of up to 16 x 16 pixels have no other bins, so everything counts.
 
     Args:
-        images: `(B, 3, H, W)`, or videos `(B, F, 3, H, W)` (the mean of their frames), in [0, 1].
+        images: `(B, 3, H, W)`, or videos `(B, F, 3, H, W)` (the mean of their frames), in [0, 1], of any floating
+            dtype.
 
     Returns:
-        `(B,)` float32, at least 0; NaN for a picture or video that is not finite.
+        `(B,)` float32, at least 0; NaN for an image or video with a value that is not finite.
+
+    Raises:
+        ValueError: the shape is a different one.
     """
     frames = _frames(images)
-    # ITU-R BT.601, as Pillow's conversion to grey.
+    # ITU-R BT.601, as in Pillow's conversion to grey.
     grey = torch.einsum("bfchw,c->bfhw", frames, frames.new_tensor([0.299, 0.587, 0.114]))
     height, width = (size - size % GRID_PERIOD if size > GRID_PERIOD else size for size in grey.shape[-2:])
     grey = grey[..., :height, :width]
@@ -119,14 +131,17 @@ def high_frequency_energy(images: torch.Tensor) -> torch.Tensor:
 
 
 def diversity(images: torch.Tensor) -> float | None:
-    """How much pictures of one prompt from several seeds differ: mean over pairs of their RMS distance.
+    """How much images of one prompt from several seeds differ: the mean over pairs of their RMS distance.
 
     Args:
-        images: `(B, 3, H, W)`, or videos `(B, F, 3, H, W)`, in [0, 1], each from its own seed. Each picture (frame)
-            is averaged over `COARSE` x `COARSE` cells first.
+        images: `(B, 3, H, W)`, or videos `(B, F, 3, H, W)`, in [0, 1], of any floating dtype, each from its own seed.
+            Each image (or frame) is first averaged over `COARSE` x `COARSE` cells.
 
     Returns:
-        A number in [0, 1]; None for fewer than two finite pictures.
+        A number in [0, 1]; None for fewer than two finite images.
+
+    Raises:
+        ValueError: the shape is a different one.
     """
     frames = _frames(images)
     frames = frames[frames.flatten(1).isfinite().all(1)]
@@ -141,7 +156,7 @@ def diversity(images: torch.Tensor) -> float | None:
 
 
 def _tensors(output: Any) -> Iterator[torch.Tensor]:
-    """The tensors of a module's output, in order: of sequences, mappings (diffusers' outputs are) and dataclasses."""
+    """The tensors in a module's output, in order; it may be nested sequences, dataclasses and mappings."""
     if isinstance(output, torch.Tensor):
         yield output
         return
@@ -153,22 +168,27 @@ def _tensors(output: Any) -> Iterator[torch.Tensor]:
 
 
 class VelocityMeter:
-    """RMS of what modules return, over all calls inside a `with` block.
+    """RMS of the outputs of modules, over all calls inside a `with` block.
 
-    Of each call the first floating point tensor counts: the velocity, for a transformer.
+    Of each call, the first floating point tensor counts: for a transformer, the velocity.
 
         with VelocityMeter(pipe.transformer) as meter:
             pipe(prompts)
         meter.mean()
+
+    Raises:
+        ValueError: no module was given.
+        TypeError: an argument is not a module.
     """
 
     def __init__(self, *modules: torch.nn.Module) -> None:
-        """Raises ValueError without modules, TypeError for anything but modules."""
         if not modules:
             raise ValueError("VelocityMeter: expected at least one module, got none; pass the pipeline's transformer")
         for module in modules:
             if not isinstance(module, torch.nn.Module):
-                raise TypeError(f"VelocityMeter: expected a torch.nn.Module, got {type(module).__name__}; pass one")
+                raise TypeError(
+                    f"VelocityMeter: expected a torch.nn.Module, got {type(module).__name__}; pass the transformer"
+                )
         self._modules = modules
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._values: list[torch.Tensor] = []
@@ -176,7 +196,7 @@ class VelocityMeter:
     def _measure(self, module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
         velocity = next((tensor for tensor in _tensors(output) if tensor.is_floating_point()), None)
         if velocity is not None:
-            # Stays on its device, so that sampling does not wait for it.
+            # Left on its device, so that sampling does not wait for it.
             self._values.append(velocity.detach().float().square().mean().sqrt())
 
     def __enter__(self) -> "VelocityMeter":
@@ -188,10 +208,10 @@ class VelocityMeter:
             hook.remove()
 
     def mean(self) -> float:
-        """Mean over calls; NaN or infinite if an output was.
+        """Mean over calls; NaN or infinite if an output is.
 
         Raises:
-            RuntimeError: no module returned a floating point tensor.
+            RuntimeError: the modules were not called, or returned no floating point tensor.
         """
         if not self._values:
             raise RuntimeError("VelocityMeter: expected calls of its modules inside the block, got none; sample there")
@@ -203,17 +223,17 @@ class VelocityMeter:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What one evaluation found. A value that is not finite is as good as absent.
+    """Results of one evaluation. Values that are not finite count as absent.
 
     Attributes:
-        update: updates done; 0 is the base model.
+        update: number of updates done; 0 is the base model.
         training_rewards: mean reward of the training updates since the last evaluation; None at the first.
-        reward: the training reward of each evaluation picture.
-        held_out: the held-out reward of the same pictures, in the same order; None without such a reward.
+        reward: training reward of each evaluation image.
+        held_out: held-out reward of the same images, in the same order; None without such a reward.
         saturated: mean `saturated_share`.
         high_frequency: mean `high_frequency_energy`.
         velocity_norm: `VelocityMeter.mean`.
-        diversity: mean of the prompts' `diversity`; None with one picture for each.
+        diversity: mean `diversity` of the prompts; None with one image of each.
     """
 
     update: int
@@ -228,7 +248,13 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Alarm:
-    """Name, update at which it was raised, and one line: what was found, against what, and what to do."""
+    """An alarm.
+
+    Attributes:
+        name: what it is about, see `Guard`.
+        update: number of updates done when it was raised.
+        message: one line: what was found, what it was compared with, and what to do.
+    """
 
     name: str
     update: int
@@ -236,34 +262,35 @@ class Alarm:
 
 
 class Guard:
-    """Turns evaluations and gradient norms into alarms; each name is raised once in a run.
+    """Raises alarms about evaluations and gradient norms, each at most once in a run.
 
-    The first measurement is the base that later ones are compared with. Names: `held-out-falls`, `saturated`,
-    `high-frequency`, `velocity-norm`, `diversity`, `gradient-norm`. The module's constants are the thresholds.
+    Later measurements are compared with the first one, which is the base model's. The alarms are `held-out-falls`,
+    `saturated`, `high-frequency`, `velocity-norm`, `diversity` and `gradient-norm`. The module's constants are the
+    thresholds.
     """
 
     def __init__(self) -> None:
-        # Only JSON values, and lists that are replaced, never changed: what state_dict returned stays as it was.
+        # JSON values only. Lists are replaced and never changed in place, so that state_dict need not copy them.
         self._base: dict[str, float | None] | None = None
         self._window: list[list[Any]] = []  # of the last evaluations: [training_rewards, reward, held_out]
         self._norms: list[list[Any]] = []  # of the last updates: [total, [[step, norm], ...]]
         self._raised: list[str] = []
 
     def evaluate(self, measurement: Measurement) -> list[Alarm]:
-        """The alarms that an evaluation raises and no earlier one has.
+        """The alarms that an evaluation raises, without those that were raised before.
 
         Raises:
-            ValueError: rewards and held-out rewards of different numbers of pictures.
+            ValueError: the numbers of rewards and of held-out rewards differ.
         """
         reward, held_out = measurement.reward, measurement.held_out
         if held_out is not None and len(held_out) != len(reward):
             raise ValueError(
-                f"Measurement: expected a held-out reward for each of {len(reward)} pictures, got {len(held_out)}; "
-                "score the same pictures with both rewards"
+                f"Measurement: expected a held-out reward for each of {len(reward)} images, got {len(held_out)}; "
+                "score the same images with both rewards"
             )
         held_out = None if held_out is None else [_finite(value) for value in held_out]
         entry = [_finite(measurement.training_rewards), [_finite(value) for value in reward], held_out]
-        # A picture can be compared with itself only: a resumed run with other evaluation prompts begins a new window.
+        # Images are compared one by one, so a resumed run with other evaluation prompts begins a new window.
         same = [old for old in self._window if len(old[1]) == len(reward)]
         self._window = [*same, entry][-WINDOW:]
         now = {
@@ -281,13 +308,13 @@ class Guard:
         return self._new(measurement.update, found)
 
     def gradient(self, update: int, norms: Mapping[int, float], total: float) -> list[Alarm]:
-        """The alarm that an update's gradient norms, before clipping, raise if none has.
+        """The alarm that an update's gradient norms, before clipping, raise if it was not raised before.
 
-        The total is compared with the totals of the last `GRADIENT_UPDATES` updates, a step's norm with their norms
-        at steps at most `NEAR_STEPS` away. Norms that are 0 (all rewards clipped) or not finite are ignored.
+        The total is compared with those of the last `GRADIENT_UPDATES` updates, a step's norm with their norms at
+        steps at most `NEAR_STEPS` away. Norms that are 0 (all rewards clipped) or not finite are ignored.
 
         Args:
-            update: its number.
+            update: number of the update.
             norms: active step -> norm of its part of the gradient.
             total: norm of the whole gradient.
         """
@@ -310,14 +337,14 @@ class Guard:
         return alarms
 
     def state_dict(self) -> dict[str, Any]:
-        """All that later alarms depend on, as JSON values without NaN, which JSON returns exactly."""
+        """All that later alarms depend on, as JSON values without NaNs, which survive a round trip exactly."""
         return {"base": self._base, "window": self._window, "norms": self._norms, "raised": self._raised}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `state_dict`.
+        """Continue from a `state_dict`.
 
         Raises:
-            ValueError: not a guard's state.
+            ValueError: the keys are not those of a guard's state.
         """
         expected, got = sorted(self.state_dict()), sorted(state)
         if got != expected:
@@ -326,7 +353,7 @@ class Guard:
         self._norms, self._raised = state["norms"], state["raised"]
 
 
-# What the alarms say; None where there is none.
+# Messages of the alarms; None without an alarm.
 
 
 def _finite(value: float | None) -> float | None:
@@ -340,14 +367,14 @@ def _changes(old: Sequence[float | None], new: Sequence[float | None]) -> list[f
 def _held_out_falls(window: Sequence[Sequence[Any]]) -> str | None:
     if len(window) < WINDOW or any(held_out is None for _, _, held_out in window):
         return None
-    # From each evaluation to the next, and last over the window.
+    # From each evaluation to the next, and finally over the whole window.
     pairs = [*itertools.pairwise(window), (window[0], window[-1])]
     falls = [_changes(old[2], new[2]) for old, new in pairs]
     if any(rewards is None for rewards, _, _ in window):
         rises = [_changes(old[1], new[1]) for old, new in pairs]
     else:
         rises = [_changes(old[:1], new[:1]) for old, new in pairs]
-    if min(map(len, falls)) < MIN_PICTURES or not all(rises):
+    if min(map(len, falls)) < MIN_IMAGES or not all(rises):
         return None
     errors = [statistics.stdev(part) / math.sqrt(len(part)) for part in falls]
     needed = [FALL_ERRORS / (WINDOW - 1)] * (WINDOW - 1) + [FALL_ERRORS]
@@ -357,7 +384,7 @@ def _held_out_falls(window: Sequence[Sequence[Any]]) -> str | None:
     rise, fall, error = statistics.fmean(rises[-1]), -statistics.fmean(falls[-1]), errors[-1]
     return (
         f"over the last {WINDOW} evaluations the training reward rose by {rise:.3g} and the held-out reward of the "
-        f"same pictures fell by {fall:.3g} (standard error {error:.2g}): the reward is being hacked; take best/ "
+        f"same images fell by {fall:.3g} (standard error {error:.2g}): the reward is being hacked; take best/ "
         "(--select best), or train with a lower --learning_rate, with --reward_clip, with --velocity_anchor or with "
         "several rewards"
     )
@@ -368,17 +395,17 @@ def _against_base(name: str, value: float, base: float) -> str | None:
         odds = value * (1 - base) > SATURATED_ODDS * base * (1 - value)
         wrong = odds and value > base + SATURATED_RISE
         text = (
-            f"{value:.0%} of the pictures' values are black or full, {base:.0%} of the base model's: colours burn out"
+            f"{value:.0%} of the images' values are saturated, {base:.0%} of the base model's: colours are burnt out"
         )
     elif name == "high-frequency":
         wrong = value > HIGH_FREQUENCY_RATIO * max(base, HIGH_FREQUENCY_FLOOR)
-        text = f"the pictures' energy in fine detail and grids is {value:.2g}, the base model's {base:.2g}"
+        text = f"the images' energy in fine detail and grids is {value:.2g}, the base model's {base:.2g}"
     elif name == "velocity-norm":
         wrong = not base / VELOCITY_RATIO <= value <= base * VELOCITY_RATIO
-        text = f"the velocity's RMS is {value:.3g}, the base model's {base:.3g}: the model leaves what it learned"
+        text = f"the transformer's RMS is {value:.3g}, the base model's {base:.3g}: its outputs change in scale"
     else:
         wrong = base >= DIVERSITY_FLOOR and value < DIVERSITY_RATIO * base
-        text = f"a prompt's pictures from several seeds differ by {value:.2g}, the base model's by {base:.2g}"
+        text = f"images of a prompt from several seeds differ by {value:.2g}, the base model's by {base:.2g}"
     remedy = (
         "look at them, take an earlier checkpoint, or train with a lower --learning_rate or with --velocity_anchor"
     )
