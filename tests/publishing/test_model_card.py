@@ -12,6 +12,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -51,83 +52,86 @@ def interval(mean: float, half: float) -> dict[str, float]:
     return {"mean": mean, "low": mean - half, "high": mean + half}
 
 
-def make_run(**changes: Any) -> dict[str, Any]:
-    """What a training writes into run.json."""
-    run = {
-        "format": 1,
-        "script": "train_flowbp_sd3.py",
-        "command": [
-            "training/train_flowbp_sd3.py",
-            "--config",
-            "training/recipes/sd3_flowbp_lagrange.yaml",
-            "--reward",
-            "hpsv2.1",
-            "--reward_model_path",
-            "hpsv2.1=/home/alice/weights/hps",
-            "--prompts=/home/alice/my prompts.txt",
-            "--push_to_hub",
-            "--hub_model_id",
-            "alice/sd35-flowbp",
-            "--output_dir",
-            "/scratch/alice/sd35-flowbp",
-        ],
-        "settings": {
-            "pretrained_model_name_or_path": "stabilityai/stable-diffusion-3.5-medium",
-            "reward": "hpsv2.1",
-            "eval_prompts": "/home/alice/eval.txt",
-            "prompts": "/home/alice/my prompts.txt",
-            "rank": 16,
-            "lora_alpha": 8,
-            "mixed_precision": "bf16",
-            "resolution": 512,
-            "num_inference_steps": 25,
-            "guidance_scale": 3.5,
-            "max_sequence_length": 256,
-            "sigmas": "linear",
-            "negative_prompt": "",
-            "train_batch_size": 4,
-            "gradient_accumulation_steps": 2,
-            "seed": 0,
-            "use_ema": False,
-            "ema_decay": 0.995,
-            "revision": None,
+# What a training writes into run.json.
+RUN = {
+    "format": 1,
+    "script": "train_flowbp_sd3.py",
+    "command": [
+        "training/train_flowbp_sd3.py",
+        "--config",
+        "training/recipes/sd3_flowbp_lagrange.yaml",
+        "--reward",
+        "hpsv2.1",
+        "--reward_model_path",
+        "hpsv2.1=/home/alice/weights/hps",
+        "--prompts=/home/alice/my prompts.txt",
+        "--push_to_hub",
+        "--hub_model_id",
+        "alice/sd35-flowbp",
+        "--output_dir",
+        "/scratch/alice/sd35-flowbp",
+    ],
+    "settings": {
+        "pretrained_model_name_or_path": "stabilityai/stable-diffusion-3.5-medium",
+        "reward": "hpsv2.1",
+        "eval_prompts": "/home/alice/eval.txt",
+        "prompts": "/home/alice/my prompts.txt",
+        "rank": 16,
+        "lora_alpha": 8,
+        "mixed_precision": "bf16",
+        "resolution": 512,
+        "num_inference_steps": 25,
+        "guidance_scale": 3.5,
+        "max_sequence_length": 256,
+        "sigmas": "linear",
+        "negative_prompt": "",
+        "train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "seed": 0,
+        "use_ema": False,
+        "ema_decay": 0.995,
+        "revision": None,
+    },
+    "method": {"name": "flowbp-lagrange", "title": "FlowBP-Lagrange", "options": {"order": 3, "alpha": 0.1}},
+    "base_model": "stabilityai/stable-diffusion-3.5-medium",
+    "pipeline_class": "StableDiffusion3Pipeline",
+    "versions": {"flowbp": "0.1.0", "torch": "2.13.0", "diffusers": "0.42.1", "peft": "0.21.2"},
+    "git": {"commit": "551a32a0c0ffee", "dirty": True},
+    "hardware": {"device": "NVIDIA H200", "processes": 2, "cpu": "EPYC", "cpu_cores": 64, "memory_gib": 512.0},
+    "timings": {"started": "", "finished": "", "seconds": 3723.4, "seconds_by_stage": {}},
+    "updates": 300,
+    "skipped_updates": 0,
+    "selected": {"kind": "best", "update": 250},
+    "rewards": [
+        {
+            "name": "hpsv2.1",
+            "role": "trained",
+            "base": interval(0.281, 0.006),
+            "lora": interval(0.331, 0.006),
+            "difference": interval(0.05, 0.003),
+            "images": 128,
         },
-        "method": {"name": "flowbp-lagrange", "title": "FlowBP-Lagrange", "options": {"order": 3, "alpha": 0.1}},
-        "base_model": "stabilityai/stable-diffusion-3.5-medium",
-        "pipeline_class": "StableDiffusion3Pipeline",
-        "versions": {"flowbp": "0.1.0", "torch": "2.13.0", "diffusers": "0.42.1", "peft": "0.21.2"},
-        "git": {"commit": "551a32a0c0ffee", "dirty": True},
-        "hardware": {"device": "NVIDIA H200", "processes": 2, "cpu": "EPYC", "cpu_cores": 64, "memory_gib": 512.0},
-        "timings": {"started": "", "finished": "", "seconds": 3723.4, "seconds_by_stage": {}},
-        "updates": 300,
-        "skipped_updates": 0,
-        "selected": {"kind": "best", "update": 250},
-        "rewards": [
-            {
-                "name": "hpsv2.1",
-                "role": "trained",
-                "base": interval(0.281, 0.006),
-                "lora": interval(0.331, 0.006),
-                "difference": interval(0.05, 0.003),
-                "images": 128,
-            },
-            {
-                "name": "pickscore",
-                "role": "held out",
-                "base": interval(21.3, 0.2),
-                "lora": interval(21.1, 0.2),
-                "difference": interval(-0.2, 0.11),
-                "images": 128,
-            },
-        ],
-        "alarms": [],
-        "images": [
-            {"prompt": 'the text "42"', "base": "images/0_base.png", "lora": "images/0_lora.png"},
-            {"prompt": HOSTILE, "base": "images/1_base.png", "lora": "images/1_lora.png"},
-        ],
-        "hub_model_id": "alice/sd35-flowbp",
-    }
-    return {**run, **changes}
+        {
+            "name": "pickscore",
+            "role": "held out",
+            "base": interval(21.3, 0.2),
+            "lora": interval(21.1, 0.2),
+            "difference": interval(-0.2, 0.11),
+            "images": 128,
+        },
+    ],
+    "alarms": [],
+    "images": [
+        {"prompt": 'the text "42"', "base": "images/0_base.png", "lora": "images/0_lora.png"},
+        {"prompt": HOSTILE, "base": "images/1_base.png", "lora": "images/1_lora.png"},
+    ],
+    "hub_model_id": "alice/sd35-flowbp",
+}
+
+
+def make_run(**changes: Any) -> dict[str, Any]:
+    """A copy of `RUN` with these changes."""
+    return {**deepcopy(RUN), **changes}
 
 
 def card_of(folder: Path, images_on_disk: bool = True, **changes: Any) -> ModelCard:

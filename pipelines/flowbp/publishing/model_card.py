@@ -51,8 +51,7 @@ def _rewards_table(rewards: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]
             {
                 "name": markdown(reward["name"]),
                 "role": reward["role"],
-                # Only until training_run.py writes `images`.
-                "images": reward["images"] if "images" in reward else reward["pictures"],
+                "images": reward["images"],
                 "base": _interval(reward["base"], decimals),
                 "lora": _interval(reward["lora"], decimals),
                 "difference": _interval(reward["difference"], decimals, "+"),
@@ -255,8 +254,3 @@ def name_repository(output_dir: Path, repo_id: str) -> None:
         write_card(output_dir)
     else:
         print(f"{card} was edited and stays as it is; make it name {repo_id}.", file=sys.stderr)
-
-
-def find_template() -> Path:
-    """Only until training_run.py stops asking for it."""
-    return Path(__file__)

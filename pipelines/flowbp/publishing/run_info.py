@@ -2,9 +2,9 @@
 #
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""What `run.json` records of a run, and `redact`, through which everything goes that is written or published.
+"""What `run.json` records of a run, and `redact`, which removes secrets from everything that is written or published.
 
-Collecting never fails a run: what cannot be found out is None.
+Collecting never fails a run: values that cannot be determined are None.
 """
 
 import json
@@ -30,7 +30,7 @@ GIT_TIMEOUT = 10.0
 
 REDACTED = "[redacted]"
 SHORTEST_SECRET = 8
-"""Shorter values of variables are no secrets, and too many words hold them."""
+"""Shorter values of variables are not taken as secrets: too many ordinary words contain them."""
 
 # Parts of a variable's name that say that its value is secret (HF_TOKEN, WANDB_API_KEY, AWS_SECRET_ACCESS_KEY, ...).
 SECRET_NAME = re.compile(
@@ -38,16 +38,16 @@ SECRET_NAME = re.compile(
     r"(?:[_-]|$)|_KEY$",
     re.IGNORECASE,
 )
-# ... unless it says where something is (HF_TOKEN_PATH, SSH_AUTH_SOCK, ...).
+# ... unless it says where the secret is kept (HF_TOKEN_PATH, SSH_AUTH_SOCK, ...).
 PLACE_NAME = re.compile(r"_(?:PATH|FILE|DIR|URI|URL|SOCK|HOST|ENDPOINT)$", re.IGNORECASE)
 # Tokens of the Hub: of users, of the browser's login, of organisations.
 TOKEN = re.compile(r"(?:hf_(?:oauth_|jwt_)?|api_org_)[A-Za-z0-9]{20,}[\w.-]*")
-# What is before the @ in https://user:password@host.
+# The part before the @ in https://user:password@host.
 URL_USER = re.compile(r"(?<=://)[^/?#\s@\"'<>]+(?=@)")
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of flowbp, Python and the libraries that numbers depend on; None for one that is not installed."""
+    """Versions of flowbp, Python and the libraries that results depend on; None for one that is not installed."""
     # A checkout on PYTHONPATH has no installed metadata.
     from .. import __version__
 
@@ -61,7 +61,7 @@ def versions() -> dict[str, str | None]:
 
 
 def _git(folder: Path, *words: str) -> str | None:
-    """What git prints, or None where it fails. Variables such as GIT_DIR would point it to another repository."""
+    """What git prints, or None if it fails. Variables such as GIT_DIR, which name another repository, are removed."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     environment |= {"GIT_OPTIONAL_LOCKS": "0", "LC_ALL": "C"}
     try:
@@ -81,14 +81,14 @@ def _git(folder: Path, *words: str) -> str | None:
 
 
 def git_commit(folder: Path | None = None) -> dict[str, Any] | None:
-    """The commit that the package's code is of.
+    """The commit of the package's code.
 
     Args:
-        folder: of the package; this one's by default.
+        folder: of the package; this one by default.
 
     Returns:
-        `{"commit": SHA-1, "dirty": whether tracked files differ from it}`; None without git, and where the package
-        is no part of a repository (installed into an environment that lies inside another project's, for example).
+        `{"commit": SHA-1, "dirty": whether tracked files differ from it}`; None without git, and if the package is not
+        tracked by a repository (for example installed into an environment inside another project's repository).
     """
     folder = Path(__file__).parent if folder is None else folder
     if _git(folder, "ls-files", "--error-unmatch", "__init__.py") is None:
@@ -109,15 +109,15 @@ def _cpu_name() -> str:
 
 
 def hardware(device: "torch.device", processes: int) -> dict[str, Any]:
-    """What the run was done on.
+    """The machine that the run used.
 
     Args:
         device: of this process.
-        processes: how many there are.
+        processes: their number.
 
     Returns:
-        `device` (the GPU's name and memory, or the device's type), `processes`, `cpu`, `cpu_cores` (of the machine)
-        and `memory_gib` (of the machine, None where it does not say).
+        `device` (the GPU's name and memory, or the device's type), `processes`, and of the machine `cpu`, `cpu_cores`
+        and `memory_gib` (None where the system does not tell it).
     """
     name = device.type
     if device.type == "cuda":
@@ -157,18 +157,18 @@ def redact_text(text: str, known: Sequence[str] | None = None) -> str:
 
     Args:
         text: any.
-        known: of `secrets`, which are looked up by default. What looks like a Hub token, and the user in an address,
-            are found without them.
+        known: the result of `secrets`, which is called by default. Hub tokens, and the user in an address, are found
+            by their form.
     """
     for secret in secrets() if known is None else known:
-        # Also as JSON and YAML write it (quotes, line breaks).
+        # Also in the form that JSON and YAML write (quotes, line breaks).
         for form in (secret, json.dumps(secret)[1:-1]):
             text = text.replace(form, REDACTED)
     return URL_USER.sub(REDACTED, TOKEN.sub(REDACTED, text))
 
 
 def one_line(message: object) -> str:
-    """A message or an error's, without line breaks and secrets."""
+    """A message, or that of an error, without line breaks and secrets."""
     return redact_text(" ".join(str(message).split()))
 
 
@@ -176,7 +176,7 @@ def redact(value: Any) -> Any:
     """`value` with `[redacted]` in place of every secret in its strings, keys included.
 
     Args:
-        value: what JSON holds, tuples and paths too (they become lists and strings).
+        value: anything that JSON holds, and tuples and paths (they become lists and strings).
     """
     return _redact(value, secrets())
 
@@ -197,7 +197,7 @@ def _redact(value: Any, known: Sequence[str]) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """A value of argparse as JSON has it; other objects as their text."""
+    """A value as JSON has it; other objects as their text."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
@@ -211,7 +211,7 @@ def settings(args: Mapping[str, Any]) -> dict[str, Any]:
     """The values of all options for `run.json` and trackers, without secrets.
 
     Args:
-        args: `vars` of what argparse returned. Paths become strings, numbers that are not finite too.
+        args: by the options' names. Paths and numbers that are not finite become strings.
     """
     return redact(_plain(args))
 
@@ -225,12 +225,15 @@ def _finite(value: Any) -> Any:
 
 
 def write_run_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write `content` as JSON without secrets; the file is whole or the old one stays.
+    """Write `content` as JSON without secrets, atomically.
 
     Args:
         path: of the file.
-        content: what JSON holds; numbers that are not finite become null, which every reader of JSON knows, and the
-            home folder, which often has the user's name, `~`.
+        content: anything that JSON holds. Numbers that are not finite become null, because not every reader of JSON
+            knows them; the home folder, which often contains the user's name, becomes `~`.
+
+    Raises:
+        OSError: the file cannot be written; an old one is unchanged.
     """
     text = json.dumps(_finite(redact(content)), indent=2, ensure_ascii=False, allow_nan=False)
     home = json.dumps(str(Path.home()), ensure_ascii=False)[1:-1]
