@@ -120,6 +120,8 @@ def test_every_image_is_embedded_and_described(tmp_path: Path) -> None:
     assert kind == "data:image/png;base64"
     with Image.open(io.BytesIO(base64.b64decode(content))) as image:
         assert image.size == (8, 8) and image.getpixel((0, 0)) == (40, 7, 0)
+    # Enlarged by a whole factor.
+    assert found["style"] == "width: 192px"
 
 
 def test_large_images_are_reduced(tmp_path: Path) -> None:
@@ -129,7 +131,7 @@ def test_large_images_are_reduced(tmp_path: Path) -> None:
     with Image.open(io.BytesIO(base64.b64decode(content))) as image:
         assert image.size == (EMBEDDED_SIDE, EMBEDDED_SIDE)
         assert np.allclose(image.getpixel((0, 0)), (0, 7, 0), atol=3)
-    assert len(page.all("figure", **{"class": "large"})) == 15
+    assert "style" not in page.all("img")[0]
 
 
 def test_cards_are_sorted_by_the_leader_s_change_and_can_be_sorted_by_any(tmp_path: Path) -> None:
@@ -161,7 +163,8 @@ def test_images_without_a_score_say_so_and_do_not_count_as_changes(tmp_path: Pat
         for card, found in zip(page.texts["h3"], page.all("div", **{"class": "card"}), strict=True)
     }
     assert changes[PROMPTS[0]]["lora × 2/x"] == 0
-    assert "x no score" in " ".join(page.texts["span"]) and "nan" not in " ".join(page.texts["span"] + page.texts["i"])
+    assert "x no score" in page.texts["span"] and len(page.texts["i"]) == 5 * 2 * 2 - 1
+    assert "nan" not in " ".join(page.texts["span"] + page.texts["i"])
 
 
 def test_several_images_of_a_prompt_are_numbered(tmp_path: Path) -> None:

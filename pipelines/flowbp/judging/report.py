@@ -96,67 +96,76 @@ class _Cards:
             for reward in scores
             for model in store.models
         }
+        self._changes = {
+            (reward, model.name): [
+                score - base
+                for score, base in zip(
+                    self._scores[reward, model.name], self._scores[reward, self.base.name], strict=True
+                )
+            ]
+            for reward in scores
+            for model in self.others
+        }
         gains = {model: statistics.fmean(self.changes(self.rewards[0], model)) for model in self.others}
         self.leader = max(gains, key=lambda model: gains[model])
 
     def changes(self, reward: str, model: EvaluatedModel) -> list[float]:
         """By how much each image scores above the base model's; 0 for images without a score."""
-        pairs = zip(self._scores[reward, model.name], self._scores[reward, self.base.name], strict=True)
-        changes = [score - base for score, base in pairs]
-        return [0.0 if math.isnan(change) else change for change in changes]
+        return [0.0 if math.isnan(change) else change for change in self._changes[reward, model.name]]
 
     def card(self, place: int) -> dict[str, Any]:
         """What the template shows of the image with this index."""
         changes = {
-            f"{model.name}/{reward}": self.changes(reward, model)[place]
-            for model in self.others
-            for reward in self.rewards
+            f"{name}/{reward}": 0.0 if math.isnan(of_images[place]) else of_images[place]
+            for (reward, name), of_images in self._changes.items()
         }
         return {
             "prompt": self._prompts[place // self.per_prompt],
             "number": place % self.per_prompt + 1,
             "changes": json.dumps(changes),
-            "images": [self._image(model, place, changes) for model in self._store.models],
+            "images": [self._image(model, place) for model in self._store.models],
         }
 
-    def _image(self, model: EvaluatedModel, place: int, changes: Mapping[str, float]) -> dict[str, Any]:
+    def _image(self, model: EvaluatedModel, place: int) -> dict[str, Any]:
         scores = []
         for reward in self.rewards:
             value = self._scores[reward, model.name][place]
-            change = changes.get(f"{model.name}/{reward}")
+            change = math.nan if model is self.base else self._changes[reward, model.name][place]
             scores.append(
                 {
                     "reward": self.titles[reward],
                     "value": "no score" if math.isnan(value) else _short(value),
-                    "change": "" if change is None else f"({_short(change, '+')})",
-                    "direction": "up" if change and change > 0 else "down" if change and change < 0 else "",
+                    "change": "" if math.isnan(change) else f"({_short(change, '+')})",
+                    "direction": "up" if change > 0 else "down" if change < 0 else "same",
                 }
             )
-        source, is_small = _embedded(self._store.image(model, place))
+        source, width = _embedded(self._store.image(model, place))
         words = ", ".join(f"{score['reward']} {score['value']}" for score in scores)
         prompt = self._prompts[place // self.per_prompt]
         return {
             "model": model.name,
             "scores": scores,
             "source": source,
-            "is_small": is_small,
+            "width": width,
             "alt": f"Image of {model.name} for the prompt “{prompt}”; {words}",
         }
 
 
-def _embedded(path: Path) -> tuple[str, bool]:
-    """An image as a `data:` address, PNG for small images and JPEG for others; and whether it is small."""
+def _embedded(path: Path) -> tuple[str, int | None]:
+    """An image as a `data:` address: a small one as PNG, with the width to show it with; others as JPEG, and None."""
     with Image.open(path) as opened:
         image = opened.convert("RGB")
-    is_small = max(image.size) <= EMBEDDED_SIDE // 2
+    # Small images are shown enlarged by a whole factor, which keeps their pixels even.
+    factor = EMBEDDED_SIDE // 2 // max(image.size)
     image.thumbnail((EMBEDDED_SIDE, EMBEDDED_SIDE), Image.Resampling.LANCZOS)
     file = io.BytesIO()
-    if is_small:
+    if factor:
         image.save(file, "PNG")
     else:
         image.save(file, "JPEG", quality=90)
-    kind = "png" if is_small else "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}", is_small
+    kind = "png" if factor else "jpeg"
+    source = f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
+    return source, factor * image.width or None
 
 
 def _short(value: float, sign: str = "") -> str:
