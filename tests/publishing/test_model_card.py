@@ -54,7 +54,7 @@ def interval(mean: float, half: float) -> dict[str, float]:
 
 # What a training writes into run.json.
 RUN = {
-    "format": 1,
+    "format": 2,
     "script": "train_flowbp_sd3.py",
     "command": [
         "training/train_flowbp_sd3.py",
@@ -487,8 +487,16 @@ def test_a_run_that_was_resumed(tmp_path: Path, words: list[str]) -> None:
     card, plain = card_of(tmp_path / "a", **changes), card_of(tmp_path / "b")
     command, plain_command = (shlex.split(block(one, "bash").replace(" \\\n", "")) for one in (card, plain))
     assert command == [*plain_command, "--seed", "0"]
-    assert "The run was resumed (`--resume_from_checkpoint`: latest)." in card.text
-    assert "was resumed" not in plain.text
+    assert "The run was resumed (`resume_from_checkpoint`: latest)." in card.text
+    assert "Leave this option out (the command does" in card.text and "was resumed" not in plain.text
+
+
+def test_a_run_from_python(tmp_path: Path) -> None:
+    """It has no command line."""
+    settings = settings_of(resume_from_checkpoint="latest")
+    card = card_of(tmp_path, script=None, command=None, settings=settings)
+    assert "```bash" not in card.text and "Leave this option out: with" in card.text
+    assert "\n\nThe run was started from Python, with `flowbp.training.train` and the settings above.\n" in card.text
 
 
 def test_no_path_of_this_machine(tmp_path: Path) -> None:

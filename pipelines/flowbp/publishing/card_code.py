@@ -148,8 +148,13 @@ def usage_code(run: Mapping[str, Any], missing: Sequence[str], lora: str, prompt
     return code_block("python", "\n".join(lines))
 
 
-def training_command(run: Mapping[str, Any]) -> str:
-    """A block with the command of the training, one option per line, without `NOT_REPRODUCED`."""
+def training_command(run: Mapping[str, Any]) -> str | None:
+    """A block with the command of the training, one option per line, without the options `NOT_REPRODUCED`.
+
+    None for a run that was started from Python, which has no command line.
+    """
+    if run["command"] is None:
+        return None
     words = [str(word) for word in run["command"]]
     if words and words[0].endswith(".py"):
         words = words[1:]

@@ -99,7 +99,7 @@ def _summary(run: Mapping[str, Any]) -> list[tuple[str, str]]:
     used = [name for name in SUMMARY if options.get(name) and (name != "ema_decay" or options.get("use_ema"))]
     table = {
         "method": f"{run['method']['title']} ({run['method']['name']})",
-        **{f"its `{name}`": value for name, value in run["method"]["options"].items()},
+        **{f"method option `{name}`": value for name, value in run["method"]["options"].items()},
         "reward": options.get("reward"),
         "prompts": options.get("prompts"),
         "image size (height x width)": _size_names(options) or None,
