@@ -17,16 +17,15 @@ def write_lora(folder: Path, name: str = "pytorch_lora_weights.safetensors", con
     return folder
 
 
-def test_rows_are_the_base_and_every_lora_at_every_setting(tmp_path: Path) -> None:
+def test_models_are_the_base_and_every_lora_at_every_setting(tmp_path: Path) -> None:
     one, two = write_lora(tmp_path / "one"), write_lora(tmp_path / "two", "other.safetensors", b"2")
-    rows = evaluated_models([str(one), f"second={two}", "user/third"], [0.5, 1.0], [0, 2])
-    assert [row.name for row in rows[:5]] == [
-        "base", "one × 0.5", "one × 0.5, base for last 2", "one × 1", "one × 1, base for last 2"
-    ]  # fmt: skip
-    assert len(rows) == 13 and rows[5].name == "second × 0.5" and rows[-1].name == "third × 1, base for last 2"
-    assert rows[1].digest == rows[4].digest != rows[5].digest and rows[-1].digest is None
-    assert len({row.folder for row in rows}) == 13
-    assert evaluated_models([f"x={one}"], [1.0], [0])[1] == EvaluatedModel("x", str(one), 1.0, 0, rows[1].digest)
+    models = evaluated_models([str(one), f"second={two}", "user/third"], [0.5, 1.0], [0, 2])
+    names = [model.name for model in models]
+    assert names[:5] == ["base", "one × 0.5", "one × 0.5, base for last 2", "one × 1", "one × 1, base for last 2"]
+    assert len(models) == 13 and names[5] == "second × 0.5" and names[-1] == "third × 1, base for last 2"
+    assert models[1].digest == models[4].digest != models[5].digest and models[-1].digest is None
+    assert len({model.folder for model in models}) == 13
+    assert evaluated_models([f"x={one}"], [1.0], [0])[1] == EvaluatedModel("x", str(one), 1.0, 0, models[1].digest)
 
 
 def test_the_file_of_a_lora(tmp_path: Path) -> None:
@@ -47,7 +46,7 @@ def test_the_file_of_a_lora(tmp_path: Path) -> None:
         (["base={here}/one"], "'base' twice"),
     ],
 )
-def test_rows_that_make_no_sense_are_refused(loras: list[str], expected: str, tmp_path: Path) -> None:
+def test_loras_that_cannot_be_evaluated_are_refused(loras: list[str], expected: str, tmp_path: Path) -> None:
     write_lora(tmp_path / "one")
     (tmp_path / "empty").mkdir()
     write_lora(write_lora(tmp_path / "two", "a.safetensors"), "b.safetensors")
@@ -58,6 +57,10 @@ def test_rows_that_make_no_sense_are_refused(loras: list[str], expected: str, tm
 
 def test_rewards_are_names_without_weights() -> None:
     assert reward_names("hpsv2.1, pickscore/26,module:make") == ["hpsv2.1", "pickscore/26", "module:make"]
-    for spec, expected in (("ocr,,clip", "different names"), ("clip,clip", "different"), ("ocr:0.7,clip", "weights")):
+    for spec, expected in (
+        ("ocr,,clip", "different names separated by commas, got ''"),
+        ("clip,clip", "different names separated by commas, got 'clip' twice"),
+        ("ocr:0.7,clip", "without weights, got 'ocr:0.7'"),
+    ):
         with pytest.raises(ValueError, match=expected):
             reward_names(spec)

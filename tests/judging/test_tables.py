@@ -24,7 +24,7 @@ def paper_records() -> list[dict]:
     for place, name in enumerate(names):
         base = normal(40, 1, seed=place)
         scores[name] = {"base": base, "Sparse": base + 0.1, "Bridge": base - 0.2}
-    scores["geneval"] = {row: (normal(40, 1, seed=9) > 0).double() for row in ("base", "Sparse", "Bridge")}
+    scores["geneval"] = {model: (normal(40, 1, seed=9) > 0).double() for model in ("base", "Sparse", "Bridge")}
     tasks = {"single_object": range(0, 40, 2), "two_object": range(1, 40, 2)}
     return summarise(scores, {"geneval": {task: list(places) for task, places in tasks.items()}})
 

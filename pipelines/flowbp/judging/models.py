@@ -122,7 +122,8 @@ def reward_names(spec: str) -> list[str]:
     names = [name.strip() for name in spec.split(",")]
     for name in names:
         if not name or names.count(name) > 1:
-            raise ValueError(f"--rewards {spec}: expected different names separated by commas; remove {name!r}.")
+            got = f"{name!r} twice" if name else "''"
+            raise ValueError(f"--rewards {spec}: expected different names separated by commas, got {got}; remove it.")
         if re.fullmatch(r".+:[-+]?[\d.]+(e[-+]?\d+)?", name):
             raise ValueError(
                 f"--rewards {spec}: expected names without weights, got {name!r}; each reward is scored by itself, so "

@@ -1,0 +1,47 @@
+# Copyright 2026 The FlowBP for diffusers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""Files that are complete or absent."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from flowbp import files
+from flowbp.files import write_atomically
+
+
+def test_text_is_written_as_utf_8_and_leaves_no_other_file(tmp_path: Path) -> None:
+    # "\udcff" is how Python reads a byte of the command line that is not UTF-8.
+    write_atomically(tmp_path / "a.json", "é 猫 \udcff")
+    assert (tmp_path / "a.json").read_bytes() == "é 猫 \\udcff".encode()
+    assert list(tmp_path.iterdir()) == [tmp_path / "a.json"]
+
+
+def test_an_interrupted_write_keeps_the_old_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.txt"
+    write_atomically(path, "old")
+
+    def interrupted(descriptor: int) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "fsync", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            write_atomically(path, "new")
+    assert path.read_text() == "old"
+    # What was left behind is no obstacle.
+    write_atomically(path, "new")
+    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need a privilege on Windows")
+def test_a_link_is_replaced_and_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "target").write_text("target")
+    for name in ("a", "a.partial"):
+        (tmp_path / name).symlink_to(tmp_path / "target")
+    write_atomically(tmp_path / "a", "new")
+    assert (tmp_path / "target").read_text() == "target"
+    assert (tmp_path / "a").read_text() == "new" and not (tmp_path / "a").is_symlink()
