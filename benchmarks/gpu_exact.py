@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from brute_force import Sampling, brute_force, relative_difference, stock_gradients
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from gradient_rows import NOISE_SEED, PROMPTS, ROWS, drawn_steps, found_gradients, pipeline_of, sampling_of
 from journal import Journal
-from test_gradients import NOISE_SEED, PROMPTS, ROWS, drawn_steps, found_gradients
-from test_gradients_flux import sampling_of, tiny_pipeline
 from tiny_sd3 import Float64Scheduler, tiny_sd3_pipeline
 
 from flowbp import FlowBPCallback, get_method
@@ -80,11 +79,11 @@ def _noise(*shape: int) -> torch.Tensor:
 ROLLOUTS = {
     "SD3": Rollout(lambda: tiny_sd3_pipeline(seed=3), Sampling(PROMPTS[:2], NUM_STEPS, 3.5, latents=_noise(4, 4, 4))),
     "FLUX.1": Rollout(
-        lambda: tiny_pipeline("flux-true-guidance", 3),
+        lambda: pipeline_of("flux-true-guidance", 3),
         sampling_of("flux-true-guidance", PROMPTS[:2], NUM_STEPS, latents=_noise(6, 16)),
     ),
     "FLUX.2-Klein": Rollout(
-        lambda: tiny_pipeline("klein", 3), sampling_of("klein", PROMPTS[:2], NUM_STEPS, latents=_noise(4, 2, 3))
+        lambda: pipeline_of("klein", 3), sampling_of("klein", PROMPTS[:2], NUM_STEPS, latents=_noise(4, 2, 3))
     ),
 }
 

@@ -2,12 +2,14 @@
 #
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""The engine's gradients against independent computations of them.
+"""The engine's gradients against independent computations of them, with the paper's three backbones.
 
-Three oracles: `brute_force` (each method's formula as one autograd graph), the stock pipeline's own autograd, and the
-engine itself under other memory settings. Against the brute force the bound is 1e-10 (seen: 2e-15): float64 sigmas
-and with the stock scheduler's float32 sigmas and roundings, which the brute force repeats. Autograd through the stock
-scheduler rounds the gradient itself to float32 at every step, so there the bound is 1e-6 (seen: 5e-8).
+Three oracles: `brute_force` (each method's formula as one autograd graph, with its own code for what the pipelines do
+around their transformer: packing, positions, shifted schedules, guidance, batch-norm statistics of the VAE), the stock
+pipeline's own autograd, and the engine itself under other memory settings. Against the brute force the bound is 1e-10
+(seen: 4e-15): float64 sigmas and with the stock scheduler's float32 sigmas and roundings, which the brute force
+repeats. Autograd through the stock scheduler rounds the gradient itself to float32 at every step, so there the bound
+is 1e-6 (seen: 5e-8).
 """
 
 import dataclasses
@@ -34,43 +36,56 @@ from gradient_rows import (
     BRIDGE,
     EXACT,
     FLOAT32_SCHEDULER,
+    GUIDED,
     LAGRANGE,
     LEAPALIGN,
+    MODES,
     NOISE_SEED,
     OPTIONS,
     PROMPTS,
     ROLLOUTS,
     ROWS,
+    SD3_MODES,
+    TWO_CALLS,
     assert_agrees,
     drawn_steps,
     engine,
     found_gradients,
+    pipeline_of,
+    sampling_of,
 )
 from tiny_sd3 import tiny_sd3_pipeline
 
 from flowbp import FlowBPCallback, Objective, Surrogate, Term, get_method
 from flowbp import weights as engine_weights
 
+# Each mode without the unconditional branch's gradient, and with it where there may be one.
+BRANCHES = [(mode, False) for mode in MODES] + [(mode, True) for mode in MODES if mode in (*SD3_MODES, *GUIDED)]
+# Rollouts of three lengths and batches; the longest, for time, not everywhere.
+RUNS = [
+    (mode, both, seed)
+    for mode, both in BRANCHES
+    for seed in ROLLOUTS
+    if seed != 1 or mode in SD3_MODES or (mode in GUIDED and not both)
+]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The brute force itself
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("guidance_scale", [1.0, 3.5])
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("float64_scheduler", "bound"), [(True, EXACT), (False, FLOAT32_SCHEDULER)])
-def test_brute_force_is_the_stock_pipelines_autograd(guidance_scale: float, float64_scheduler: bool, bound: float):
+def test_brute_force_is_the_stock_pipelines_autograd(mode: str, float64_scheduler: bool, bound: float):
     """Full backpropagation through its own loop is what autograd finds through the pipeline's."""
-    pipe = tiny_sd3_pipeline(seed=3, float64_scheduler=float64_scheduler)
-    sampling = Sampling(
-        **ROLLOUTS[0],
-        guidance_scale=guidance_scale,
-        unconditional_gradient=True,
-        float32_scheduler=not float64_scheduler,
-    )
+    pipe = pipeline_of(mode, 3, float64_scheduler)
+    sampling = sampling_of(mode, PROMPTS[:2], 6, unconditional_gradient=True, float32_scheduler=not float64_scheduler)
     expected = brute_force(pipe, "full", {}, Drawn(), sampling)
     assert relative_difference(expected.gradients, stock_gradients(pipe, sampling)) < bound
     images = pipe(**sampling.call_arguments()).images
-    torch.testing.assert_close(images, expected.images, rtol=0, atol=1e-14)
+    torch.testing.assert_close(images, expected.images, rtol=0, atol=1e-13)
+    assert images.shape == (2, 3, 8, 8 if mode in SD3_MODES else 12)
 
 
 def test_brute_force_rows_that_are_exact_backpropagation_in_disguise():
@@ -90,10 +105,11 @@ def test_brute_force_rows_that_are_exact_backpropagation_in_disguise():
         assert all(gap.max() < 1e-12 for gap in found.gaps.values()), name
 
 
-def test_brute_force_tells_the_rows_and_branches_apart():
-    """The tiny pipeline is generic: every row, and the unconditional branch, changes the gradient by over 1 %."""
-    pipe = tiny_sd3_pipeline(seed=4, float64_scheduler=True)
-    sampling = Sampling(PROMPTS[:2], 6, 3.5)
+@pytest.mark.parametrize("mode", MODES)
+def test_brute_force_tells_the_rows_and_branches_apart(mode: str):
+    """The tiny pipelines are generic: every row, and the unconditional branch, changes the gradient by over 1 %."""
+    pipe = pipeline_of(mode, 4)
+    sampling = sampling_of(mode, PROMPTS[:2], 6)
     drawn = {
         "refl": Drawn(t=4, posterior_step=4),
         "drtune": Drawn(active=(1, 3), t=4, posterior_step=4),
@@ -107,8 +123,11 @@ def test_brute_force_tells_the_rows_and_branches_apart():
         for name in ROWS
         if name != "draft-lv"
     ]
-    both = dataclasses.replace(sampling, unconditional_gradient=True)
-    found.append(brute_force(pipe, "leapalign", LEAPALIGN, drawn["leapalign"], both).gradients)
+    uncoupled = brute_force(pipe, "leapalign", {**LEAPALIGN, "alpha": 0.0}, drawn["leapalign"], sampling)
+    found.append(uncoupled.gradients)
+    if mode in GUIDED:
+        both = dataclasses.replace(sampling, unconditional_gradient=True)
+        found.append(brute_force(pipe, "leapalign", LEAPALIGN, drawn["leapalign"], both).gradients)
     for place, one in enumerate(found):
         assert all(relative_difference(one, other) > 0.01 for other in found[:place])
 
@@ -141,32 +160,28 @@ def test_brute_force_integrates_polynomials_exactly():
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", ROLLOUTS)
-@pytest.mark.parametrize("unconditional_gradient", [False, True])
-@pytest.mark.parametrize("guidance_scale", [1.0, 3.5])
+@pytest.mark.parametrize(("mode", "unconditional_gradient", "seed"), RUNS)
 @pytest.mark.parametrize("name", ROWS)
-def test_row_is_its_papers_formula(name: str, guidance_scale: float, unconditional_gradient: bool, seed: int):
-    """Every row, with and without guidance, one branch or both, on rollouts of different lengths and batches."""
-    pipe = tiny_sd3_pipeline(seed=seed, float64_scheduler=True)
-    sampling = Sampling(
-        **ROLLOUTS[seed],
-        guidance_scale=guidance_scale,
-        seed=10 + seed,
-        unconditional_gradient=unconditional_gradient,
-    )
+def test_row_is_its_papers_formula(name: str, mode: str, unconditional_gradient: bool, seed: int):
+    """Every row in every mode, one branch or both, on rollouts of different lengths and batches."""
+    pipe = pipeline_of(mode, seed)
+    sampling = sampling_of(mode, **ROLLOUTS[seed], seed=10 + seed, unconditional_gradient=unconditional_gradient)
     gradients, out, callback = engine(
         pipe, get_method(name, **ROWS[name]), sampling, seed=seed, unconditional_gradient=unconditional_gradient
     )
+    assert {len(step.calls) for step in callback.trajectory.steps.values()} == {MODES[mode].calls}
     expected = brute_force(pipe, name, ROWS[name], drawn_steps(name, callback.surrogate), sampling)
     assert_agrees(gradients, out, expected)
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(
+    ("mode", "seed"), [("sd3-guidance", 0), ("sd3-guidance", 1), ("flux-true-guidance", 5), ("klein", 5)]
+)
 @pytest.mark.parametrize(("name", "options"), OPTIONS, ids=lambda value: str(value).replace(" ", ""))
-def test_options(name: str, options: dict[str, object], seed: int):
+def test_options(name: str, options: dict[str, object], mode: str, seed: int):
     """Every option that changes a formula, at other values than the table's."""
-    pipe = tiny_sd3_pipeline(seed=seed, float64_scheduler=True)
-    sampling = Sampling(PROMPTS[:2], 8, 3.5, seed=seed)
+    pipe = pipeline_of(mode, seed)
+    sampling = sampling_of(mode, PROMPTS[:2], 8, seed=seed)
     gradients, out, callback = engine(pipe, get_method(name, **options), sampling, seed=20 + seed)
     same_draw = None
     if name in ("refl", "drtune"):
@@ -176,25 +191,39 @@ def test_options(name: str, options: dict[str, object], seed: int):
     assert_agrees(gradients, out, brute_force(pipe, name, options, drawn, sampling))
 
 
+CHANGES = [
+    ("sd3-guidance", {"num_images_per_prompt": 2}),
+    ("sd3-guidance", {"negative_prompt": "grey"}),
+    ("sd3-guidance", {"negative_prompt": "grey", "num_images_per_prompt": 2, "unconditional_gradient": True}),
+    ("sd3-guidance", {"seeds": (3, 4)}),
+    ("sd3-guidance", {"latents": torch.linspace(-2, 2, 128, dtype=torch.float64).reshape(2, 4, 4, 4).sin()}),
+    ("sd3-guidance", {"sigmas": (1.0, 0.93, 0.8, 0.5, 0.31, 0.3, 0.11)}),
+    ("sd3-guidance", {"guidance_scale": 1.2}),
+    ("sd3-guidance", {"guidance_scale": 7.0, "unconditional_gradient": True}),
+    ("flux", {"guidance_scale": 1.0}),
+    ("flux", {"latents": torch.linspace(-2, 2, 192, dtype=torch.float64).reshape(2, 6, 16).sin()}),
+    ("flux-true-guidance", {"true_cfg_scale": 1.0}),
+    ("flux-true-guidance", {"true_cfg_scale": 1.2}),
+    ("flux-true-guidance", {"true_cfg_scale": 6.0, "guidance_scale": 2.0, "unconditional_gradient": True}),
+    ("flux-true-guidance", {"seeds": (3, 4)}),
+    ("flux-true-guidance", {"size": (12, 4)}),
+    ("klein", {"num_images_per_prompt": 2}),
+    ("klein", {"num_images_per_prompt": 2, "unconditional_gradient": True, "seeds": (3, 4, 5, 6)}),
+    ("klein", {"latents": torch.linspace(-2, 2, 48, dtype=torch.float64).reshape(2, 4, 2, 3).sin()}),
+    ("klein", {"sigmas": (1.0, 0.93, 0.8, 0.5, 0.31, 0.3, 0.11)}),
+    ("klein", {"guidance_scale": 1.2}),
+    ("klein", {"size": (12, 4)}),
+]
+
+
 @pytest.mark.parametrize(
-    "changes",
-    [
-        {"num_images_per_prompt": 2},
-        {"negative_prompt": "grey"},
-        {"negative_prompt": "grey", "num_images_per_prompt": 2, "unconditional_gradient": True},
-        {"seeds": (3, 4)},
-        {"latents": torch.linspace(-2, 2, 128, dtype=torch.float64).reshape(2, 4, 4, 4).sin()},
-        {"sigmas": (1.0, 0.93, 0.8, 0.5, 0.31, 0.3, 0.11)},
-        {"guidance_scale": 1.2},
-        {"guidance_scale": 7.0, "unconditional_gradient": True},
-    ],
-    ids=lambda changes: "-".join(changes),
+    ("mode", "changes"), CHANGES, ids=lambda value: value if isinstance(value, str) else "-".join(value)
 )
 @pytest.mark.parametrize("name", ["full", "leapalign", "flowbp-lagrange"])
-def test_pipeline_arguments(name: str, changes: dict[str, object]):
-    """The pipeline's own ways of giving noise, schedule, negative prompt and several images per prompt."""
-    pipe = tiny_sd3_pipeline(seed=7, float64_scheduler=True)
-    sampling = dataclasses.replace(Sampling(PROMPTS[:2], 7, 3.5), **changes)
+def test_pipeline_arguments(name: str, mode: str, changes: dict[str, object]):
+    """The pipelines' own ways of giving noise, schedule, size and guidance."""
+    pipe = pipeline_of(mode, 7)
+    sampling = sampling_of(mode, PROMPTS[:2], 7, **changes)
     gradients, out, callback = engine(
         pipe,
         get_method(name, **ROWS[name]),
@@ -264,6 +293,39 @@ def test_stock_scheduler(name: str, guidance_scale: float):
     drawn = drawn_steps(name, callback.surrogate)
     expected = brute_force(pipe, name, ROWS[name], drawn, sampling)
     assert_agrees(gradients, out, expected)
+
+
+@pytest.mark.parametrize("mode", ["flux", *GUIDED])
+@pytest.mark.parametrize("name", ROWS)
+def test_recipe_of_the_backbone(name: str, mode: str):
+    """The table's defaults for the backbone, with the float32 sigmas and roundings of the stock scheduler."""
+    pipe = pipeline_of(mode, 6, float64_scheduler=False)
+    method = get_method(name, backbone=MODES[mode].backbone)
+    both = method.unconditional_gradient
+    sampling = sampling_of(mode, PROMPTS[:2], 12, float32_scheduler=True, unconditional_gradient=both)
+    gradients, out, callback = engine(pipe, method, sampling, seed=3, unconditional_gradient=None)
+    expected = brute_force(pipe, name, method.options, drawn_steps(name, callback.surrogate), sampling)
+    assert_agrees(gradients, out, expected)
+
+
+@pytest.mark.parametrize("mode", TWO_CALLS)
+def test_the_conditional_call_comes_first_and_alone_is_computed_again(mode: str):
+    """Two calls a step; with `unconditional_gradient=False` the sweep runs the first of them only."""
+    pipe = pipeline_of(mode, 0)
+    sampling = sampling_of(mode, PROMPTS[:2], 6)
+    prompts: list[torch.Tensor] = []
+    handle = pipe.transformer.transformer_blocks[0].register_forward_pre_hook(
+        lambda module, args, kwargs: prompts.append(kwargs["encoder_hidden_states"].detach()), with_kwargs=True
+    )
+    engine(pipe, get_method("flowbp-sparse", num_active=2), sampling)
+    handle.remove()
+    # The first block sees the prompt through one linear layer.
+    conditional = pipe.transformer.context_embedder(sampling.embeddings["prompt_embeds"])
+    unconditional = pipe.transformer.context_embedder(sampling.embeddings["negative_prompt_embeds"])
+    expected = [conditional, unconditional] * 6 + [conditional] * 2
+    assert len(prompts) == len(expected)
+    for found, prompt in zip(prompts, expected, strict=True):
+        torch.testing.assert_close(found, prompt)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -452,13 +514,19 @@ def test_full_row_is_autograd_through_the_stock_pipeline(
     assert relative_difference(found_gradients(pipe), expected) < FLOAT32_SCHEDULER
 
 
-@pytest.mark.parametrize("guidance_scale", [1.0, 3.5])
-@pytest.mark.parametrize("unconditional_gradient", [False, True])
-@pytest.mark.parametrize("name", ROWS)
-def test_memory_settings_do_not_change_the_gradient(name: str, unconditional_gradient: bool, guidance_scale: float):
+# Other backbones, for time, with two rows.
+MEMORY_RUNS = [
+    (mode, both, name)
+    for mode, both in BRANCHES
+    for name in (ROWS if mode in SD3_MODES else ("full", "flowbp-sparse"))
+]
+
+
+@pytest.mark.parametrize(("mode", "unconditional_gradient", "name"), MEMORY_RUNS)
+def test_memory_settings_do_not_change_the_gradient(mode: str, unconditional_gradient: bool, name: str):
     """`samples_per_decode`: same drawn steps, same gradient."""
-    pipe = tiny_sd3_pipeline(seed=3, float64_scheduler=True)
-    sampling = Sampling(PROMPTS, 8, guidance_scale)
+    pipe = pipeline_of(mode, 3)
+    sampling = sampling_of(mode, PROMPTS, 8)
     method = get_method(name, **ROWS[name])
     reference = None
     for samples_per_decode in (None, 1, 2, 3):

@@ -13,6 +13,8 @@ from training_scripts import ROOT
 
 TESTS = ROOT / "tests"
 MODULES = sorted(TESTS.rglob("*.py"))
+# They use helpers of the tests too.
+OTHERS = sorted(path for folder in ("benchmarks", "demo", "docs") for path in (ROOT / folder).rglob("*.py"))
 
 
 def imported(code: str) -> set[str]:
@@ -50,7 +52,7 @@ def test_imports_of_tests_are_seen(code: str) -> None:
     assert not modules_of_tests(code.replace("test_x", "latest_x"))
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(TESTS).as_posix())
+@pytest.mark.parametrize("path", [*MODULES, *OTHERS], ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_no_module_needs_one_of_tests(path: Path) -> None:
     """What several share is in tests/support."""
     found = modules_of_tests(path.read_text(encoding="utf-8"))

@@ -2,16 +2,23 @@
 #
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""Every row of the method table with options, rollouts that they fit, and what the engine finds for them.
+"""Every row of the method table with options, the tiny pipelines and rollouts for it, and what the engine finds.
 
 The bounds: `EXACT` holds against `brute_force`, with float64 sigmas as with the stock scheduler's float32 sigmas and
 roundings, which the brute force repeats. Autograd through the stock scheduler rounds the gradient itself to float32 at
 every step, hence `FLOAT32_SCHEDULER`.
 """
 
+import dataclasses
+import zlib
+from collections.abc import Callable, Mapping
+from functools import partial
+
 import torch
 from brute_force import Drawn, Result, Sampling, relative_difference, toy_reward
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from families.paper import build_flux, build_flux2_klein
+from tiny_sd3 import Float64Scheduler, redraw, tiny_sd3_pipeline
 
 from flowbp import FlowBPCallback, Surrogate
 
@@ -87,6 +94,76 @@ OPTIONS = [
     ("flowbp-lagrange", {**LAGRANGE, "step_sampling": "uniform"}),
     ("flowbp-lagrange", {**LAGRANGE, "step_sampling": "dirichlet", "dirichlet": (1.0, 3.0, 1.0), "max_tail": 2}),
 ]
+
+
+# Not square, so that swapped rows and columns show.
+HEIGHT, WIDTH = 8, 12
+
+
+@dataclasses.dataclass(frozen=True)
+class Mode:
+    """A pipeline and how its guidance is used.
+
+    Attributes:
+        build: makes the tiny pipeline, for backbones other than Stable Diffusion 3.
+        backbone: the backbone's name in the method table.
+        guidance: fields of `Sampling`.
+        branches: 2 where there is an unconditional branch.
+        calls: transformer calls of a step, the conditional one first.
+    """
+
+    build: Callable[[], DiffusionPipeline] | None
+    backbone: str
+    guidance: Mapping[str, float]
+    branches: int
+    calls: int
+
+
+MODES = {
+    "sd3": Mode(None, "sd3", {"guidance_scale": 1.0}, 1, 1),
+    "sd3-guidance": Mode(None, "sd3", {"guidance_scale": 3.5}, 2, 1),
+    "flux": Mode(build_flux, "flux", {"guidance_scale": 3.5}, 1, 1),
+    "flux-true-guidance": Mode(build_flux, "flux", {"guidance_scale": 3.5, "true_cfg_scale": 4.0}, 2, 2),
+    "klein": Mode(partial(build_flux2_klein, is_distilled=False), "flux2", {"guidance_scale": 4.0}, 2, 2),
+    "klein-no-guidance": Mode(partial(build_flux2_klein, is_distilled=False), "flux2", {"guidance_scale": 1.0}, 1, 1),
+    "klein-distilled": Mode(partial(build_flux2_klein, is_distilled=True), "flux2", {"guidance_scale": 4.0}, 1, 1),
+}
+SD3_MODES = ("sd3", "sd3-guidance")
+GUIDED = [name for name, mode in MODES.items() if mode.branches == 2]
+TWO_CALLS = [name for name, mode in MODES.items() if mode.calls == 2]
+
+
+def pipeline_of(mode: str, seed: int, float64_scheduler: bool = True) -> DiffusionPipeline:
+    """The mode's pipeline with weights of this seed, all of the transformer's parameters trainable."""
+    if mode in SD3_MODES:
+        return tiny_sd3_pipeline(seed=seed, float64_scheduler=float64_scheduler)
+    pipe = MODES[mode].build()
+    generator = torch.Generator().manual_seed(seed)
+    redraw(pipe.transformer, 1.0, generator)
+    redraw(pipe.vae, 0.7, generator)
+    scheduler_class = Float64Scheduler if float64_scheduler else FlowMatchEulerDiscreteScheduler
+    pipe.scheduler = scheduler_class(use_dynamic_shifting=True)
+    return pipe
+
+
+def encoded(prompts: tuple[str, ...], *shape: int) -> torch.Tensor:
+    """(B, *shape): random numbers in place of a text encoder's, the same for the same prompt."""
+    generators = [torch.Generator().manual_seed(zlib.crc32(prompt.encode())) for prompt in prompts]
+    return torch.stack([torch.randn(shape, generator=generator, dtype=torch.float64) for generator in generators])
+
+
+def sampling_of(mode: str, prompts: tuple[str, ...], num_inference_steps: int, **changes: object) -> Sampling:
+    """A rollout of this mode; `changes` are further fields of `Sampling`."""
+    if mode in SD3_MODES:
+        return Sampling(prompts, num_inference_steps, **{**MODES[mode].guidance, **changes})
+    negative = ("grey",) * len(prompts)
+    embeddings = {"prompt_embeds": encoded(prompts, 5, 32)}
+    if MODES[mode].backbone == "flux":
+        embeddings["pooled_prompt_embeds"] = encoded(prompts, 32)
+    if MODES[mode].calls == 2:
+        embeddings |= {f"negative_{name}": encoded(negative, *rows.shape[1:]) for name, rows in embeddings.items()}
+    fields = {**MODES[mode].guidance, "embeddings": embeddings, "size": (HEIGHT, WIDTH), **changes}
+    return Sampling(prompts, num_inference_steps, **fields)
 
 
 def drawn_steps(name: str, surrogate: Surrogate, endpoint_of_same_draw: tuple[str, int] | None = None) -> Drawn:
