@@ -25,8 +25,9 @@ from flowbp.judging.statistics import interval
 from flowbp.rewards import load_reward
 from flowbp.rewards.ocr import OCRReward
 from flowbp.training.command_line import parse_args_with_config
+from flowbp.training.model import missing_components
 from flowbp.training.prompts import load_prompts
-from flowbp.training.training_utils import make_generator, missing_components
+from flowbp.training.seeds import make_generator
 
 # Rows of the table: what is measured of a picture, and whether it is a share.
 MEASURES = {

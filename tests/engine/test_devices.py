@@ -38,9 +38,10 @@ from flowbp.callback import BackwardOutput
 from flowbp.checks import RecordingError
 from flowbp.host import float64_on_host, read
 from flowbp.judging.guard import diversity, high_frequency_energy, saturated_share
-from flowbp.judging.images import draw_pictures
+from flowbp.judging.images import draw_images
+from flowbp.judging.statistics import estimate
 from flowbp.replayed import TOLERANCE, deviations
-from flowbp.training.training_run import TrainingRun, estimate
+from flowbp.training.training_run import TrainingRun
 
 REWARD = make_reward()
 DEVICE = torch.device("cpu")
@@ -221,7 +222,7 @@ def test_evaluations_are_computed_without_float64_on_the_device():
     pipe = tiny_sd3_pipeline(torch.float32, lora_rank=2)
     accelerator = Accelerator(cpu=True)
     with PretendedDevice():
-        drawn = draw_pictures(
+        drawn = draw_images(
             accelerator,
             pipe.transformer,
             PROMPTS,

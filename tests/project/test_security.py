@@ -49,8 +49,8 @@ from flowbp.rewards.geneval import geneval
 from flowbp.rewards.judges import hpsv3, unifiedreward_quality
 from flowbp.rewards.onnx_module import OnnxModule
 from flowbp.rewards.openclip import hpsv2_1
+from flowbp.training.model import LORA_FILE
 from flowbp.training.prompts import load_prompts
-from flowbp.training.training_utils import LORA_FILE
 
 MODELS = {
     "train_flowbp_sd3": lambda: tiny_sd3_pipeline(torch.float32),

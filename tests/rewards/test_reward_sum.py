@@ -19,8 +19,9 @@ from training_scripts import SHARED_ARGUMENTS, command_line, load_script, log_of
 
 from flowbp.rewards import WeightedReward, load_reward, part_means
 from flowbp.rewards.ocr import OCRReward, quoted_text
-from flowbp.training.arguments import choose_rewards
-from flowbp.training.prompts import load_prompts, load_texts
+from flowbp.training import TrainingConfig
+from flowbp.training.prompts import load_prompts, load_records, load_texts
+from flowbp.training.rewards import load_run_rewards
 
 WEIGHTS = {"a": 2.0, "b": -0.5, "c": 1.0}
 
@@ -371,24 +372,23 @@ def test_a_script_trains_with_a_sum_and_logs_its_parts(tmp_path, monkeypatch):
         assert {key: one[key] for key in one.keys() - measured} == {key: other[key] for key in other.keys() - measured}
 
 
-def test_rewards_of_a_script(tmp_path):
-    script = load_script("train_flowbp_sd3")
+def test_rewards_of_a_run(tmp_path):
     folder = tmp_path / "weights"
     folder.mkdir()
-    base = ["--pretrained_model_name_or_path", "x", "--prompts", str(write_table(tmp_path, ROWS)), "--method", "refl"]
+    path = write_table(tmp_path, ROWS)
 
-    def rewards(*words: str):
-        args = script.parse_args([*base, *words])
-        return choose_rewards(args, load_prompts(args.prompts))
+    def rewards(**options):
+        config = TrainingConfig(pretrained_model_name_or_path="x", prompts=str(path), method="refl", **options)
+        return load_run_rewards(config, load_records(config.prompts), None)
 
-    found = rewards("--reward", "toy_reward:make_reward")
-    assert found.training is found.plain and found.held_out is None and found.evaluation_prompts == ()
-    found = rewards("--reward", "ocr", "--reward_augment", "--reward_text_column", "text")
+    found = rewards(reward="toy_reward:make_reward")
+    assert found.training is found.plain and found.held_out is None and not found.evaluation
+    found = rewards(reward="ocr", reward_augment=True, reward_text_column="text")
     assert found.training.augment and not found.plain.augment
-    assert found.training.texts == found.plain.texts == load_texts(str(tmp_path / "prompts.jsonl"), "text")
+    assert found.training.texts == found.plain.texts == load_texts(str(path), "text")
     with pytest.raises(FileNotFoundError, match=f"got: config.json, model.safetensors not in {folder}"):
-        rewards("--reward", "clip", "--reward_model_path", f"clip={folder}")
+        rewards(reward="clip", reward_model_path=[f"clip={folder}"])
     with pytest.raises(ValueError, match="expected NAME=FOLDER, got 'clip'"):
-        rewards("--reward", "clip", "--reward_model_path", "clip")
+        rewards(reward="clip", reward_model_path=["clip"])
     with pytest.raises(ValueError, match="expected options among none; got texts"):
-        rewards("--reward", "toy_reward:make_reward", "--reward_text_column", "text")
+        rewards(reward="toy_reward:make_reward", reward_text_column="text")

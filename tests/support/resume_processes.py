@@ -29,7 +29,8 @@ from accelerate import PartialState
 from training_scripts import load_script, watch_runs
 
 from flowbp.publishing.push import one_line
-from flowbp.training.training_run import USER_ERRORS, TrainingRun
+from flowbp.training.script import USER_ERRORS
+from flowbp.training.training_run import TrainingRun
 
 
 def train(job: dict[str, Any], runs: list[TrainingRun]) -> dict[str, Any]:

@@ -20,7 +20,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from diffusers import DiffusionPipeline
 from diffusers.models.modeling_utils import ModelMixin
 from peft import set_peft_model_state_dict
@@ -198,26 +197,6 @@ def backbone_of(script: ModuleType) -> type[Backbone]:
 def parse_config(script: ModuleType, words: list[str]) -> TrainingConfig:
     """What a training script makes of a command line."""
     return parse_training_config(backbone_of(script), script.__doc__, words, ROOT / "training" / "recipes")
-
-
-def check_recipe(script: ModuleType, backbone: str, recipe: Path) -> None:
-    """A recipe parses, says what it is for, and its method can be drawn from."""
-    config = parse_config(script, ["--config", str(recipe), "--prompts", "prompts.txt", "--reward", "ocr"])
-    content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
-    found = config.settings()
-    for name, value in content.items():
-        several = isinstance(found[name], list) and not isinstance(value, list)
-        expected = [value] if several else value
-        is_file = name.endswith("_path") and (recipe.parent / str(value)).is_file()
-        assert found[name] == (str(recipe.parent / value) if is_file else expected), name
-    method = config.make_method(backbone)
-    assert method.name == content["method"]
-    method.draw(torch.linspace(1, 0, config.num_inference_steps + 1), torch.Generator().manual_seed(0))
-
-
-def recipes_of(backbone: str) -> list[Path]:
-    """The recipes of a backbone."""
-    return sorted((ROOT / "training" / "recipes").glob(f"{backbone}_*.yaml"))
 
 
 def load_pipeline(model: Path, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:

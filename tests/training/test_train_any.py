@@ -47,7 +47,7 @@ from training_scripts import (
 
 from flowbp import METHODS
 from flowbp.checks import RecordingError
-from flowbp.training.training_utils import LORA_FILE
+from flowbp.training.model import LORA_FILE
 
 NAME = "train_flowbp"
 # By name: what builds the pipeline, and what users give it.

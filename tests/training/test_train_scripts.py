@@ -32,7 +32,6 @@ from training_scripts import (
     backbone_of,
     check_bfloat16_round_trip,
     check_dry_run,
-    check_recipe,
     check_refusal,
     check_round_trip,
     check_run,
@@ -45,7 +44,6 @@ from training_scripts import (
     lora_of,
     metadata_of,
     parse_config,
-    recipes_of,
     same,
     script_path,
     watch_pictures,
@@ -236,24 +234,14 @@ def test_defaults_are_those_of_diffusers_and_the_paper(script: ModuleType, backb
 
 
 @rows(*BACKBONES)
-def test_every_option_of_the_table_is_an_option_of_the_script(script: ModuleType):
+def test_every_option_of_the_table_is_an_option_of_the_script(
+    script: ModuleType, capsys: pytest.CaptureFixture[str]
+):
     options = {option for row in METHODS.values() for option in row.options}
-    assert options == set(OPTIONS) <= parsed(script).keys()
-
-
-@pytest.mark.parametrize(
-    ("backbone", "recipe"),
-    [(name, recipe) for name in BACKBONES for recipe in recipes_of(name)],
-    indirect=["backbone"],
-    ids=lambda value: value.stem if isinstance(value, Path) else value,
-    scope="module",
-)
-def test_every_recipe_parses_and_draws(script: ModuleType, backbone: TrainedBackbone, recipe: Path):
-    check_recipe(script, backbone.name, recipe)
-
-
-def test_there_are_recipes():
-    assert all(len(recipes_of(name)) >= number for name, number in {"sd3": 4, "flux": 1, "flux2": 1}.items())
+    with pytest.raises(SystemExit):
+        script.main(["--help"])
+    printed = capsys.readouterr().out
+    assert options == set(OPTIONS) and all(f"  --{option} " in printed for option in options)
 
 
 REFUSALS = [

@@ -44,7 +44,8 @@ from flowbp.judging.figures import image_grid
 from flowbp.judging.images import to_pil
 from flowbp.training.checkpoints import check_folder, read_json
 from flowbp.training.distributed import full_lora
-from flowbp.training.training_utils import LORA_FILE, make_generator
+from flowbp.training.model import LORA_FILE
+from flowbp.training.seeds import make_generator
 
 NAME = "train_flowbp_sd3"
 REDNESS = "toy_reward:make_reward"

@@ -27,6 +27,7 @@ from tiny_sd3 import tiny_sd3_pipeline
 
 from flowbp import get_method
 from flowbp.callback import BackwardOutput
+from flowbp.judging.statistics import estimate
 from flowbp.rewards import load_reward
 from flowbp.training.arguments import (
     Rewards,
@@ -38,8 +39,13 @@ from flowbp.training.arguments import (
 )
 from flowbp.training.checkpoints import CheckpointError, check_folder, read_json
 from flowbp.training.distributed import full_lora
-from flowbp.training.training_run import TrainingRun, estimate, finite, read_log, run_script
-from flowbp.training.training_utils import LORA_FILE, StopSignals, TrainingError, add_lora, make_accelerator
+from flowbp.training.model import LORA_FILE, add_lora
+from flowbp.training.reports import finite, read_log
+from flowbp.training.script import run_script
+from flowbp.training.setup import make_accelerator
+from flowbp.training.signals import StopSignals
+from flowbp.training.state import TrainingError
+from flowbp.training.training_run import TrainingRun
 
 STEPS = 6
 PROMPTS = [f"prompt {number}" for number in range(5)]

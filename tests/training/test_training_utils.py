@@ -11,15 +11,10 @@ import pytest
 import torch
 from tiny_sd3 import tiny_sd3_pipeline
 
-from flowbp.training.training_utils import (
-    StageMeter,
-    add_lora,
-    derive_seed,
-    load_quantization_config,
-    make_accelerator,
-    make_generator,
-    missing_components,
-)
+from flowbp.training.model import add_lora, load_quantization_config, missing_components
+from flowbp.training.seeds import derive_seed, make_generator
+from flowbp.training.setup import make_accelerator
+from flowbp.training.stages import StageMeter
 
 
 def test_seeds_are_distinct():

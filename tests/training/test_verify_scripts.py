@@ -18,7 +18,7 @@ from tiny_sd3 import MAX_SEQUENCE_LENGTH, tiny_sd3_pipeline
 from training_scripts import SHARED_ARGUMENTS, command_line, load_script, lora_of, same, write_prompts
 
 import flowbp.callback
-from flowbp.training.training_run import run_script
+from flowbp.training.script import run_script
 
 WAN_SIZE = {"height": 16, "width": 16, "num_frames": 5}
 # What builds the model, the script, and the options that it needs.
@@ -130,7 +130,7 @@ def test_a_difference_stops_the_run_with_one_line(
     script = load_script(RUNS[name][1])
     monkeypatch.setattr(sys, "argv", [RUNS[name][1] + ".py", *words])
     left: list[Any] = []
-    monkeypatch.setattr("flowbp.training.training_run.leave", left.append)
+    monkeypatch.setattr("flowbp.training.script.leave", left.append)
     capsys.readouterr()
     run_script(lambda: script.main(words))
     (message,) = left

@@ -12,9 +12,6 @@ from .build import check_prompts, load_reward, option_names, part_names, reward_
 from .specs import REWARDS, RewardSpec, reward_spec, titles
 from .weighted import WeightedReward, part_means
 
-# For training/arguments.py alone, until it asks `RewardSpec.is_trainable`.
-JUDGES = tuple(name for name, spec in REWARDS.items() if not spec.is_trainable)
-
 __all__ = [
     "REWARDS",
     "RewardSpec",

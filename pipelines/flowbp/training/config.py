@@ -376,6 +376,8 @@ def add_method_options(
             declared[name] = found
             owners.setdefault(name, []).append(f"{row} {_text(defaults[name])}")
     for name, found in declared.items():
+        if name in declarations(TrainingConfig):
+            parser.error(f"--method {method}: its option {name!r} is an option of the run; give it another name")
         kind = found.kind
         group.add_argument(
             f"--{name}",
@@ -414,6 +416,12 @@ def parse_training_config(
     names = add_method_options(parser, groups[METHOD_GROUP], backbone.name, argv, recipes)
     values = vars(parse_args_with_config(parser, argv, recipes))
     del values["config"]
+    # --resolution and its two parts exclude each other, and the command line wins over the recipe.
+    parts = ("height", "width")
+    has_resolution = given_early(parser, "resolution", argv) is not None
+    has_parts = any(given_early(parser, name, argv) is not None for name in parts)
+    if has_resolution != has_parts:
+        values |= dict.fromkeys(parts if has_resolution else ("resolution",))
     given = {name: value for name in names if (value := values.pop(name)) is not None}
     config = make_config(parser, TrainingConfig, {**values, "method_options": given or None})
     try:
