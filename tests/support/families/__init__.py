@@ -10,10 +10,4 @@ undecorated call, the other modules build the pipelines.
 
 from . import images, more_images, packed, paper, videos
 
-FAMILIES = [
-    *paper.FAMILIES,
-    *packed.FAMILIES,
-    *images.FAMILIES,
-    *more_images.FAMILIES,
-    *videos.FAMILIES,
-]
+FAMILIES = [*paper.FAMILIES, *packed.FAMILIES, *images.FAMILIES, *more_images.FAMILIES, *videos.FAMILIES]

@@ -96,6 +96,24 @@ def ready(
     return pipe
 
 
+# What most transformers have in common, as far as they take it.
+SMALL = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_layers": 1,
+    "num_single_layers": 1,
+    "num_refiner_layers": 1,
+    "num_attention_heads": 2,
+    "attention_head_dim": 8,
+}
+
+
+def tiny_model(model: Callable[..., torch.nn.Module], **config: Any) -> torch.nn.Module:
+    """A transformer with this config, and of what is not in it the sizes of `SMALL`."""
+    taken = inspect.signature(model).parameters
+    return model(**{name: value for name, value in SMALL.items() if name in taken} | config)
+
+
 def tiny_pipeline(
     pipeline: type[DiffusionPipeline],
     shift: float | None = None,

@@ -52,7 +52,7 @@ from diffusers.pipelines.omnigen import pipeline_omnigen, processor_omnigen
 from tiny_sd3 import tiny_sd3_pipeline, tiny_vae
 from transformers import PreTrainedTokenizerFast
 
-from .family import Case, Family, Part, embeddings, guidance_cases, tiny_pipeline
+from .family import Case, Family, Part, embeddings, guidance_cases, tiny_model, tiny_pipeline
 from .paper import sd3_cases, tiny_flux2_vae
 from .videos import tiny_wan_vae
 
@@ -74,19 +74,17 @@ def negatives(features: int, masks: bool = False) -> dict[str, Any]:
 
 
 def build_lumina2() -> DiffusionPipeline:
-    transformer = Lumina2Transformer2DModel(
+    transformer = tiny_model(
+        Lumina2Transformer2DModel,
         sample_size=4,
         patch_size=2,
-        in_channels=4,
         hidden_size=16,
-        num_layers=1,
-        num_refiner_layers=1,
-        num_attention_heads=2,
         num_kv_heads=1,
         multiple_of=16,
         axes_dim_rope=(4, 2, 2),
         axes_lens=(16, 16, 16),
         cap_feat_dim=16,
+        out_channels=None,
     )
     return tiny_pipeline(Lumina2Pipeline, transformer=transformer, shift=6.0, vae=tiny_vae(4))
 
@@ -103,13 +101,11 @@ def lumina2_cases(pipe: DiffusionPipeline) -> list[Case]:
 
 
 def build_lumina() -> DiffusionPipeline:
-    transformer = LuminaNextDiT2DModel(
+    transformer = tiny_model(
+        LuminaNextDiT2DModel,
         sample_size=4,
         patch_size=2,
-        in_channels=4,
         hidden_size=16,
-        num_layers=1,
-        num_attention_heads=2,
         num_kv_heads=1,
         multiple_of=16,
         cross_attention_dim=16,
@@ -130,17 +126,14 @@ def lumina_cases(pipe: DiffusionPipeline) -> list[Case]:
 
 
 def build_aura_flow() -> DiffusionPipeline:
-    transformer = AuraFlowTransformer2DModel(
+    transformer = tiny_model(
+        AuraFlowTransformer2DModel,
         sample_size=4,
         patch_size=2,
-        in_channels=4,
         num_mmdit_layers=1,
         num_single_dit_layers=1,
-        attention_head_dim=8,
-        num_attention_heads=2,
         joint_attention_dim=16,
         caption_projection_dim=16,
-        out_channels=4,
         pos_embed_max_size=16,
     )
     return tiny_pipeline(AuraFlowPipeline, transformer=transformer, shift=1.73, vae=tiny_vae(4))
@@ -149,23 +142,12 @@ def build_aura_flow() -> DiffusionPipeline:
 def aura_flow_cases(pipe: DiffusionPipeline) -> list[Case]:
     plain = {**prompts(16, masks=True), "height": 8, "width": 8}
     guided = {**plain, **negatives(16, masks=True), "guidance_scale": 3.5}
-    return [
-        Case("no guidance", {**plain, "guidance_scale": 1.0}),
-        Case("guidance", guided, Part(0, "first half")),
-    ]
+    return [Case("no guidance", {**plain, "guidance_scale": 1.0}), Case("guidance", guided, Part(0, "first half"))]
 
 
 def build_cogview4() -> DiffusionPipeline:
-    transformer = CogView4Transformer2DModel(
-        patch_size=2,
-        in_channels=4,
-        out_channels=4,
-        num_layers=1,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        text_embed_dim=16,
-        time_embed_dim=8,
-        condition_dim=4,
+    transformer = tiny_model(
+        CogView4Transformer2DModel, patch_size=2, text_embed_dim=16, time_embed_dim=8, condition_dim=4
     )
     scheduler = FlowMatchEulerDiscreteScheduler(
         base_shift=0.25, max_shift=0.75, use_dynamic_shifting=True, time_shift_type="linear"
@@ -180,13 +162,10 @@ def cogview4_cases(pipe: DiffusionPipeline) -> list[Case]:
 
 def sana_parts() -> dict[str, Any]:
     """Components that Sana's pipelines share."""
-    transformer = SanaTransformer2DModel(
+    transformer = tiny_model(
+        SanaTransformer2DModel,
         patch_size=1,
-        in_channels=4,
-        out_channels=4,
         num_layers=2,
-        num_attention_heads=2,
-        attention_head_dim=8,
         num_cross_attention_heads=2,
         cross_attention_head_dim=8,
         cross_attention_dim=16,
@@ -241,10 +220,7 @@ def sana_prompts() -> tuple[dict[str, Any], dict[str, Any]]:
 
 def sana_cases(pipe: DiffusionPipeline) -> list[Case]:
     plain, guided = sana_prompts()
-    return [
-        Case("no guidance", plain),
-        Case("guidance", guided, Part(0, "first half")),
-    ]
+    return [Case("no guidance", plain), Case("guidance", guided, Part(0, "first half"))]
 
 
 def sana_dpm_solver_cases(pipe: DiffusionPipeline) -> list[Case]:
@@ -285,14 +261,9 @@ def sd3_pag_cases(pipe: DiffusionPipeline) -> list[Case]:
 
 
 def build_hidream(trains_experts: bool = True) -> DiffusionPipeline:
-    transformer = HiDreamImageTransformer2DModel(
+    transformer = tiny_model(
+        HiDreamImageTransformer2DModel,
         patch_size=2,
-        in_channels=4,
-        out_channels=4,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=8,
-        num_attention_heads=2,
         caption_channels=[16, 8],
         text_emb_dim=16,
         num_routed_experts=4,
@@ -355,10 +326,7 @@ def prx_cases(pipe: DiffusionPipeline) -> list[Case]:
     guided = {**plain, **negatives(16, masks=True), "negative_prompt": None, "guidance_scale": 4.0}
     # With guidance the pipeline passes two timesteps whatever the batch, so it works for one prompt only.
     one = {name: value[1:] if isinstance(value, torch.Tensor) else value for name, value in guided.items()}
-    return [
-        Case("no guidance", {**plain, "guidance_scale": 1.0}),
-        Case("guidance", one, Part(0, "first half")),
-    ]
+    return [Case("no guidance", {**plain, "guidance_scale": 1.0}), Case("guidance", one, Part(0, "first half"))]
 
 
 def build_prx_pixel() -> DiffusionPipeline:
@@ -378,13 +346,11 @@ def build_prx_pixel() -> DiffusionPipeline:
 
 
 def build_ernie_image() -> DiffusionPipeline:
-    transformer = ErnieImageTransformer2DModel(
+    transformer = tiny_model(
+        ErnieImageTransformer2DModel,
         hidden_size=16,
-        num_attention_heads=2,
         num_layers=2,
         ffn_hidden_size=32,
-        in_channels=4,
-        out_channels=4,
         text_in_dim=16,
         rope_axes_dim=(4, 2, 2),
     )
@@ -402,13 +368,10 @@ def ernie_image_cases(pipe: DiffusionPipeline) -> list[Case]:
 
 
 def build_glm_image() -> DiffusionPipeline:
-    transformer = GlmImageTransformer2DModel(
+    transformer = tiny_model(
+        GlmImageTransformer2DModel,
         patch_size=2,
-        in_channels=4,
-        out_channels=4,
         num_layers=2,
-        attention_head_dim=8,
-        num_attention_heads=2,
         text_embed_dim=16,
         time_embed_dim=16,
         condition_dim=8,
@@ -449,14 +412,8 @@ def build_hunyuan_image(**guiders: AdaptiveProjectedMixGuidance) -> DiffusionPip
     Without guiders this is the distilled model.
     """
     is_distilled = not guiders
-    transformer = HunyuanImageTransformer2DModel(
-        in_channels=4,
-        out_channels=4,
-        num_attention_heads=2,
-        attention_head_dim=8,
-        num_layers=1,
-        num_single_layers=1,
-        num_refiner_layers=1,
+    transformer = tiny_model(
+        HunyuanImageTransformer2DModel,
         patch_size=(1, 1),
         guidance_embeds=is_distilled,
         use_meanflow=is_distilled,
@@ -541,12 +498,9 @@ class PermissiveChecker:
 
 
 def build_cosmos2() -> DiffusionPipeline:
-    transformer = CosmosTransformer3DModel(
-        in_channels=4,
-        out_channels=4,
-        num_attention_heads=2,
+    transformer = tiny_model(
+        CosmosTransformer3DModel,
         attention_head_dim=16,
-        num_layers=1,
         mlp_ratio=2,
         text_embed_dim=16,
         adaln_lora_dim=4,
@@ -578,13 +532,12 @@ def omnigen_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_omnigen() -> DiffusionPipeline:
-    transformer = OmniGenTransformer2DModel(
+    transformer = tiny_model(
+        OmniGenTransformer2DModel,
         hidden_size=16,
-        num_attention_heads=2,
         num_key_value_heads=2,
         intermediate_size=32,
         num_layers=2,
-        in_channels=4,
         time_step_dim=16,
         pad_token_id=2,
         vocab_size=16,

@@ -30,7 +30,7 @@ from tiny_sd3 import tiny_vae
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import Qwen2Tokenizer, Qwen3VLConfig, Qwen3VLModel, T5Config, T5EncoderModel
 
-from .family import Case, Family, Part, embeddings, guidance_cases, tiny_pipeline
+from .family import Case, Family, Part, embeddings, guidance_cases, tiny_model, tiny_pipeline
 from .images import PermissiveChecker
 from .paper import build_flux, tiny_flux2_vae
 from .videos import build_ltx, kandinsky_5_prompts, tiny_kandinsky_5, tiny_wan_vae, wan_prompts
@@ -101,11 +101,8 @@ def tiny_qwen3_vl(width: int, layers: int) -> Qwen3VLModel:
 
 
 def tiny_ideogram_transformer() -> Ideogram4Transformer2DModel:
-    return Ideogram4Transformer2DModel(
-        in_channels=4,
-        num_layers=1,
-        attention_head_dim=8,
-        num_attention_heads=2,
+    return tiny_model(
+        Ideogram4Transformer2DModel,
         intermediate_size=32,
         adaln_dim=16,
         # Thirteen layers of the text encoder, eight numbers each.
@@ -136,12 +133,11 @@ def ideogram_cases(pipe: DiffusionPipeline) -> list[Case]:
 
 
 def build_nucleus() -> DiffusionPipeline:
-    transformer = NucleusMoEImageTransformer2DModel(
+    transformer = tiny_model(
+        NucleusMoEImageTransformer2DModel,
         in_channels=16,
-        out_channels=4,
         num_layers=2,
         attention_head_dim=16,
-        num_attention_heads=2,
         joint_attention_dim=16,
         axes_dims_rope=(8, 4, 4),
         dense_moe_strategy="leave_first_block_dense",
@@ -222,12 +218,10 @@ def dream_lite_mobile_cases(pipe: DiffusionPipeline) -> list[Case]:
 
 
 def build_cosmos_25() -> DiffusionPipeline:
-    transformer = CosmosTransformer3DModel(
+    transformer = tiny_model(
+        CosmosTransformer3DModel,
         in_channels=5,
-        out_channels=4,
-        num_attention_heads=2,
         attention_head_dim=16,
-        num_layers=1,
         mlp_ratio=2,
         text_embed_dim=32,
         adaln_lora_dim=4,

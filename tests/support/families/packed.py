@@ -47,7 +47,7 @@ from transformers import (
     SmolLM3ForCausalLM,
 )
 
-from .family import Case, Family, Part, embeddings, guidance_cases, tiny_pipeline
+from .family import Case, Family, Part, embeddings, guidance_cases, tiny_model, tiny_pipeline
 from .paper import tiny_flux2_vae
 
 PADDED = torch.tensor([[True, True, True, True, True], [True, True, True, False, False]])
@@ -71,12 +71,10 @@ def tiny_qwen_vae() -> AutoencoderKLQwenImage:
 
 
 def build_qwen_image() -> DiffusionPipeline:
-    transformer = QwenImageTransformer2DModel(
+    transformer = tiny_model(
+        QwenImageTransformer2DModel,
         in_channels=16,
-        out_channels=4,
-        num_layers=1,
         attention_head_dim=16,
-        num_attention_heads=2,
         joint_attention_dim=32,
         axes_dims_rope=(4, 6, 6),
     )
@@ -84,12 +82,7 @@ def build_qwen_image() -> DiffusionPipeline:
 
 
 def qwen_image_cases(pipe: DiffusionPipeline) -> list[Case]:
-    prompts = {
-        "prompt_embeds": embeddings(2, 5, 32),
-        "prompt_embeds_mask": PADDED,
-        "height": 8,
-        "width": 8,
-    }
+    prompts = {"prompt_embeds": embeddings(2, 5, 32), "prompt_embeds_mask": PADDED, "height": 8, "width": 8}
     negative = {
         "negative_prompt_embeds": embeddings(2, 5, 32, seed=2),
         "negative_prompt_embeds_mask": PADDED,
@@ -121,14 +114,8 @@ def byte_tokenizer() -> Qwen2Tokenizer:
 
 
 def build_qwen_image_21() -> DiffusionPipeline:
-    transformer = QwenImage21Transformer2DModel(
-        in_channels=4,
-        out_channels=4,
-        num_layers=2,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        context_in_dim=32,
-        axes_dims_rope=(4, 6, 6),
+    transformer = tiny_model(
+        QwenImage21Transformer2DModel, num_layers=2, attention_head_dim=16, context_in_dim=32, axes_dims_rope=(4, 6, 6)
     )
     vae = AutoencoderKLQwenImage21(base_dim=8, decoder_base_dim=8, **VAE_SIZES)
     template = "{% for message in messages %}{{ message['content'][0]['text'] }}{% endfor %}"
@@ -162,43 +149,32 @@ def qwen_image_21_cases(pipe: DiffusionPipeline) -> list[Case]:
 
 
 def build_chroma() -> DiffusionPipeline:
-    transformer = ChromaTransformer2DModel(
+    transformer = tiny_model(
+        ChromaTransformer2DModel,
         in_channels=16,
-        num_layers=1,
-        num_single_layers=1,
         attention_head_dim=16,
-        num_attention_heads=2,
         joint_attention_dim=32,
         axes_dims_rope=(4, 4, 8),
         approximator_num_channels=16,
         approximator_hidden_dim=16,
         approximator_layers=1,
+        out_channels=None,
     )
     return tiny_pipeline(ChromaPipeline, vae=tiny_vae(4), transformer=transformer)
 
 
 def chroma_cases(pipe: DiffusionPipeline) -> list[Case]:
-    prompts = {
-        "prompt_embeds": embeddings(2, 5, 32),
-        "prompt_attention_mask": PADDED,
-        "height": 8,
-        "width": 8,
-    }
-    negative = {
-        "negative_prompt_embeds": embeddings(2, 5, 32, seed=2),
-        "negative_prompt_attention_mask": PADDED,
-    }
+    prompts = {"prompt_embeds": embeddings(2, 5, 32), "prompt_attention_mask": PADDED, "height": 8, "width": 8}
+    negative = {"negative_prompt_embeds": embeddings(2, 5, 32, seed=2), "negative_prompt_attention_mask": PADDED}
     return guidance_cases(prompts, 4.0, Part(1), negative)
 
 
 def build_ovis_image() -> DiffusionPipeline:
-    transformer = OvisImageTransformer2DModel(
+    transformer = tiny_model(
+        OvisImageTransformer2DModel,
         in_channels=16,
         out_channels=16,
-        num_layers=1,
-        num_single_layers=1,
         attention_head_dim=16,
-        num_attention_heads=2,
         joint_attention_dim=32,
         axes_dims_rope=(4, 4, 8),
     )
@@ -213,10 +189,9 @@ def ovis_image_cases(pipe: DiffusionPipeline) -> list[Case]:
 
 
 def build_krea2() -> DiffusionPipeline:
-    transformer = Krea2Transformer2DModel(
+    transformer = tiny_model(
+        Krea2Transformer2DModel,
         in_channels=16,
-        num_layers=1,
-        attention_head_dim=8,
         num_attention_heads=4,
         num_key_value_heads=2,
         intermediate_size=32,
@@ -236,26 +211,16 @@ def build_krea2() -> DiffusionPipeline:
 
 
 def krea2_cases(pipe: DiffusionPipeline) -> list[Case]:
-    prompts = {
-        "prompt_embeds": embeddings(2, 5, 3, 16),
-        "prompt_embeds_mask": PADDED,
-        "height": 8,
-        "width": 8,
-    }
-    negative = {
-        "negative_prompt_embeds": embeddings(2, 5, 3, 16, seed=2),
-        "negative_prompt_embeds_mask": PADDED,
-    }
+    prompts = {"prompt_embeds": embeddings(2, 5, 3, 16), "prompt_embeds_mask": PADDED, "height": 8, "width": 8}
+    negative = {"negative_prompt_embeds": embeddings(2, 5, 3, 16, seed=2), "negative_prompt_embeds_mask": PADDED}
     return guidance_cases(prompts, 3.0, Part(1), negative, off=0.0)
 
 
 def build_longcat_image() -> DiffusionPipeline:
-    transformer = LongCatImageTransformer2DModel(
+    transformer = tiny_model(
+        LongCatImageTransformer2DModel,
         in_channels=64,
-        num_layers=1,
-        num_single_layers=1,
         attention_head_dim=16,
-        num_attention_heads=2,
         joint_attention_dim=16,
         pooled_projection_dim=16,
         axes_dims_rope=[4, 4, 8],
@@ -302,14 +267,8 @@ def longcat_image_cases(pipe: DiffusionPipeline) -> list[Case]:
 
 
 def build_bria() -> DiffusionPipeline:
-    transformer = BriaTransformer2DModel(
-        in_channels=16,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=32,
-        axes_dims_rope=[4, 4, 8],
+    transformer = tiny_model(
+        BriaTransformer2DModel, in_channels=16, attention_head_dim=16, joint_attention_dim=32, axes_dims_rope=[4, 4, 8]
     )
     return tiny_pipeline(BriaPipeline, transformer=transformer, vae=tiny_vae(4))
 
@@ -337,12 +296,9 @@ def build_bria_fibo() -> DiffusionPipeline:
         num_key_value_heads=2,
         pad_token_id=tokenizer.pad_token_id,
     )
-    transformer = BriaFiboTransformer2DModel(
-        in_channels=4,
-        num_layers=1,
-        num_single_layers=1,
+    transformer = tiny_model(
+        BriaFiboTransformer2DModel,
         attention_head_dim=16,
-        num_attention_heads=2,
         joint_attention_dim=32,
         text_encoder_dim=16,
         axes_dims_rope=[4, 4, 8],
@@ -361,10 +317,7 @@ def bria_fibo_cases(pipe: DiffusionPipeline) -> list[Case]:
         "width": 64,
         "guidance_scale": 5.0,
     }
-    return [
-        Case("no guidance", {**prompts, "guidance_scale": 1.0}),
-        Case("guidance", prompts, Part(0, "first half")),
-    ]
+    return [Case("no guidance", {**prompts, "guidance_scale": 1.0}), Case("guidance", prompts, Part(0, "first half"))]
 
 
 def build_bria_fibo2() -> DiffusionPipeline:
@@ -389,16 +342,8 @@ def build_bria_fibo2() -> DiffusionPipeline:
 
 
 def bria_fibo2_cases(pipe: DiffusionPipeline) -> list[Case]:
-    prompts = {
-        "prompt_embeds": embeddings(2, 2, 5, 32),
-        "prompt_embeds_mask": PADDED,
-        "height": 16,
-        "width": 16,
-    }
-    negative = {
-        "negative_prompt_embeds": embeddings(2, 2, 5, 32, seed=2),
-        "negative_prompt_embeds_mask": PADDED,
-    }
+    prompts = {"prompt_embeds": embeddings(2, 2, 5, 32), "prompt_embeds_mask": PADDED, "height": 16, "width": 16}
+    negative = {"negative_prompt_embeds": embeddings(2, 2, 5, 32, seed=2), "negative_prompt_embeds_mask": PADDED}
     return guidance_cases(prompts, 5.0, Part(1), negative)
 
 
@@ -439,21 +384,14 @@ def z_image_cases(pipe: DiffusionPipeline) -> list[Case]:
         # Texts stand before, between and after pictures; with no picture there is one.
         prompts, negative = [[text] for text in prompts], [[text] for text in negative]
     size = {"height": 8, "width": 8}
-    guidance = {
-        **size,
-        "prompt_embeds": prompts,
-        "negative_prompt_embeds": negative,
-        "guidance_scale": 4.0,
-    }
+    guidance = {**size, "prompt_embeds": prompts, "negative_prompt_embeds": negative, "guidance_scale": 4.0}
     unconditional = Part(0, "second half")
     return [
         Case("no guidance", {**size, "prompt_embeds": prompts, "guidance_scale": 0.0}),
         Case("guidance", guidance, unconditional),
         Case("guidance with a bounded norm", {**guidance, "cfg_normalization": True}, unconditional),
         Case(
-            "guidance switched off for late steps",
-            {**guidance, "cfg_truncation": 0.3},
-            Part(0, "second half", size=4),
+            "guidance switched off for late steps", {**guidance, "cfg_truncation": 0.3}, Part(0, "second half", size=4)
         ),
     ]
 

@@ -20,7 +20,7 @@ from diffusers import (
 )
 from tiny_sd3 import tiny_sd3_pipeline, tiny_vae
 
-from .family import Case, Family, Part, embeddings, guidance_cases, tiny_pipeline
+from .family import Case, Family, Part, embeddings, guidance_cases, tiny_model, tiny_pipeline
 
 
 def build_sd3() -> DiffusionPipeline:
@@ -45,17 +45,16 @@ def sd3_cases(pipe: DiffusionPipeline) -> list[Case]:
 
 
 def build_flux() -> DiffusionPipeline:
-    transformer = FluxTransformer2DModel(
+    transformer = tiny_model(
+        FluxTransformer2DModel,
         patch_size=1,
         in_channels=16,
-        num_layers=1,
-        num_single_layers=1,
         attention_head_dim=16,
-        num_attention_heads=2,
         joint_attention_dim=32,
         pooled_projection_dim=32,
         guidance_embeds=True,
         axes_dims_rope=(4, 4, 8),
+        out_channels=None,
     )
     return tiny_pipeline(FluxPipeline, vae=tiny_vae(4), transformer=transformer)
 
@@ -73,10 +72,7 @@ def flux_cases(pipe: DiffusionPipeline) -> list[Case]:
         "negative_pooled_prompt_embeds": embeddings(2, 32, seed=3),
         "true_cfg_scale": 4.0,
     }
-    return [
-        Case("distilled guidance", prompts),
-        Case("true guidance", {**prompts, **negative}, Part(1)),
-    ]
+    return [Case("distilled guidance", prompts), Case("true guidance", {**prompts, **negative}, Part(1))]
 
 
 def tiny_flux2_vae() -> AutoencoderKLFlux2:
@@ -99,17 +95,15 @@ def tiny_flux2_vae() -> AutoencoderKLFlux2:
 
 def tiny_flux2_transformer(guidance_embeds: bool) -> Flux2Transformer2DModel:
     """The transformer of FLUX.2 with one block of each kind."""
-    return Flux2Transformer2DModel(
+    return tiny_model(
+        Flux2Transformer2DModel,
         patch_size=1,
-        in_channels=4,
-        num_layers=1,
-        num_single_layers=1,
         attention_head_dim=16,
-        num_attention_heads=2,
         joint_attention_dim=32,
         timestep_guidance_channels=16,
         axes_dims_rope=(4, 4, 4, 4),
         guidance_embeds=guidance_embeds,
+        out_channels=None,
     )
 
 

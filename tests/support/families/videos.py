@@ -62,7 +62,7 @@ from diffusers import (
 from diffusers.models.embeddings import TimestepEmbedding
 from diffusers.pipelines.ltx2 import LTX2TextConnectors, LTX2Vocoder
 
-from .family import Case, Family, Part, embeddings, guidance_cases, ready, tiny_pipeline
+from .family import Case, Family, Part, embeddings, guidance_cases, ready, tiny_model, tiny_pipeline
 
 
 def mask(*lengths: int, length: int = 5) -> torch.Tensor:
@@ -162,14 +162,9 @@ def tiny_hunyuan_vae() -> AutoencoderKLHunyuanVideo:
 
 
 def build_hunyuan_video() -> DiffusionPipeline:
-    transformer = HunyuanVideoTransformer3DModel(
-        in_channels=4,
-        out_channels=4,
-        num_attention_heads=2,
+    transformer = tiny_model(
+        HunyuanVideoTransformer3DModel,
         attention_head_dim=10,
-        num_layers=1,
-        num_single_layers=1,
-        num_refiner_layers=1,
         patch_size=1,
         patch_size_t=1,
         guidance_embeds=True,
@@ -196,20 +191,13 @@ def hunyuan_video_cases(pipe: DiffusionPipeline) -> list[Case]:
         "negative_prompt_attention_mask": mask(3, 5),
         "true_cfg_scale": 4.0,
     }
-    return [
-        Case("distilled guidance", arguments),
-        Case("true guidance", {**arguments, **negative}, Part(1)),
-    ]
+    return [Case("distilled guidance", arguments), Case("true guidance", {**arguments, **negative}, Part(1))]
 
 
 def build_hunyuan_video_15(**guidance: float) -> DiffusionPipeline:
-    transformer = HunyuanVideo15Transformer3DModel(
+    transformer = tiny_model(
+        HunyuanVideo15Transformer3DModel,
         in_channels=9,
-        out_channels=4,
-        num_attention_heads=2,
-        attention_head_dim=8,
-        num_layers=1,
-        num_refiner_layers=1,
         mlp_ratio=2.0,
         text_embed_dim=16,
         text_embed_2_dim=32,
@@ -267,14 +255,8 @@ def hunyuan_video_15_case(label: str, unconditional: Part | None = None) -> Call
 
 
 def build_ltx(pipeline: type[DiffusionPipeline]) -> DiffusionPipeline:
-    transformer = LTXVideoTransformer3DModel(
-        in_channels=8,
-        out_channels=8,
-        num_attention_heads=2,
-        attention_head_dim=8,
-        cross_attention_dim=16,
-        num_layers=1,
-        caption_channels=32,
+    transformer = tiny_model(
+        LTXVideoTransformer3DModel, in_channels=8, out_channels=8, cross_attention_dim=16, caption_channels=32
     )
     vae = AutoencoderKLLTXVideo(
         latent_channels=8,
@@ -382,14 +364,11 @@ def kandinsky_5_cases(pipe: DiffusionPipeline) -> list[Case]:
 
 
 def build_easy_animate() -> DiffusionPipeline:
-    transformer = EasyAnimateTransformer3DModel(
-        num_attention_heads=2,
+    transformer = tiny_model(
+        EasyAnimateTransformer3DModel,
         attention_head_dim=16,
-        in_channels=4,
-        out_channels=4,
         time_embed_dim=16,
         text_embed_dim=16,
-        num_layers=1,
         sample_width=16,
         sample_height=16,
         patch_size=2,
@@ -417,10 +396,8 @@ def easy_animate_cases(pipe: DiffusionPipeline) -> list[Case]:
 
 
 def build_sana_video() -> DiffusionPipeline:
-    transformer = SanaVideoTransformer3DModel(
-        in_channels=4,
-        out_channels=4,
-        num_attention_heads=2,
+    transformer = tiny_model(
+        SanaVideoTransformer3DModel,
         attention_head_dim=12,
         num_layers=2,
         num_cross_attention_heads=2,
@@ -451,18 +428,14 @@ def sana_video_cases(pipe: DiffusionPipeline) -> list[Case]:
 
 
 def build_ltx_2(pipeline: type[DiffusionPipeline]) -> DiffusionPipeline:
-    transformer = LTX2VideoTransformer3DModel(
-        in_channels=4,
-        out_channels=4,
-        num_attention_heads=2,
-        attention_head_dim=8,
+    transformer = tiny_model(
+        LTX2VideoTransformer3DModel,
         cross_attention_dim=16,
         audio_in_channels=4,
         audio_out_channels=4,
         audio_num_attention_heads=2,
         audio_attention_head_dim=4,
         audio_cross_attention_dim=8,
-        num_layers=1,
         caption_channels=16,
         rope_double_precision=False,
         rope_type="split",
@@ -497,12 +470,7 @@ def build_ltx_2(pipeline: type[DiffusionPipeline]) -> DiffusionPipeline:
         patch_size=1,
     )
     audio_vae = AutoencoderKLLTX2Audio(
-        base_channels=4,
-        ch_mult=(1,),
-        num_res_blocks=1,
-        resolution=32,
-        latent_channels=2,
-        mel_bins=8,
+        base_channels=4, ch_mult=(1,), num_res_blocks=1, resolution=32, latent_channels=2, mel_bins=8
     )
     vocoder = LTX2Vocoder(
         in_channels=16,
@@ -518,13 +486,7 @@ def build_ltx_2(pipeline: type[DiffusionPipeline]) -> DiffusionPipeline:
 
 
 def ltx_2_cases(pipe: DiffusionPipeline) -> list[Case]:
-    arguments = {
-        **prompts(32),
-        "height": 32,
-        "width": 32,
-        "num_frames": 3,
-        "spatio_temporal_guidance_blocks": [0],
-    }
+    arguments = {**prompts(32), "height": 32, "width": 32, "num_frames": 3, "spatio_temporal_guidance_blocks": [0]}
     off = {"guidance_scale": 1.0, "audio_guidance_scale": 1.0, "stg_scale": 0.0, "audio_stg_scale": 0.0}
     off |= {"modality_scale": 1.0, "audio_modality_scale": 1.0, "guidance_rescale": 0.0, "audio_guidance_rescale": 0.0}
     return [
@@ -534,13 +496,10 @@ def ltx_2_cases(pipe: DiffusionPipeline) -> list[Case]:
 
 
 def build_motif(guider: BaseGuidance) -> DiffusionPipeline:
-    transformer = MotifVideoTransformer3DModel(
+    transformer = tiny_model(
+        MotifVideoTransformer3DModel,
         in_channels=9,
-        out_channels=4,
-        num_attention_heads=2,
         attention_head_dim=12,
-        num_layers=1,
-        num_single_layers=1,
         patch_size=1,
         text_embed_dim=32,
         rope_axes_dim=(4, 4, 4),
