@@ -18,7 +18,7 @@ def table() -> str:
     parts = []
     for title, files in (
         ("Scripts: accelerate launch -m MODULE --help", scripts),
-        ("Recipes: accelerate launch -m MODULE --config PATH", recipes),
+        ("Recipes: accelerate launch -m MODULE --config PATH, or the name without .yaml", recipes),
         ("Configurations of accelerate: accelerate launch --config_file PATH -m MODULE", configs),
     ):
         parts.append("\n".join([title, *(f"  {name:{width}}  {path}" for name, path in sorted(files.items()))]))

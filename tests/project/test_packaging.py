@@ -197,9 +197,8 @@ def test_scripts_recipes_and_configurations_are_found(installation: Installation
 
 @pytest.mark.parametrize("installation", ["wheel, --prefix", "sdist, --target"], indirect=True)
 def test_training_without_a_clone(installation: Installation, model: Path, prompts: Path, tmp_path: Path) -> None:
-    """Two updates with an installed recipe leave a LoRA that was trained and its card."""
-    recipe = installation.scripts / "recipes" / "sd3_flowbp_sparse.yaml"
-    arguments = {"config": recipe, "mixed_precision": "no", "gradient_accumulation_steps": 1}
+    """Two updates with an installed recipe, found by its name, leave a LoRA that was trained and its card."""
+    arguments = {"config": "sd3_flowbp_sparse", "mixed_precision": "no", "gradient_accumulation_steps": 1}
     launch = ["--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     run(
         *[installation.python, "-m", "accelerate.commands.launch", *launch, "--cpu"],
