@@ -115,11 +115,14 @@ class AnyPipeline(Backbone):
                 self.model,
                 subfolder=config.lora_component,
                 quantization_config=self.quantization_config,
+                use_safetensors=True,
                 **self.loading,
             )
         if config.flow_shift is not None:
             parts["scheduler"] = FlowMatchEulerDiscreteScheduler(shift=config.flow_shift)
-        return self.pipeline_class.from_pretrained(self.model, trust_remote_code=False, **parts, **self.loading)
+        return self.pipeline_class.from_pretrained(
+            self.model, use_safetensors=True, trust_remote_code=False, **parts, **self.loading
+        )
 
     def transformer(self, pipe: DiffusionPipeline) -> torch.nn.Module:
         """The part that `--lora_component` names."""

@@ -63,6 +63,7 @@ class SD3(Backbone):
             self.model,
             transformer=shape,
             vae=None,
+            use_safetensors=True,
             trust_remote_code=False,
             **missing_components(self.index),
             **self.loading,

@@ -30,6 +30,7 @@ from tiny_sd3 import MAX_SEQUENCE_LENGTH, add_random_lora, save_random_lora, tin
 from training_scripts import ROOT, check_refusal, command_line, environment, load_pipeline, load_script, script_path
 
 from flowbp.judging.images import to_pil
+from flowbp.judging.loras import scores_by_reward
 
 NAME = "evaluate_flowbp"
 STEPS = 4
@@ -285,24 +286,24 @@ def test_videos_are_scored_by_frame(script: ModuleType, arguments: dict[str, Any
         assert image.size == (16, 16)
 
 
-def test_scores_of_frames_are_averaged_and_checked(script: ModuleType) -> None:
+def test_scores_of_frames_are_averaged_and_checked() -> None:
     videos = torch.rand(2, 3, 3, 4, 4, generator=torch.Generator().manual_seed(0))
 
     def reward(images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         return images.mean((1, 2, 3)) + torch.tensor([float(prompt) for prompt in prompts])
 
-    found = script.score(reward, ["x"], videos, ["10", "20"])["x"]
+    found = scores_by_reward(reward, ["x"], videos, ["10", "20"])["x"]
     assert found == pytest.approx((videos.mean((1, 2, 3, 4)) + torch.tensor([10.0, 20.0])).tolist())
     with pytest.raises(ValueError, match="expected 2 finite scores"):
-        script.score(lambda images, prompts: torch.tensor([1.0, float("inf")]), ["x"], videos[:, 0], ["", ""])
+        scores_by_reward(lambda images, prompts: torch.tensor([1.0, float("inf")]), ["x"], videos[:, 0], ["", ""])
     with pytest.raises(ValueError, match="expected 2 finite scores"):
-        script.score(lambda images, prompts: torch.ones(1), ["x"], videos[:, 0], ["", ""])
-    unanswered = script.score(lambda images, prompts: torch.tensor([1.0, math.nan]), ["x"], videos[:, 0], ["", ""])[
-        "x"
-    ]
+        scores_by_reward(lambda images, prompts: torch.ones(1), ["x"], videos[:, 0], ["", ""])
+    unanswered = scores_by_reward(
+        lambda images, prompts: torch.tensor([1.0, math.nan]), ["x"], videos[:, 0], ["", ""]
+    )["x"]
     assert unanswered[0] == 1.0 and math.isnan(unanswered[1])
     with pytest.raises(ValueError, match=r"in \[0, 1\].*from 0.00 to 2.00"):
-        script.score(reward, ["x"], torch.tensor([0.0, 2.0]).expand(1, 3, 2, 2), ["0"])
+        scores_by_reward(reward, ["x"], torch.tensor([0.0, 2.0]).expand(1, 3, 2, 2), ["0"])
 
 
 def test_geneval_has_a_table_of_its_tasks(script: ModuleType, arguments: dict[str, Any], tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ class Backbone:
         self.source = {"revision": config.revision}
         self.notes: list[str] = []
         dtype = WEIGHT_DTYPES[config.mixed_precision]
-        self.loading = {"variant": config.variant, "dtype": dtype, "use_safetensors": True, **self.source}
+        self.loading = {"variant": config.variant, "dtype": dtype, **self.source}
         self.index = load_pipeline_config(self.pipeline_class, self.model, self.source)
         self.check()
         self.quantization_config = load_quantization_config(config.quantization_config_path, dtype)
@@ -103,7 +103,12 @@ class Backbone:
     def load_text_pipeline(self) -> DiffusionPipeline:
         """The pipeline with text encoders and tokenizers alone."""
         return self.pipeline_class.from_pretrained(
-            self.model, transformer=None, vae=None, trust_remote_code=False, **self.loading
+            self.model,
+            transformer=None,
+            vae=None,
+            use_safetensors=True,
+            trust_remote_code=False,
+            **self.loading,
         )
 
     def key(self, record: Record) -> str:
@@ -138,11 +143,20 @@ class Backbone:
     def load_pipeline(self) -> DiffusionPipeline:
         """The pipeline that samples, without its text encoders; on the CPU, but for quantised weights."""
         transformer = self.transformer_class.from_pretrained(
-            self.model, subfolder="transformer", quantization_config=self.quantization_config, **self.loading
+            self.model,
+            subfolder="transformer",
+            quantization_config=self.quantization_config,
+            use_safetensors=True,
+            **self.loading,
         )
         without = {**missing_components(self.index), **dict.fromkeys(self.text_components)}
         return self.pipeline_class.from_pretrained(
-            self.model, transformer=transformer, trust_remote_code=False, **without, **self.loading
+            self.model,
+            transformer=transformer,
+            use_safetensors=True,
+            trust_remote_code=False,
+            **without,
+            **self.loading,
         )
 
     def transformer(self, pipe: DiffusionPipeline) -> torch.nn.Module:

@@ -93,7 +93,9 @@ def add_options(
             item = item_type(kind)
             more |= {"type": item or kind, "choices": declared.choices}
             if item is not None:
-                more |= {"nargs": "+", "default": None if default is None else list(default)}
+                more["nargs"] = "+"
+                if isinstance(default, tuple):
+                    more["default"] = list(default)
             elif kind not in (str, int, float, Path):
                 more["type"] = json_object
         groups[declared.group].add_argument(f"--{name}", *declared.aliases, dest=name, **more)
@@ -219,7 +221,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
         ValueError: the file cannot be read, is no YAML mapping, or has a key twice.
     """
     try:
-        recipe = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 - a SafeLoader
+        recipe = _Loader(path.read_text(encoding="utf-8")).get_single_data()
     except OSError as error:
         raise ValueError(f"--config {path}: cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

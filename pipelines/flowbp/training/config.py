@@ -324,7 +324,9 @@ class TrainingConfig:
                     found[name] = backbone.defaults[name]
             elif declared.of_backbone and getattr(self, name) != field.default:
                 raise ValueError(f"--{name}: {backbone.__name__} does not have this option; leave it out")
-        if self.height is None and self.width is None and self.resolution is None:
+        if self.height is not None or self.width is not None:
+            found["height"], found["width"] = zip(*self.sizes, strict=True)
+        elif self.resolution is None:
             found["resolution"] = (512,)
         if self.mixed_precision is None:
             found["mixed_precision"] = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")

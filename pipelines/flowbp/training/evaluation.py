@@ -214,7 +214,11 @@ class Evaluation:
         if self.accelerator.is_main_process:
             prompts = [record.prompt for record in records for _ in range(count)]
             columns = min(len(prompts), count * max(1, 8 // count))
-            self.reports.images(what, validation_strip(drawn.images, prompts, drawn.scores, columns), update)
+            title = (
+                f"{what.capitalize()} after update {update}" if update else f"{what.capitalize()} of the base model"
+            )
+            strip = validation_strip(drawn.images, prompts, drawn.scores, columns, title)
+            self.reports.images(what, strip, update)
 
     # Checkpoints.
 
