@@ -42,6 +42,7 @@ from violations import (
     fresh,
     fuses_lora,
     gradients,
+    inactive,
     looking,
     loop,
     loop_call,
@@ -217,14 +218,6 @@ def test_a_scheduler_without_sigmas():
     with refusal(pipe, "DDIMScheduler.*sigmas|sigmas.*DDIMScheduler", "FlowMatchEulerDiscreteScheduler|flow-matching"):
         with new_callback("full").record(pipe):
             pipe(**loop_call(pipe))
-
-
-def inactive(pipe: Any) -> None:
-    """Another adapter is active; the trained one still requires gradients."""
-    adapter(lora(), "second")(pipe)
-    pipe.transformer.set_adapters(["second"])
-    for name, parameter in pipe.transformer.named_parameters():
-        parameter.requires_grad_(".default." in name)
 
 
 @pytest.mark.parametrize(

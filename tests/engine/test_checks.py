@@ -24,6 +24,7 @@ from typing import Any
 import accelerate
 import pytest
 import torch
+from broken_loops import AltersLatents, DecodesWithoutGradients, StepFirst, TwoLoops, WordsDrift
 from diffusers import DDIMScheduler, FirstBlockCacheConfig
 from diffusers.models.attention_processor import JointAttnProcessor2_0
 from diffusers.modular_pipelines.stable_diffusion_3.modular_blocks_stable_diffusion_3 import (
@@ -56,6 +57,7 @@ from violations import (
     fuses_lora,
     gradients,
     images_of,
+    inactive,
     loop,
     loop_call,
     lora,
@@ -263,14 +265,6 @@ def disabled(pipe: Any) -> None:
         parameter.requires_grad_("lora_" in name)
 
 
-def inactive(pipe: Any) -> None:
-    """Another adapter is active; the trained one still requires gradients."""
-    adapter(lora(), "second")(pipe)
-    pipe.transformer.set_adapters(["second"])
-    for name, parameter in pipe.transformer.named_parameters():
-        parameter.requires_grad_(".default." in name)
-
-
 def overlapping() -> str | None:
     """The block that opens first closes first."""
     pipe, second = sd3()(), sd3()()
@@ -318,12 +312,6 @@ def called_twice() -> None:
 
 def without_sigmas(pipe: Any) -> None:
     pipe.scheduler = DDIMScheduler()
-
-
-class TwoLoops(PlainLoop):
-    def sampled(self, latents: torch.Tensor, steps: int) -> torch.Tensor:
-        super().sampled(latents, steps)
-        return super().sampled(latents + 0.1, steps)
 
 
 class Keeps(JointAttnProcessor2_0):
@@ -404,24 +392,7 @@ class BrightensInAThread(PlainLoop):
         return in_a_thread(lambda: images + 30 * self.transformer.proj_out.bias.mean())
 
 
-class WordsDrift(PlainLoop):
-    """Text follows the latents without a gradient."""
-
-    def branch(self, latents: torch.Tensor, timestep: torch.Tensor, words: torch.Tensor, *more: Any) -> torch.Tensor:
-        return super().branch(latents, timestep, words + latents.detach().mean(), *more)
-
-
 # The scheduler's steps.
-
-
-class StepsFirst(PlainLoop):
-    def sampled(self, latents: torch.Tensor, steps: int) -> torch.Tensor:
-        self.scheduler.set_timesteps(steps)
-        first, *others = self.scheduler.timesteps
-        latents = self.scheduler.step(torch.zeros_like(latents), first, latents, return_dict=False)[0]
-        for timestep in others:
-            latents = self.step(latents, timestep)
-        return latents
 
 
 class Doubles(PlainLoop):
@@ -433,11 +404,6 @@ class Doubles(PlainLoop):
             return following
         self.texts = tuple((words.repeat(2, 1, 1), pooled.repeat(2, 1)) for words, pooled in self.texts)
         return following.repeat(2, 1, 1, 1)
-
-
-class AltersLatents(PlainLoop):
-    def step(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        return 0.9 * super().step(latents, timestep)
 
 
 class AddsNoise(PlainLoop):
@@ -500,12 +466,6 @@ class DetachedVelocity(PlainLoop):
 
 
 # What the pipeline returns.
-
-
-class DecodesWithoutGradients(PlainLoop):
-    def pictures(self, latents: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            return super().pictures(latents)
 
 
 def averages_arrays() -> None:
@@ -798,7 +758,7 @@ SCENARIOS: dict[str, list[Scenario]] = {
     "check_draws": [Scenario("draws random numbers", known("mask from a generator of the layer's own"), WRONG)],
     "check_random": [Scenario("draws random numbers at step 0", stock(build=with_zeros(DropsAttention)), RIGHT)],
     # The scheduler's steps.
-    "check_loop_has_begun": [Scenario("before any transformer ran", looping(StepsFirst), "has no attribute 'plan'")],
+    "check_loop_has_begun": [Scenario("before any transformer ran", looping(StepFirst), "has no attribute 'plan'")],
     "check_handed_on": [
         Scenario("are not those that step 0 returned", looping(Doubles), "must match the size of tensor"),
         Scenario("are not those that step 0 returned", looping(AltersLatents), "detached, scaled or hooked", 1),

@@ -51,12 +51,8 @@ class RescalesInPlace(Rescales):
         return outputs.clone()
 
 
-class RescalesAndRemembers(Rescales):
+class RescalesAndRemembers(MovingAverage, Rescales):
     """Guidance with memory, which is refused."""
-
-    def velocity(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        self.seen.append(super().velocity(latents, timestep) + (0.3 * self.seen[-1] if self.seen else 0))
-        return self.seen[-1]
 
 
 class Clamps(PlainLoop):

@@ -17,7 +17,7 @@ from brute_force import toy_reward
 from diffusers import DiffusionPipeline
 from gradient_rows import found_gradients
 from tiny_sd3 import tiny_sd3_pipeline
-from violations import PlainLoop
+from violations import PlainLoop, Refines
 
 from flowbp import FlowBPCallback
 from flowbp.checks import RecordingError
@@ -135,13 +135,6 @@ class OwnScheduler(PlainLoop):
         for timestep in other.timesteps:
             latents = other.step(self.velocity(latents, timestep), timestep, latents, return_dict=False)[0]
         return latents
-
-
-class Refines(PlainLoop):
-    """One more transformer call between the loop and the decoder."""
-
-    def pictures(self, latents: torch.Tensor) -> torch.Tensor:
-        return super().pictures(latents - 0.1 * self.velocity(latents, self.scheduler.timesteps[-1]))
 
 
 class UsesParameters(PlainLoop):

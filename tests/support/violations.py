@@ -607,6 +607,14 @@ def lora(**changes: Any) -> LoraConfig:
     return LoraConfig(**{"r": 2, "target_modules": ATTENTION, **changes})
 
 
+def inactive(pipe: Any) -> None:
+    """Another adapter is active; the trained one still requires gradients."""
+    adapter(lora(), "second")(pipe)
+    pipe.transformer.set_adapters(["second"])
+    for name, parameter in pipe.transformer.named_parameters():
+        parameter.requires_grad_(".default." in name)
+
+
 def both_trained(pipe: Any) -> None:
     """What adding a LoRA has frozen is trained again."""
     for parameter in (pipe.transformer.context_embedder.first, pipe.transformer.context_embedder.second):
