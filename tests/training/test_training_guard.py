@@ -4,7 +4,7 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """The guard of a training run, through the script: evaluation, the best LoRA, alarms, and what holds a run back.
 
-Training makes pictures redder (`toy_reward`). The held-out rewards here are opposed to that from the start, or from
+Training makes images redder (`toy_reward`). The held-out rewards here are opposed to that from the start, or from
 some redness on.
 """
 
@@ -36,14 +36,12 @@ from training_scripts import (
     log_of,
     lora_of,
     same,
-    watch_runs,
     write_prompts,
 )
 
-from flowbp.judging.figures import image_grid
+from flowbp.judging.figures import validation_strip
 from flowbp.judging.images import to_pil
 from flowbp.training.checkpoints import check_folder, read_json
-from flowbp.training.distributed import full_lora
 from flowbp.training.model import LORA_FILE
 from flowbp.training.seeds import make_generator
 
@@ -54,7 +52,7 @@ PEAKED = "test_training_guard:make_peaked_reward"
 CONTRAST = "test_training_guard:make_contrast_reward"
 BRIGHT = "test_training_guard:make_bright_reward"
 PEAK = -0.025
-"""Redness at which `PEAKED` is best; most evaluation pictures of the base model have less, trained ones more."""
+"""Redness at which `PEAKED` is best; most evaluation images of the base model have less, trained ones more."""
 EVALUATION_PROMPTS = ['the text "43"', 'a "6" in red']
 IMAGES = 2
 Scores = Callable[[torch.Tensor, Sequence[str]], torch.Tensor]
@@ -153,7 +151,7 @@ def sample(pipe: DiffusionPipeline, prompt: str, noise: torch.Generator) -> torc
 
 
 def draw(pipe: DiffusionPipeline) -> torch.Tensor:
-    """The evaluation pictures, `(4, 3, 8, 8)`."""
+    """The evaluation images, `(4, 3, 8, 8)`."""
     prompts = [prompt for prompt in EVALUATION_PROMPTS for _ in range(IMAGES)]
     return torch.cat(
         [sample(pipe, prompt, make_generator("evaluation", 0, number)) for number, prompt in enumerate(prompts)]
@@ -178,11 +176,20 @@ def run_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "run.json").read_text())
 
 
-def check_evaluation(pictures: torch.Tensor, scores: dict[str, list[float]], held_out: Scores, name: str) -> None:
-    """The scores are those of the pictures."""
+def check_evaluation(images: torch.Tensor, scores: dict[str, list[float]], held_out: Scores, name: str) -> None:
+    """The scores are those of the images."""
     for reward, of_reward in ((REDNESS, make_reward()), (name, held_out)):
-        expected = [of_reward(picture[None], [""]).item() for picture in pictures]
+        expected = [of_reward(image[None], [""]).item() for image in images]
         assert scores[reward] == pytest.approx(expected, abs=1e-6)
+
+
+def check_strip(path: Path, images: torch.Tensor, prompts: Sequence[str], scores: dict[str, list[float]]) -> None:
+    """A file shows the images with their prompts and scores."""
+    what, update = path.parent.name.capitalize(), int(path.stem)
+    title = f"{what} after update {update}" if update else f"{what} of the base model"
+    expected = validation_strip(to_pil(images), prompts, scores, title=title)
+    with Image.open(path) as file:
+        assert np.array_equal(np.asarray(file), np.asarray(expected))
 
 
 # When, and of what.
@@ -199,45 +206,47 @@ def test_evaluations_are_at_the_start_after_every_so_many_updates_and_at_the_end
         assert list(scalars[tag]) == [0, 2, 4, 6, 7], tag
 
 
-def test_pictures_do_not_depend_on_the_batch(peaked: Path, opposed: tuple[Path, str]):
+def test_images_do_not_depend_on_the_batch(peaked: Path, opposed: tuple[Path, str]):
     """Both runs begin with the same model; one has passes of 2 samples, the other of 1."""
-    first = (peaked / "evaluation" / "000000.png").read_bytes()
-    assert (opposed[0] / "evaluation" / "000000.png").read_bytes() == first
-    assert (peaked / "evaluation" / "000002.png").read_bytes() != first
+    names = [f"evaluation/{name}" for name in (REDNESS, "high_frequency", "velocity_norm", "diversity")]
+    first, other = scalars_of(peaked), scalars_of(opposed[0])
+    for name in names:
+        assert first[name][0] == other[name][0] != first[name][2], name
     # So does training: the second update of both begins with the same LoRA.
     rewards = [[row["reward"] for row in log_of(folder)[:3]] for folder in (peaked, opposed[0])]
     assert rewards[0] == pytest.approx(rewards[1], abs=1e-5)
 
 
-def test_numbers_and_pictures_are_those_of_the_saved_lora(peaked: Path, model: Path):
+def test_numbers_and_images_are_those_of_the_saved_lora(peaked: Path, model: Path):
     """Of base, best and last model, drawn and scored again with what a user loads."""
-    state = read_json(peaked / "checkpoint-7" / "state.json")["evaluations"]
+    state = read_json(peaked / "checkpoint-7" / "state.json")["evaluation"]
     scalars, run = scalars_of(peaked), run_of(peaked)
-    best = state["best"]["update"]
+    best = state["found"]["best"]["update"]
     drawn = {
         "base": (0, draw(load_pipeline(model))),
         "best": (best, draw_with(model, peaked / "best")),
         "last": (7, draw_with(model, peaked / "checkpoint-7")),
     }
-    for name, (update, pictures) in drawn.items():
-        check_evaluation(pictures, state[name]["scores"], make_peaked_reward(), PEAKED)
-        assert state[name]["update"] == update
-        for reward, scores in state[name]["scores"].items():
+    prompts = [prompt for prompt in EVALUATION_PROMPTS for _ in range(IMAGES)]
+    found = state["found"]
+    for name, (update, images) in drawn.items():
+        scores_of = found[name]["scores"]
+        check_evaluation(images, scores_of, make_peaked_reward(), PEAKED)
+        assert found[name]["update"] == update
+        for reward, scores in scores_of.items():
             assert scalars[f"evaluation/{reward}"][update] == pytest.approx(sum(scores) / 4, abs=1e-6)
-        grid = image_grid(to_pil(pictures), columns=8)
-        with Image.open(peaked / "evaluation" / f"{update:06d}.png") as image:
-            assert np.array_equal(np.asarray(image), np.asarray(grid))
+        check_strip(peaked / "evaluation" / f"{update:06d}.png", images, prompts, scores_of)
     # The guard compares evaluations with the training since the one before.
-    window = read_json(peaked / "checkpoint-7" / "state.json")["guard"]["window"]
+    window = state["guard"]["window"]
     rewards = [row["reward"] for row in log_of(peaked)]
     means = [sum(rewards[2:4]) / 2, sum(rewards[4:6]) / 2, rewards[6]]
     assert [entry[0] for entry in window] == pytest.approx(means)
-    assert window[-1][1:] == [state["last"]["scores"][name] for name in (REDNESS, PEAKED)]
+    assert window[-1][1:] == [found["last"]["scores"][name] for name in (REDNESS, PEAKED)]
     assert [row["name"] for row in run["rewards"]] == [REDNESS, PEAKED]
     assert [row["role"] for row in run["rewards"]] == ["trained", "held out"]
     for row in run["rewards"]:
-        means = {name: sum(state[name]["scores"][row["name"]]) / 4 for name in ("base", "best")}
-        assert row["pictures"] == 4
+        means = {name: sum(found[name]["scores"][row["name"]]) / 4 for name in ("base", "best")}
+        assert row["images"] == 4
         assert row["base"]["mean"] == pytest.approx(means["base"], abs=1e-7)
         assert row["lora"]["mean"] == pytest.approx(means["best"], abs=1e-7)
         assert row["difference"]["mean"] == pytest.approx(means["best"] - means["base"], abs=1e-7)
@@ -277,7 +286,7 @@ def test_the_last_lora_is_the_result_where_that_is_asked_for(opposed: tuple[Path
     assert not same(lora_of(folder), load_file(folder / "best" / LORA_FILE))
     # Redder than the best one, whose held-out reward punishes that.
     last, best = draw_with(model, folder), draw_with(model, folder / "best")
-    redness = [make_reward()(pictures, [""] * 4).mean().item() for pictures in (last, best)]
+    redness = [make_reward()(images, [""] * 4).mean().item() for images in (last, best)]
     assert redness[0] > redness[1]
     rows = {row["name"]: row for row in run_of(folder)["rewards"]}
     assert rows[REDNESS]["lora"]["mean"] == pytest.approx(redness[0], abs=1e-6)
@@ -293,42 +302,47 @@ def test_the_best_of_nothing_is_refused(
 
 
 def test_with_an_average_that_is_what_is_evaluated_and_saved(
-    script: ModuleType, shared: dict[str, Any], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    script: ModuleType, shared: dict[str, Any], model: Path, tmp_path: Path
 ):
-    runs, folder = watch_runs(monkeypatch), tmp_path / "run"
+    folder = tmp_path / "run"
     changes = {
         "max_train_steps": 3,
         "eval_steps": 3,
         "checkpointing_steps": 1,
         "use_ema": True,
+        "ema_decay": 0.6,
         "validation_steps": 2,
         "select": "last",
     }
     train(script, shared, folder, eval_reward=PEAKED, **changes)
-    run = runs[0]
-    # The run's parameters are the chosen ones at its end: the average after the last update.
-    average = run.ema.shadow_params
-    assert all(torch.equal(parameter, value) for parameter, value in zip(run.parameters, average, strict=True))
     saved = lora_of(folder)
-    assert same(saved, {f"transformer.{name}": tensor for name, tensor in full_lora(run.transformer).items()})
-    assert same(saved, load_file(folder / "best" / LORA_FILE))
-    assert same(saved, load_file(folder / "checkpoint-3" / LORA_FILE))
-    last = load_file(folder / "checkpoint-3" / "lora.safetensors")
-    assert distance({name.removeprefix("transformer."): tensor for name, tensor in saved.items()}, last) > 1e-3
+    checkpoints = [folder / f"checkpoint-{update}" for update in (1, 2, 3)]
+    averages = [load_file(checkpoint / LORA_FILE) for checkpoint in checkpoints]
+    last = [load_file(checkpoint / "lora.safetensors") for checkpoint in checkpoints]
+    assert same(saved, load_file(folder / "best" / LORA_FILE)) and same(saved, averages[-1])
+    # The decay is the same at every update; B matrices begin at 0.
+    for name, first in averages[0].items():
+        values = [lora[name.removeprefix("transformer.")] for lora in last]
+        if "lora_B" in name:
+            assert torch.allclose(first, 0.4 * values[0], rtol=1e-5, atol=1e-8)
+        for before, after, value in zip(averages, averages[1:], values[1:], strict=False):
+            assert torch.allclose(after[name], 0.6 * before[name] + 0.4 * value, rtol=1e-5, atol=1e-8)
+    assert distance({name.removeprefix("transformer."): tensor for name, tensor in saved.items()}, last[-1]) > 1e-3
     scores = read_json(folder / "best" / "evaluation.json")["scores"]
     check_evaluation(draw_with(model, folder), scores, make_peaked_reward(), PEAKED)
     # The validation after update 2, and that of the end.
     pipe = load_pipeline(model)
-    pipe.load_lora_weights(folder / "checkpoint-2")
-    middle = to_pil(sample(pipe, PROMPTS[0], make_generator("validation", 0, 0)))
-    with Image.open(folder / "validation" / "000002.png") as image:
-        assert np.array_equal(np.asarray(image), np.asarray(image_grid(middle, columns=1)))
+    pipe.load_lora_weights(checkpoints[1])
+    middle = sample(pipe, PROMPTS[0], make_generator("validation", 0, 0))
+    rewards = {REDNESS: make_reward(), PEAKED: make_peaked_reward()}
+    scores = {name: reward(middle, PROMPTS[:1]).tolist() for name, reward in rewards.items()}
+    check_strip(folder / "validation" / "000002.png", middle, PROMPTS[:1], scores)
     pipe.unload_lora_weights()
     pipe.load_lora_weights(folder)
     end = to_pil(sample(pipe, PROMPTS[0], make_generator("validation", 0, 0)))
     with Image.open(folder / "images" / "0_lora.png") as image:
         assert np.array_equal(np.asarray(image), np.asarray(end[0]))
-        assert not np.array_equal(np.asarray(image), np.asarray(middle[0]))
+        assert not np.array_equal(np.asarray(image), np.asarray(to_pil(middle)[0]))
 
 
 def test_a_resumed_run_keeps_the_best_lora(script: ModuleType, shared: dict[str, Any], peaked: Path, tmp_path: Path):
@@ -345,24 +359,24 @@ def test_a_resumed_run_keeps_the_best_lora(script: ModuleType, shared: dict[str,
 def test_a_resumed_run_with_another_evaluation_begins_it_afresh(
     script: ModuleType, shared: dict[str, Any], peaked: Path, model: Path, tmp_path: Path
 ):
-    """Scores of other rewards, prompts or numbers of pictures cannot be compared."""
+    """Scores of other rewards, prompts or numbers of images cannot be compared."""
     folder = tmp_path / "run"
     changes = {"max_train_steps": 8, "eval_steps": 8, "eval_reward": OPPOSED, "num_eval_images": 1}
     train(script, shared, folder, resume_from_checkpoint=peaked / "checkpoint-7", **changes)
     run = run_of(folder)
     assert run["selected"] == {"kind": "best", "update": 8}
-    assert [(row["name"], row["pictures"]) for row in run["rewards"]] == [(REDNESS, 2), (OPPOSED, 2)]
+    assert [(row["name"], row["images"]) for row in run["rewards"]] == [(REDNESS, 2), (OPPOSED, 2)]
     assert [path.name for path in sorted((folder / "evaluation").iterdir())] == ["000000.png", "000008.png"]
-    # The base model's pictures, not those of the LoRA that was resumed.
+    # The base model's images, not those of the LoRA that was resumed.
     noise = [make_generator("evaluation", 0, number) for number in (0, 1)]
     pipe = load_pipeline(model)
-    pictures = torch.cat([sample(pipe, *each) for each in zip(EVALUATION_PROMPTS, noise, strict=True)])
-    expected = make_reward()(pictures, EVALUATION_PROMPTS).mean().item()
+    images = torch.cat([sample(pipe, *each) for each in zip(EVALUATION_PROMPTS, noise, strict=True)])
+    expected = make_reward()(images, EVALUATION_PROMPTS).mean().item()
     assert run["rewards"][0]["base"]["mean"] == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("changes", [{"seed": 1}, {"guidance_scale": 1.5}, {"num_inference_steps": 4}])
-def test_pictures_that_are_made_otherwise_are_judged_afresh(
+def test_images_that_are_made_otherwise_are_judged_afresh(
     script: ModuleType, shared: dict[str, Any], peaked: Path, tmp_path: Path, changes: dict[str, Any]
 ):
     """A base model's scores under other settings are no base to compare with."""
@@ -377,10 +391,10 @@ def test_pictures_that_are_made_otherwise_are_judged_afresh(
 # Alarms.
 
 
-def test_few_pictures_are_told(script: ModuleType, shared: dict[str, Any], tmp_path: Path):
+def test_few_images_are_told(script: ModuleType, shared: dict[str, Any], tmp_path: Path):
     changes = {"max_train_steps": 1, "eval_steps": 1, "eval_reward": OPPOSED, "num_eval_images": 1}
     printed = train(script, shared, tmp_path / "run", **changes)
-    assert "The evaluation has 2 pictures; the alarm held-out-falls needs 4, better 16" in printed
+    assert "The evaluation has 2 images; the alarm held-out-falls needs 4, better 16" in printed
 
 
 def test_an_alarm_is_printed_logged_and_listed_once(opposed: tuple[Path, str]):
@@ -412,13 +426,13 @@ def test_an_alarm_stops_the_run_where_that_is_asked_for(
 
 
 def test_alarms_without_a_held_out_reward(script: ModuleType, shared: dict[str, Any], tmp_path: Path):
-    """Evaluation prompts alone: the pictures are watched, the last LoRA is the result."""
+    """Evaluation prompts alone: the images are watched, the last LoRA is the result."""
     folder = tmp_path / "run"
     changes = {"max_train_steps": 4, "eval_steps": 50, "learning_rate": 0.2, "reward": CONTRAST}
     printed = train(script, shared, folder, **changes)
     run = run_of(folder)
     assert ("velocity-norm", 4) in [(alarm["name"], alarm["update"]) for alarm in run["alarms"]]
-    assert printed.count("Alarm velocity-norm at update 4: the velocity's RMS is ") == 1
+    assert printed.count("Alarm velocity-norm at update 4: the transformer's RMS is ") == 1
     assert run["selected"] == {"kind": "last", "update": 4} and not (folder / "best").exists()
     assert [row["name"] for row in run["rewards"]] == [CONTRAST]
     assert [path.name for path in sorted((folder / "evaluation").iterdir())] == ["000000.png", "000004.png"]
