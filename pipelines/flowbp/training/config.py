@@ -167,7 +167,7 @@ class TrainingConfig:
         None, "Column of --prompts with the text that ocr looks for. Default: what is quoted."
     )
     reward_clip: float | None = _reward(
-        None, "Samples with a reward above this stop contributing (hinge; the paper, for HPSv2.1: 0.55)."
+        None, "Samples with a reward above this stop contributing (hinge; the paper, for HPSv2.1: 0.55).", range=FINITE
     )
     loss_scale: float = _reward(1.0, "Factor on the loss.", range=POSITIVE)
     undo_guidance: bool | None = _reward(None, "Divide the loss by the guidance scale. Default: the method's.")
@@ -253,8 +253,12 @@ class TrainingConfig:
     logging_dir: str = _reports("logs", "Folder of the tracker in --output_dir.")
     run_name: str | None = _reports(None, "Name of the run in the tracker. Default: the output folder's.")
     tracker_project: str = _reports("flowbp", "Project of the run in the tracker.")
-    tracker_group: str | None = _reports(None, "Group of the run, where the tracker has groups (wandb).")
-    tracker_tags: tuple[str, ...] = _reports((), "Tags of the run, where the tracker has tags (wandb, comet_ml).")
+    tracker_group: str | None = _reports(
+        None, "Group of the run, where the tracker has groups (wandb, trackio, swanlab)."
+    )
+    tracker_tags: tuple[str, ...] = _reports(
+        (), "Tags of the run, where the tracker has tags (wandb, swanlab, mlflow, clearml)."
+    )
     push_to_hub: bool = _reports(False, "Push LoRA, card, run.json and images to the Hub at the end.")
     hub_model_id: str | None = _reports(None, "Repository on the Hub. Default: the output folder's name.")
 

@@ -91,13 +91,15 @@ def check_options(config: Any) -> None:
     Raises:
         ValueError: in one line that names the option.
     """
-    for name, (_, declared, kind) in declarations(type(config)).items():
+    for name, (each, declared, kind) in declarations(type(config)).items():
         value = getattr(config, name)
         if value is None:
             if kind is without_none(kind):
                 raise ValueError(f"--{name}: {_name(kind)} expected, got None")
             continue
         value = _converted(name, without_none(kind), value)
+        if value == () != each.default:
+            raise ValueError(f"--{name}: at least one value expected, got none")
         for item in value if isinstance(value, tuple) else [value]:
             if declared.range is not None and not declared.range.contains(item):
                 raise ValueError(f"--{name} must be {declared.range.text}, got {item}")
