@@ -119,7 +119,8 @@ class Checkpointer:
             )
         if not all_ranks_max(self.accelerator, [signals.number])[0]:
             # After a signal there is no time: launchers kill after 30 seconds. The resumed run makes up for it.
-            self.evaluation.judge_update()
+            with self.console.pause():
+                self.evaluation.judge_update()
         stop, is_overdue = all_ranks_max(self.accelerator, [signals.number, self.is_overdue])
         is_last = state.update == config.max_train_steps or self.evaluation.must_stop
         if state.update % config.checkpointing_steps == 0 or is_overdue or is_last or stop:

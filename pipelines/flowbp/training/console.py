@@ -54,15 +54,20 @@ class Console:
 
     @contextmanager
     def judging(self, what: str, images: int) -> Iterator[Callable[[int], object]]:
-        """A bar of its own for images that are drawn and scored. The updates' seconds and time left leave them out.
+        """A bar of its own for images that are drawn and scored.
 
         Yields:
             `advance(count)`, to be told of images that are done.
         """
-        started = time.time()
         is_silent = not self.accelerator.is_main_process
         with tqdm(total=images, desc=what, unit="image", leave=False, disable=is_silent) as bar:
             yield bar.update
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """The updates' seconds and time left leave this block out."""
+        started = time.time()
+        yield
         if self._bar is not None and not self._bar.disable:
             pause = time.time() - started
             self._bar.start_t += pause
