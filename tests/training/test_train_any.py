@@ -2,9 +2,10 @@
 #
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""The script for any pipeline, on tiny saved ones: pictures, videos, lists of samples, two transformers."""
+"""The script for any pipeline, on tiny saved ones: images, videos, lists of samples, two transformers."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -27,9 +28,9 @@ from training_scripts import (
     METHOD_OPTIONS,
     SHARED_ARGUMENTS,
     accelerate_launch,
+    backbone_of,
     check_bfloat16_round_trip,
     check_dry_run,
-    check_float32_over_bfloat16,
     check_refusal,
     check_round_trip,
     check_run,
@@ -41,9 +42,9 @@ from training_scripts import (
     metadata_of,
     same,
     watch_pictures,
-    watch_runs,
     write_prompts,
 )
+from watched_updates import check_float32_over_bfloat16, watch_updates
 
 from flowbp import METHODS
 from flowbp.checks import RecordingError
@@ -128,7 +129,9 @@ def test_two_updates_with_every_method(
     script.main(command_line(arguments, method=method, **METHOD_OPTIONS[method]))
     output = arguments["output_dir"]
     check_run(output)
-    assert set(metadata_of(output)["transformer.target_modules"]) == set(script.LORA_LAYERS.split(","))
+    assert set(metadata_of(output)["transformer.target_modules"]) == set(
+        backbone_of(script).defaults["lora_layers"].split(",")
+    )
     model = arguments["pretrained_model_name_or_path"]
     check_round_trip(model, lambda pipe: pipe.load_lora_weights(output), drawn, **MODELS["Z-Image"][1])
 
@@ -169,9 +172,7 @@ def test_one_of_two_transformers_and_a_pipeline_without_lora_loader(
     script.main(command_line(arguments, lora_component=component, method="full"))
     output = arguments["output_dir"]
     check_run(output)
-    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Load it with ")]
-    assert len(printed) == 1
-    loads = printed[0].removeprefix("Load it with ").removesuffix(".")
+    (loads,) = re.findall(r"^  load   (.+)$", capsys.readouterr().out, re.MULTILINE)
     has_loader = name == "Wan 2.2" and component == "transformer"
     assert loads.startswith("pipe.load_lora_weights(" if has_loader else f"pipe.{component}.load_lora_adapter(")
 
@@ -191,7 +192,7 @@ def test_it_trains_what_a_backbone_s_own_script_trains(
 ):
     own = load_script(f"train_flowbp_{backbone}")
     arguments = arguments_of(name)
-    changes = {"method": "draft-k", "last_k": 2, "lora_layers": own.LORA_LAYERS}
+    changes = {"method": "draft-k", "last_k": 2, "lora_layers": backbone_of(own).defaults["lora_layers"]}
     script.main(command_line(arguments, **changes))
     for option in ("height", "width", "pipeline_arguments"):
         del arguments[option]
@@ -203,9 +204,10 @@ def test_it_trains_what_a_backbone_s_own_script_trains(
 def test_lora_and_optimizer_stay_float32_over_a_bfloat16_base(
     script: ModuleType, arguments_of: Arguments, monkeypatch: pytest.MonkeyPatch
 ):
-    arguments, runs, drawn = arguments_of("Z-Image"), watch_runs(monkeypatch), watch_pictures(monkeypatch)
-    script.main(command_line(arguments, mixed_precision="bf16", validation_steps=1, checkpointing_steps=1))
-    check_float32_over_bfloat16(runs[0])
+    arguments, drawn = arguments_of("Z-Image"), watch_pictures(monkeypatch)
+    with watch_updates() as updates:
+        script.main(command_line(arguments, mixed_precision="bf16", validation_steps=1, checkpointing_steps=1))
+    check_float32_over_bfloat16(updates[-1])
     model, output = arguments["pretrained_model_name_or_path"], arguments["output_dir"]
     check_bfloat16_round_trip(model, output, drawn, **MODELS["Z-Image"][1])
 
@@ -217,7 +219,7 @@ def test_group_offload_trains_the_same(script: ModuleType, arguments_of: Argumen
     assert same(lora_of(arguments["output_dir"]), lora_of(tmp_path / "offloaded"))
 
 
-def test_a_run_goes_on_where_it_stopped(script: ModuleType, arguments_of: Arguments, tmp_path: Path):
+def test_a_run_resumes_where_it_stopped(script: ModuleType, arguments_of: Arguments, tmp_path: Path):
     arguments = arguments_of("Z-Image")
     changes = {"method": "draft-k", "checkpointing_steps": 1}
     script.main(command_line(arguments, **changes))
@@ -229,8 +231,7 @@ def test_a_run_goes_on_where_it_stopped(script: ModuleType, arguments_of: Argume
 def test_dry_run_writes_nothing(
     script: ModuleType, arguments_of: Arguments, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    stages = ("rollout", "decode", "reward", "sweep", "optimizer")
-    check_dry_run(script, arguments_of("Wan 2.1"), tmp_path, capsys, stages)
+    check_dry_run(script, arguments_of("Wan 2.1"), tmp_path, capsys)
 
 
 def test_strict_checks_and_changes_nothing(script: ModuleType, arguments_of: Arguments, tmp_path: Path):
@@ -244,7 +245,7 @@ def test_accelerate_launch(arguments_of: Arguments):
     arguments = arguments_of("Wan 2.1")
     output = arguments["output_dir"]
     printed = accelerate_launch(NAME, command_line(arguments))
-    assert f'Load it with pipe.load_lora_weights("{output}")' in printed
+    assert f'  load   pipe.load_lora_weights("{output}")' in printed.splitlines()
     check_run(output)
     load_pipeline(arguments["pretrained_model_name_or_path"]).load_lora_weights(output)
 
@@ -258,7 +259,7 @@ REFUSALS = {
     ),
     "unknown option of a pipeline without frames": ({"num_frames": 5}, "FluxPipeline takes no argument num_frames"),
     "the script's own argument": ({"pipeline_arguments": {"output_type": "pil"}}, "takes no argument output_type"),
-    "several pictures of a prompt": (
+    "several images of a prompt": (
         {"pipeline_arguments": {"num_images_per_prompt": 2}},
         "takes no argument num_images_per_prompt",
     ),
