@@ -280,6 +280,8 @@ def _value(action: argparse.Action, value: Any) -> Any:
 
 
 def _item(action: argparse.Action, value: Any) -> Any:
+    if action.type is json_object and isinstance(value, dict):
+        return value
     if isinstance(value, dict | list) or value is None:
         raise ValueError(f"a single value expected, got {_kind(value)}")
     convert = action.type or str
