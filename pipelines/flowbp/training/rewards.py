@@ -79,6 +79,11 @@ def load_run_rewards(config: TrainingConfig, records: list[Record], reward: Rewa
             f"--reward_augment: {name} does not have it, expected an ocr reward or a factory with an argument "
             "augment; leave it out."
         )
+    if config.eval_reward is not None and name in (config.eval_reward, *part_names(config.eval_reward)):
+        raise ValueError(
+            f"--eval_reward {config.eval_reward}: the training's reward is called {name}; choose one that is held "
+            "out, or give yours another name."
+        )
     of_training, of_held_out = _model_paths(config, given)
     validation = validation_records(config, records)
     evaluation: list[Record] = []

@@ -93,6 +93,9 @@ def prepare(
         ValueError, OSError, TrainingError: in one line, for what does not fit; before any model is loaded if it can be
             known then.
     """
+    if isinstance(reward, str):
+        # Checked with the other options, and told with them in checkpoints and trackers.
+        config, reward = replace(config, reward=reward), None
     config = config.settle(backbone_class)
     check_environment()
     method = config.make_method(backbone_class.name)
