@@ -2,184 +2,418 @@
 #
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""Options come from the command line, else the recipe, else the defaults; every error is one line with exit code 2."""
+"""`TrainingConfig`: the command line, recipes and Python set the same options, which are checked in the same way.
 
-import argparse
+Most tests go over the declarations, so a new option is tested without being listed here.
+"""
+
+import contextlib
+import io
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+import yaml
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType
+from training_scripts import ROOT, backbone_of, command_line, load_script
 
-from flowbp.training.command_line import parse_args_with_config
+from flowbp.methods import BACKBONES, METHODS, get_method, row_options
+from flowbp.training import Backbone, TrainingConfig
+from flowbp.training.config import parse_training_config
+from flowbp.training.options import declarations, is_required, item_type, without_none
+
+DECLARED = declarations(TrainingConfig)
+# Options of a method have names of their own on the command line and in recipes.
+OPTIONS = [name for name in DECLARED if name != "method_options"]
+REQUIRED = {"pretrained_model_name_or_path": "m", "prompts": "p.txt", "reward": "ocr"}
+# Options that take no value of their type, and what an option needs beside it.
+VALUES = {"report_to": "none", "method": "draft-k", "reward": "clip", "eval_reward": "clip", "offload": False}
+NEEDED = {"select": {"eval_reward": "clip"}, "lr_warmup_steps": {"lr_scheduler": "linear"}}
+# A tracker of accelerate's whose package is not installed.
+NOT_INSTALLED = next(str(name) for name in LoggerType if name not in (LoggerType.ALL, *get_available_trackers()))
+SCRIPTS = ("train_flowbp_sd3", "train_flowbp_flux", "train_flowbp_flux2", "train_flowbp")
+ROWS = """
+from flowbp.methods import FACTOR, METHODS, Option, Row
+
+def row(name):
+    defaults = {name: {"sd3": 1.0, "flux": 2.0, "flux2": 3.0}, "last_k": 2}
+    return Row(METHODS["full"].draw, "Mine", "here", defaults, own_options=(Option(name, FACTOR, "100% sharp at 1."),))
+
+sharp, clash = row("sharpness"), row("rank")
+"""
 
 
-def even(text: str) -> int:
-    value = int(text)
-    if value % 2:
-        raise argparse.ArgumentTypeError(f"an even number expected, got {value}")
-    return value
+class Everything(Backbone):
+    """Has every option."""
+
+    name = "sd3"
+    defaults = {name: field.default for name, (field, declared, _) in DECLARED.items() if declared.of_backbone}
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="train_x.py", allow_abbrev=False)
-    parser.add_argument("--config")
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--learning_rate", type=float, default=1e-4)
-    parser.add_argument("--max-train-steps", type=int, default=100)
-    parser.add_argument("--even", type=even, default=2)
-    parser.add_argument("--method", choices=["sparse", "bridge"], default="sparse")
-    parser.add_argument("--size", type=int, choices=[1, 2])
-    parser.add_argument("--dirichlet", type=float, nargs=3)
-    parser.add_argument("--layers", nargs="+", default=["a"])
-    parser.add_argument("--push", action="store_true")
-    parser.add_argument("--no_ema", dest="ema", action="store_false")
-    parser.add_argument("--unconditional_gradient", action=argparse.BooleanOptionalAction, default=None)
-    parser.add_argument("--tag", action="append")
-    return parser
+def kind_of(name: str) -> Any:
+    """The type of an option, or of each of its values."""
+    kind = without_none(DECLARED[name][2])
+    return item_type(kind) or kind
+
+
+def other_value(name: str) -> Any:
+    """A value that an option takes and that is not its default."""
+    field, declared, kind = DECLARED[name]
+    if name in VALUES:
+        return VALUES[name]
+    if declared.choices is not None:
+        return next(choice for choice in reversed(declared.choices) if choice != field.default)
+    if kind_of(name) is bool:
+        return not field.default
+    plain = {int: 7, float: 0.5, str: "some text", Path: Path("some/where")}.get(kind_of(name), {"key": [1, "b"]})
+    return (plain, plain) if item_type(without_none(kind)) else plain
+
+
+def from_command_line(folder: Path, backbone: type[Backbone] = Everything, **values: Any) -> TrainingConfig:
+    changes = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+    changes |= {name: None for name, value in values.items() if value is False}
+    flags = [f"--no-{name}" for name, value in values.items() if value is False]
+    return parse_training_config(backbone, "", [*command_line(REQUIRED, **changes), *flags])
+
+
+def from_recipe(folder: Path, backbone: type[Backbone] = Everything, **values: Any) -> TrainingConfig:
+    # Tuples, paths and mappings as YAML has them.
+    plain = json.loads(json.dumps({**REQUIRED, **values}, default=str))
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(plain), encoding="utf-8")
+    return parse_training_config(backbone, "", ["--config", str(recipe)])
+
+
+def from_python(folder: Path, backbone: type[Backbone] = Everything, **values: Any) -> TrainingConfig:
+    return TrainingConfig(**{**REQUIRED, **values}).settle(backbone)
+
+
+WAYS = (from_command_line, from_recipe, from_python)
+
+
+def error_of(way: Callable[..., TrainingConfig], folder: Path, **values: Any) -> str:
+    """The message, which is one line, with which a way refuses values."""
+    printed = io.StringIO()
+    with pytest.raises((SystemExit, ValueError)) as caught, contextlib.redirect_stderr(printed):
+        way(folder, **values)
+    message = str(caught.value)
+    if isinstance(caught.value, SystemExit):
+        assert caught.value.code == 2
+        message = printed.getvalue().removesuffix("\n").partition(": error: ")[2]
+    assert message and "\n" not in message
+    return message
+
+
+@pytest.fixture(autouse=True)
+def _accelerate_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+
+
+@pytest.fixture(scope="module")
+def backbones() -> dict[str, type[Backbone]]:
+    return {name: backbone_of(load_script(name)) for name in SCRIPTS}
+
+
+# Declarations.
+
+
+def test_every_option_is_declared_in_full():
+    for name, (_, declared, _) in DECLARED.items():
+        assert declared.help[0].isupper() or declared.help[0] in ".N" or " " in declared.help, name
+        assert declared.help.endswith(".") and declared.group, name
+        assert kind_of(name) in (bool, int, float, str, Path, Mapping[str, Any]), name
+    without_range = [name for name in OPTIONS if kind_of(name) in (int, float) and DECLARED[name][1].range is None]
+    assert without_range == ["seed"]
+    assert {name for name in DECLARED if is_required(DECLARED[name][0])} == {*REQUIRED} - {"reward"}
+
+
+def test_every_option_is_read():
+    folders = (ROOT / "pipelines" / "flowbp", ROOT / "training")
+    text = "\n".join(path.read_text(encoding="utf-8") for folder in folders for path in folder.rglob("*.py"))
+    assert [name for name in DECLARED if not re.search(rf"\b(config|self)\.{name}\b", text)] == []
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_the_command_line_a_recipe_and_python_set_the_same_option(name: str, tmp_path: Path):
+    values = {name: other_value(name), **NEEDED.get(name, {})}
+    configs = [way(tmp_path, **values) for way in WAYS]
+    assert configs[0] == configs[1] == configs[2] != from_python(tmp_path, **NEEDED.get(name, {}))
+    assert getattr(configs[0], name) == values[name]
+    assert [type(getattr(config, name)) for config in configs] == [type(getattr(configs[0], name))] * 3
+    for alias in DECLARED[name][1].aliases:
+        assert from_command_line(tmp_path, **{alias.removeprefix("--"): values[name]}) == configs[0]
+
+
+def test_without_values_all_three_have_the_defaults(tmp_path: Path):
+    config = from_python(tmp_path)
+    assert from_command_line(tmp_path) == from_recipe(tmp_path) == config
+    settled = {"resolution": (512,), "mixed_precision": "no", "offload": True, "select": "last"}
+    for name, (field, _, _) in DECLARED.items():
+        assert getattr(config, name) == {**REQUIRED, **settled}.get(name, field.default), name
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIONS if DECLARED[name][1].range is not None])
+def test_a_number_out_of_range_is_refused_in_the_same_words(name: str, tmp_path: Path):
+    expected = DECLARED[name][1].range
+    numbers = (-1, 0, 1) if kind_of(name) is int else (-1.0, 0.0, 1.0, math.inf, math.nan)
+    outside = [number for number in numbers if not expected.contains(number)]
+    assert outside
+    for number in outside:
+        # YAML writes what is not finite in its own way.
+        ways = WAYS if math.isfinite(number) else (from_command_line, from_python)
+        messages = {error_of(way, tmp_path, **{name: number}) for way in ways}
+        assert messages == {f"--{name} must be {expected.text}, got {number}"}
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIONS if DECLARED[name][1].choices is not None])
+def test_what_is_no_choice_is_refused_with_the_choices(name: str, tmp_path: Path):
+    for way in WAYS:
+        message = error_of(way, tmp_path, **{name: "neither"})
+        assert all(word in message for word in (name, "'neither'", *DECLARED[name][1].choices)), message
+
+
+@pytest.mark.parametrize("name", DECLARED)
+def test_a_value_of_another_type_is_refused(name: str, tmp_path: Path):
+    wrong = {int: ("7", 7.0, True), float: ("0.5", True), bool: ("true", 1)}.get(kind_of(name), (7, True))
+    is_list = item_type(without_none(DECLARED[name][2])) is not None
+    for value in (*wrong, *([[each] for each in wrong] if is_list else [("a", "b")])):
+        assert error_of(from_python, tmp_path, **{name: value}).startswith(f"--{name}: "), value
+    if DECLARED[name][2] is without_none(DECLARED[name][2]):
+        assert error_of(from_python, tmp_path, **{name: None}).startswith(f"--{name}: ")
+
+
+def test_values_are_converted_to_the_declared_types():
+    config = TrainingConfig(**REQUIRED, resolution=8, validation_prompt="a", tracker_tags=["b"], learning_rate=1)
+    assert (config.resolution, config.validation_prompt, config.tracker_tags) == ((8,), ("a",), ("b",))
+    assert type(config.learning_rate) is float
+    assert TrainingConfig(**REQUIRED, output_dir="x").output_dir == Path("x")
+
+
+@pytest.mark.parametrize("name", ["resolution", "height", "validation_prompt"])
+def test_an_empty_list_is_refused(name: str):
+    with pytest.raises(ValueError, match=f"--{name}: at least one value expected, got none"):
+        TrainingConfig(**REQUIRED, **{name: []})
+    assert TrainingConfig(**REQUIRED, tracker_tags=[]).tracker_tags == ()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"lr_warmup_steps": 1}, "--lr_warmup_steps has no effect with --lr_scheduler constant; choose constant_with"),
+        (
+            {"lr_warmup_steps": 3, "lr_scheduler": "linear", "max_train_steps": 2},
+            "--lr_warmup_steps must be at most --max_train_steps 2, got 3",
+        ),
+        ({"validation_prompt": ("a", " ")}, "--validation_prompt must not be blank"),
+        ({"report_to": "tensorbord"}, "--report_to tensorbord: expected all, none or an installed tracker (tensorb"),
+        # accelerate knows it, and would only leave it out without a word.
+        ({"report_to": NOT_INSTALLED}, f"--report_to {NOT_INSTALLED}: expected all, none or an installed "),
+        ({"lora_layers": "to_q,,to_k"}, "--lora_layers has an empty name"),
+        ({"group_offload": True, "offload": True}, "--offload and --group_offload exclude each other; choose one"),
+        ({"select": "best"}, "--select best needs --eval_reward, the held-out reward to choose by"),
+        ({"eval_reward": "ocr"}, "--eval_reward ocr: --reward trains ocr; choose one that is held out"),
+        ({"eval_reward": "clip:0.5,ocr:1"}, "--eval_reward clip:0.5,ocr:1: --reward trains ocr; choose"),
+        ({"eval_reward": "clip:much"}, "expected a number as the weight of 'clip', got 'much'"),
+        ({"resolution": 8, "height": 8}, "--resolution sets height and width; leave it out"),
+        ({"height": (8, 16, 8), "width": (8, 16)}, "as many values, or one of them a single one, got 3 and 2"),
+    ],
+)
+def test_options_that_exclude_each_other_are_refused_in_the_same_words(
+    values: dict[str, Any], message: str, tmp_path: Path
+):
+    messages = {error_of(way, tmp_path, **values) for way in WAYS}
+    assert len(messages) == 1 and message in messages.pop()
+
+
+@pytest.mark.parametrize(
+    ("values", "sizes"),
+    [
+        ({}, ((512, 512),)),
+        ({"resolution": (8, 16)}, ((8, 8), (16, 16))),
+        ({"height": 8}, ((8, 512),)),
+        ({"width": (8, 16)}, ((512, 8), (512, 16))),
+        ({"height": (8, 16), "width": (16, 24)}, ((8, 16), (16, 24))),
+        ({"height": 8, "width": (16, 24)}, ((8, 16), (8, 24))),
+    ],
+)
+def test_sizes(values: dict[str, Any], sizes: tuple[tuple[int, int], ...], tmp_path: Path):
+    assert TrainingConfig(**REQUIRED, **values).sizes == sizes == from_python(tmp_path, **values).sizes
+
+
+# Backbones.
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_backbone_has_its_defaults_and_only_its_options(
+    backbones: dict[str, type[Backbone]], script: str, tmp_path: Path
+):
+    backbone = backbones[script]
+    config = from_python(tmp_path, backbone)
+    assert from_command_line(tmp_path, backbone) == config.settle(backbone) == config
+    assert config.lora_layers and str(config.output_dir).endswith("flowbp-lora")
+    own = {name for name, (_, declared, _) in DECLARED.items() if declared.of_backbone}
+    assert backbone.defaults.keys() <= own
+    for name in own:
+        value = other_value(name)
+        if name in backbone.defaults:
+            assert getattr(from_python(tmp_path, backbone, **{name: value}), name) == value
+            assert backbone.defaults[name] in (None, getattr(config, name))
+            continue
+        message = f"--{name}: {backbone.__name__} does not have this option; leave it out"
+        assert error_of(from_python, tmp_path, backbone=backbone, **{name: value}) == message
+        for way in (from_command_line, from_recipe):
+            assert re.match(
+                rf".*unknown (argument --(no-)?|key ){name}\b",
+                error_of(way, tmp_path, backbone=backbone, **{name: value}),
+            )
+
+
+def test_the_dtype_is_what_accelerate_launch_was_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert from_python(tmp_path).mixed_precision == "bf16"
+    assert from_command_line(tmp_path, mixed_precision="fp16").mixed_precision == "fp16"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    message = "--mixed_precision must be no, fp16 or bf16, accelerate says fp8"
+    assert {error_of(way, tmp_path) for way in WAYS} == {message}
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({}, {"offload": True, "select": "last"}),
+        ({"offload": False}, {"offload": False}),
+        ({"group_offload": True}, {"offload": False}),
+        ({"eval_prompts": "e.txt"}, {"select": "last"}),
+        ({"eval_reward": "clip"}, {"select": "best"}),
+        ({"eval_reward": "clip", "select": "last"}, {"select": "last"}),
+    ],
+)
+def test_what_depends_on_other_options(values: dict[str, Any], expected: dict[str, Any], tmp_path: Path):
+    for way in WAYS:
+        config = way(tmp_path, **values)
+        assert {name: getattr(config, name) for name in expected} == expected
+
+
+def test_a_backbone_that_does_not_encode_prompts_has_no_offload(backbones: dict[str, type[Backbone]], tmp_path: Path):
+    config = from_command_line(tmp_path, backbones["train_flowbp"], group_offload=True)
+    assert config.group_offload and config.offload is None
+
+
+# What becomes of the options.
+
+
+def test_settings_are_json_without_secrets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 30)
+    values = {"resolution": (8, 16), "output_dir": tmp_path, "run_name": "k" * 30, "tracker_group": "hf_" + "z" * 30}
+    options = {"step_sampling": "dirichlet", "dirichlet": (1, 2, 3)}
+    settings = from_python(tmp_path, method_options=options, max_grad_norm=math.inf, **values).settings()
+    assert json.loads(json.dumps(settings, allow_nan=False)) == settings
+    assert settings.keys() == {*OPTIONS, *options}
+    expected = {"resolution": [8, 16], "output_dir": str(tmp_path), "rank": 4, "learning_rate": 1e-4, "strict": False}
+    expected |= {"run_name": "[redacted]", "tracker_group": "[redacted]", "revision": None, "dirichlet": [1, 2, 3]}
+    assert {name: settings[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("name", METHODS)
+def test_options_of_a_method_that_are_left_out_are_the_row_s_for_the_backbone(name: str, backbone: str):
+    assert TrainingConfig(**REQUIRED, method=name).make_method(backbone) == get_method(name, backbone=backbone)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (
+            {"method": "flowbp-bridge", "num_active": 4, "grad_rescale": 0.25, "alpha": 0},
+            get_method("flowbp-bridge", num_active=4, grad_rescale=0.25, alpha=0.0),
+        ),
+        (
+            {"step_sampling": "midpoint", "max_tail": "none", "tau": 0.5},
+            get_method("flowbp-lagrange", step_sampling="midpoint", max_tail=None, tau=0.5),
+        ),
+        (
+            {"step_sampling": "dirichlet", "dirichlet": (1, 2, 3.5), "active_supports": "all"},
+            get_method("flowbp-lagrange", step_sampling="dirichlet", dirichlet=(1, 2, 3.5), active_supports="all"),
+        ),
+    ],
+)
+def test_options_of_a_method_in_all_three_ways(values: dict[str, Any], expected: Any, tmp_path: Path):
+    in_python = {"method": values.get("method", "flowbp-lagrange")}
+    in_python["method_options"] = {name: value for name, value in values.items() if name != "method"}
+    found = [from_command_line(tmp_path, **values), from_recipe(tmp_path, **values)]
+    assert [config.make_method("sd3") for config in (*found, from_python(tmp_path, **in_python))] == [expected] * 3
+    assert expected != get_method(expected.name)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"tau": "low"}, "tau: (invalid )?number_or_none (value: |expected, got )'low'"),
+        ({"max_tail": "few"}, "max_tail: (invalid )?integer_or_none (value: |expected, got )'few'"),
+        ({"method": "flowbp-dense"}, "[Uu]nknown method 'flowbp-dense'"),
+        ({"method": "os:nowhere"}, "method 'os:nowhere': expected a Row in os, got no such attribute"),
+    ],
+)
+def test_a_method_that_cannot_be_is_refused(values: dict[str, Any], message: str, tmp_path: Path):
+    for way in (from_command_line, from_recipe):
+        assert re.search(message, error_of(way, tmp_path, **values))
+
+
+def help_of(option: str, capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """An option's lines of `--help` as one."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        # Lines so long that argparse breaks no word at a hyphen.
+        patch.setenv("COLUMNS", "2000")
+        parse_training_config(Everything, "", [*words, "--help"])
+    return " ".join(capsys.readouterr().out.split()).partition(f" --{option} ")[2].partition(" --")[0]
+
+
+def test_help_has_the_meaning_of_an_option_its_default_and_where_that_is_from(capsys: pytest.CaptureFixture[str]):
+    assert help_of("rank", capsys).endswith(f"{DECLARED['rank'][1].help} (default: 4, diffusers' LoRA scripts)")
+    assert help_of("revision", capsys).endswith(DECLARED["revision"][1].help)
+    meaning = row_options("draft-k")["last_k"].help
+    assert help_of("last_k", capsys).endswith(f"{meaning} Defaults: draft-k 1.")
+    assert "flowbp-sparse" in help_of("num_active", capsys) and "drtune" in help_of("num_active", capsys)
 
 
 @pytest.fixture
-def parse(tmp_path):
-    """Parses a command line with a recipe of the given text."""
-
-    def run(recipe: str | bytes, *argv: str) -> argparse.Namespace:
-        path = tmp_path / "recipe.yaml"
-        path.write_bytes(recipe.encode() if isinstance(recipe, str) else recipe)
-        return parse_args_with_config(make_parser(), ["--config", str(path), *argv])
-
-    return run
+def rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A user's module `my_rows`."""
+    (tmp_path / "my_rows.py").write_text(ROWS)
+    monkeypatch.syspath_prepend(tmp_path)
 
 
-def test_help_has_the_defaults_that_its_texts_do_not_have(capsys: pytest.CaptureFixture) -> None:
-    parser = argparse.ArgumentParser(prog="train_x.py", allow_abbrev=False)
-    parser.add_argument("--config", help="recipe")
-    parser.add_argument("--rank", type=int, default=4, help="of the LoRA")
-    parser.add_argument("--start", type=int, default=0, help="first step")
-    parser.add_argument("--lr", type=float, default=0.5, help="learning rate (by default the paper's)")
-    parser.add_argument("--push", action="store_true", help="to the Hub")
-    parser.add_argument("--paths", nargs="+", default=[], help="folders")
-    with pytest.raises(SystemExit) as caught:
-        parse_args_with_config(parser, ["--help"])
-    assert caught.value.code == 0
-    printed = capsys.readouterr().out
-    assert printed.count("default:") == 2
-    assert "of the LoRA (default: 4)" in printed and "first step (default: 0)" in printed
+@pytest.mark.usefixtures("rows")
+def test_a_row_of_the_user_s_own_has_its_options_everywhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    own = {"method": "my_rows:sharp"}
+    expected = get_method("my_rows:sharp", sharpness=4.0)
+    for way in (from_command_line, from_recipe):
+        config = way(tmp_path, **own, sharpness=4)
+        assert config == from_python(tmp_path, **own, method_options={"sharpness": 4.0})
+        assert config.make_method("sd3") == expected and config.settings()["sharpness"] == 4.0
+        assert way(tmp_path, **own).make_method("flux").options == {"sharpness": 2.0, "last_k": 2}
+        assert "sharpness" in error_of(way, tmp_path, **own, sharpness="very")
+        # Options of the table's other rows are not there.
+        assert "num_active" in error_of(way, tmp_path, **own, num_active=3)
+        message = "--method my_rows:clash: its option 'rank' is an option of the run; give it another name"
+        assert error_of(way, tmp_path, method="my_rows:clash") == message
+    # The command line's method counts.
+    (tmp_path / "recipe.yaml").write_text("method: full\n")
+    words = ["--config", str(tmp_path / "recipe.yaml"), *command_line({**REQUIRED, **own}, sharpness=4)]
+    assert parse_training_config(Everything, "", words).make_method("sd3") == expected
+    described = help_of("sharpness", capsys, "--method", "my_rows:sharp")
+    assert described.endswith("100% sharp at 1. Defaults: my_rows:sharp 1.")
 
 
-def refusal(capsys: pytest.CaptureFixture, call, *args) -> str:
-    with pytest.raises(SystemExit) as caught:
-        call(*args)
-    out, err = capsys.readouterr()
-    assert caught.value.code == 2
-    assert out == "" and err.startswith("train_x.py: error: ") and err.endswith("\n") and err.count("\n") == 1
-    return err
-
-
-def test_command_line_wins_over_file_and_file_over_defaults(parse) -> None:
-    args = parse("model: m\nlearning_rate: 1e-5\nmax_train_steps: 7\n", "--max-train-steps", "9")
-    assert (args.model, args.learning_rate, args.max_train_steps, args.method) == ("m", 1e-5, 9, "sparse")
-
-
-def test_without_a_file_it_is_argparse() -> None:
-    argv = ["--model", "m", "--dirichlet", "1", "2", "3", "--push", "--tag", "a", "--tag", "b"]
-    assert parse_args_with_config(make_parser(), argv) == make_parser().parse_args(argv)
-
-
-def test_every_kind_of_option_gets_what_the_command_line_would_give(parse) -> None:
-    recipe = """
-        model: "42"
-        even: 4
-        method: bridge
-        size: 2
-        dirichlet: [2.5, 6, -2]
-        layers: [b, "-c"]
-        push: true
-        no_ema: true
-        unconditional_gradient: true
-    """
-    args = parse(recipe)
-    assert (args.model, args.even, args.method, args.size, args.dirichlet) == ("42", 4, "bridge", 2, [2.5, 6.0, -2.0])
-    assert [type(x) for x in args.dirichlet] == [float] * 3
-    assert (args.layers, args.push, args.ema, args.unconditional_gradient) == (["b", "-c"], True, False, True)
-    args = parse("model: m\npush: false\nno_ema: false\nunconditional_gradient: false\nsize: null\n")
-    assert (args.push, args.ema, args.unconditional_gradient, args.size) == (False, True, False, None)
-
-
-def test_command_line_replaces_lists_and_flags_of_the_file(parse) -> None:
-    recipe = "model: m\nlayers: [b, c]\nunconditional_gradient: true\n"
-    args = parse(recipe, "--layers", "d", "--no-unconditional_gradient")
-    assert (args.layers, args.unconditional_gradient) == (["d"], False)
-
-
-def test_required_option_stays_required_without_a_value(parse, capsys) -> None:
-    assert "the following arguments are required: --model" in refusal(capsys, parse, "size: 1\n")
-    parser = make_parser()
-    refusal(capsys, parse_args_with_config, parser, [])
-    assert parse_args_with_config(parser, ["--model", "m"]).model == "m"
-
-
-@pytest.mark.parametrize(
-    ("recipe", "expected"),
-    [
-        ("learning_rat: 1", "unknown key learning_rat: did you mean learning_rate?"),
-        ("max-train-steps: 1", "unknown key max-train-steps: did you mean max_train_steps?"),
-        ("no_unconditional_gradient: true", "did you mean unconditional_gradient?"),
-        ("config: other.yaml", "unknown key config"),
-        ("help: true", "unknown key help"),
-        ("1: 2", "unknown key 1"),
-        ("learning_rate: fast", "learning_rate: float expected, got 'fast'"),
-        ("max_train_steps: 1.5", "max_train_steps: int expected, got 1.5"),
-        ("max_train_steps: true", "max_train_steps: int expected, got True"),
-        ("max_train_steps: [1]", "max_train_steps: a single value expected, got a list"),
-        ("model: 42", "model: text expected, got 42: put it in quotes"),
-        ("model: {a: b}", "model: a single value expected, got a mapping"),
-        ("model: null", "model: a value expected, got null"),
-        ("learning_rate:", "learning_rate: a value expected, got null"),
-        ("even: 3", "even: an even number expected, got 3"),
-        ("method: brige", "method: one of sparse, bridge expected, got 'brige'"),
-        ("size: 3", "size: one of 1, 2 expected, got 3"),
-        ("dirichlet: 2.5", "dirichlet: a list expected, got 2.5"),
-        ("dirichlet: [1, 2]", "dirichlet: a list of 3 expected, got 2"),
-        ("dirichlet: [1, 2, [3]]", "dirichlet: a single value expected, got a list"),
-        ("layers: []", "layers: a list of at least one expected"),
-        ("push: 1", "push: true or false expected, got 1"),
-        ("push: 'yes'", "push: true or false expected, got 'yes'"),
-        ("tag: a", "tag: this option can be given on the command line only"),
-        ("- model", "expected option names with values, got a list"),
-        ("", "expected option names with values, got nothing"),
-        ("model: [", "not valid YAML in UTF-8"),
-        (b"model: \xff", "not valid YAML in UTF-8"),
-        ("model: !!python/object/apply:os.getcwd []", "not valid YAML in UTF-8"),
-    ],
-)
-def test_bad_recipe_is_refused_naming_file_and_key(recipe: str | bytes, expected: str, parse, capsys) -> None:
-    message = refusal(capsys, parse, recipe, "--model", "m")
-    assert expected in message and "recipe.yaml: " in message
-
-
-@pytest.mark.parametrize(
-    ("argv", "expected"),
-    [
-        (["--learing_rate", "1"], "unknown argument --learing_rate: did you mean --learning_rate?"),
-        (["--learn", "1"], "unknown argument --learn"),
-        (["--conf", "x.yaml"], "unknown argument --conf: did you mean --config?"),
-        (["stray"], "unknown argument stray"),
-        (["--learning_rate", "x"], "invalid float value: 'x'"),
-        (["--config", "/no/such.yaml"], "--config /no/such.yaml: cannot be read: No such file or directory"),
-        (["--config", "/"], "--config /: cannot be read: Is a directory"),
-        (["--config"], "expected one argument"),
-    ],
-)
-def test_bad_command_line_is_one_line(argv: list[str], expected: str, capsys) -> None:
-    assert expected in refusal(capsys, parse_args_with_config, make_parser(), ["--model", "m", *argv])
-
-
-def test_later_errors_of_the_script_are_one_line_too(capsys) -> None:
-    parser = make_parser()
-    parse_args_with_config(parser, ["--model", "m"])
-    assert "first second" in refusal(capsys, parser.error, "first\nsecond")
-
-
-def test_parsers_that_would_miss_the_file_are_refused() -> None:
-    with pytest.raises(ValueError, match="allow_abbrev=False"):
-        parse_args_with_config(argparse.ArgumentParser(), [])
-    with pytest.raises(ValueError, match="a --config option"):
-        parse_args_with_config(argparse.ArgumentParser(allow_abbrev=False), [])
+def test_the_global_generator_is_not_touched(tmp_path: Path):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    from_command_line(tmp_path).make_method("sd3")
+    assert torch.equal(torch.rand(3), expected)
