@@ -2,13 +2,13 @@
 #
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""Kills a training script at random moments, resumes it, and compares its end with that of a run left alone.
+"""Kills a training script at random moments, resumes it, and compares its end with that of an uninterrupted run.
 
     python tests/support/kill_training.py --kills 20
     python tests/support/kill_training.py --kills 20 --rotations 1      # with --checkpoints_total_limit 1
 
 The script writes a checkpoint at every update. Two of three kills wait until one is being written. After each kill
-there is a whole checkpoint, if ever one was written, and `--resume_from_checkpoint latest` goes on from it; before
+there is a whole checkpoint, if ever one was written, and `--resume_from_checkpoint latest` resumes from it; before
 that, `latest` is refused and the run starts anew. When a run is done before enough kills were made, another one
 starts. The exit code is 0 if every run ended with all tensors and all plain values equal; the last line counts, as
 JSON.

@@ -6,6 +6,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -27,7 +28,9 @@ from flowbp.training import checkpoints
 HERE = Path(__file__).parent
 SD3 = "train_flowbp_sd3"
 # A warning of transformers' at its import, and progress bars, are no lines of the scripts.
-NOISE = ("[transformers]", "updates:", "Loading ", "There are modules in")
+NOISE = ("[transformers]", "updates:", "evaluation:", "validation:", "Loading ", "There are modules in")
+# What each run tells of itself when it begins: a title, then names with values below it.
+BANNER = re.compile(r"^(?=\S+ on \S+Pipeline \()|^  (reward|trained|batch|prompts|updates|written to) ")
 
 
 def sd3_arguments(model: Path, prompts: Path, output_dir: Path) -> dict[str, Any]:
@@ -92,8 +95,7 @@ def check_same_end(whole: Path, resumed: Path, last: int, tolerance: float = 0) 
     assert largest_difference(tensors_of(old), tensors_of(new)) <= tolerance
     assert largest_difference(load_file(whole / LORA_FILE), load_file(resumed / LORA_FILE)) <= tolerance
     assert (whole / "best").exists() == (resumed / "best").exists()
-    for name in ("update", "prompts", "scaler", "lr_scheduler", "ema_step", "skipped", "skipped_in_a_row"):
-        assert state_of(new)[name] == state_of(old)[name]
+    assert state_of(new)["training"] == state_of(old)["training"]
     assert [row["step"] for row in rows_of(resumed)] == list(range(1, last + 1))
     if tolerance == 0:
         assert state_of(new) == state_of(old)
@@ -106,10 +108,10 @@ def check_same_end(whole: Path, resumed: Path, last: int, tolerance: float = 0) 
 
 
 def lines_of(text: str) -> list[str]:
-    """What a script wrote to stderr by itself."""
+    """What a script wrote to stderr, without what every run says."""
     # Progress bars return to the line's start.
     lines = [line.rpartition("\r")[2] for line in text.splitlines()]
-    return [line for line in lines if line.strip() and not line.startswith(NOISE)]
+    return [line for line in lines if line.strip() and not line.startswith(NOISE) and not BANNER.search(line)]
 
 
 # Processes of their own.

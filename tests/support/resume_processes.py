@@ -26,18 +26,18 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
-from training_scripts import load_script, watch_runs
+from training_scripts import load_script
+from watched_updates import watch_updates
 
-from flowbp.publishing.push import one_line
+from flowbp.publishing.run_info import one_line
 from flowbp.training.script import USER_ERRORS
-from flowbp.training.training_run import TrainingRun
 
 
-def train(job: dict[str, Any], runs: list[TrainingRun]) -> dict[str, Any]:
+def train(job: dict[str, Any]) -> dict[str, Any]:
     """Run a script, and compare what the processes have then. Collective."""
     os.environ.update(job["environment"])
     printed = io.StringIO()
-    with contextlib.redirect_stderr(printed):
+    with contextlib.redirect_stderr(printed), watch_updates() as updates:
         try:
             load_script(job["name"]).main(job["words"])
             ending = "done"
@@ -45,14 +45,13 @@ def train(job: dict[str, Any], runs: list[TrainingRun]) -> dict[str, Any]:
             ending = one_line(error)
     for name in job["environment"]:
         del os.environ[name]
-    run = runs.pop()
-    lora = torch.cat([parameter.detach().flatten() for parameter in run.parameters])
+    lora = torch.cat([parameter.detach().flatten() for parameter in updates[-1].parameters])
     loras = [torch.empty_like(lora) for _ in range(dist.get_world_size())]
     dist.all_gather(loras, lora)
     endings: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(endings, (ending, printed.getvalue()))
     return {
-        "processes": run.accelerator.num_processes,
+        "processes": PartialState().num_processes,
         "endings": [each for each, _ in endings],
         "printed": [each for _, each in endings],
         "apart": (loras[0] - loras[1]).abs().max().item(),
@@ -67,8 +66,7 @@ def main() -> None:
     # A script leaves the group of processes at its end; the next one needs it.
     patch = pytest.MonkeyPatch()
     patch.setattr(PartialState, "destroy_process_group", lambda state, group=None: None)
-    runs = watch_runs(patch)
-    results = [train(job, runs) for job in json.loads(jobs.read_text())]
+    results = [train(job) for job in json.loads(jobs.read_text())]
     if dist.get_rank() == 0:
         found.write_text(json.dumps(results))
     dist.barrier()

@@ -5,7 +5,7 @@
 """Rewards for the tests of resuming and of skipped updates: the toy reward, at random, waiting, or not finite.
 
 What goes wrong is said by environment variables, which reach processes that tests start. Calls are counted from 1, and
-only those that train: pictures of evaluations and validations require no gradients.
+only those that train: images of evaluations and validations require no gradients.
 """
 
 import json
@@ -41,7 +41,7 @@ def make_opposite_reward() -> Reward:
 
 
 def make_signalling_reward() -> Reward:
-    """A held-out reward that sends SIGTERM to its process when it judges the picture FLOWBP_TEST_SIGNAL_CALL."""
+    """A held-out reward that sends SIGTERM to its process when it judges the image FLOWBP_TEST_SIGNAL_CALL."""
     calls = []
 
     def score(images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:

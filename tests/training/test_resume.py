@@ -41,10 +41,11 @@ from training_scripts import (
     load_script,
     log_of,
     script_path,
-    watch_runs,
 )
+from watched_updates import watch_updates
 
 from flowbp.training import checkpoints
+from flowbp.training.signals import TrainingStopped
 
 UPDATES = 6
 # Four places of the prompts' order for each update, and three prompts: an epoch ends with every third update.
@@ -95,13 +96,16 @@ def whole(script: ModuleType, model: Path, prompts: Path, tmp_path_factory: pyte
 
 def test_what_is_cut_is_worth_a_cut(whole: Path):
     """The run below has what its comparisons are about; else they would prove nothing."""
-    positions = [state_of(whole / f"checkpoint-{cut}")["prompts"]["position"] % len(PROMPTS) for cut in CUTS.values()]
+    positions = [
+        state_of(whole / f"checkpoint-{cut}")["training"]["prompts"]["position"] % len(PROMPTS)
+        for cut in CUTS.values()
+    ]
     assert positions == [1, 0, 2]
-    states = [state_of(whole / f"checkpoint-{update}") for update in range(1, UPDATES + 1)]
+    states = [state_of(whole / f"checkpoint-{update}")["evaluation"] for update in range(1, UPDATES + 1)]
     alarms = [(alarm["name"], alarm["update"]) for alarm in states[-1]["alarms"]]
     assert len(alarms) == 1 and alarms[0][0] == "held-out-falls" and 3 < alarms[0][1] <= 5, alarms
     assert all(state["guard"] != after["guard"] for state, after in zip(states, states[1:], strict=False))
-    assert {state["evaluations"]["best"]["update"] for state in states} == {1}
+    assert {state["found"]["best"]["update"] for state in states} == {1}
     files = {path.name for path in (whole / "checkpoint-1").iterdir()}
     assert {f"{name}.safetensors" for name in ("lora", "optimizer", "ema", "best")} <= files
     rates = [row["learning_rate"] for row in log_of(whole)]
@@ -115,12 +119,10 @@ def test_what_is_cut_is_worth_a_cut(whole: Path):
 
 
 @pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS)
-def test_a_resumed_run_is_exact(
-    script: ModuleType, whole: Path, arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch, cut: int
-):
-    runs = watch_runs(monkeypatch)
-    script.main(command_line(arguments, **EVERYTHING, seed=0, resume_from_checkpoint=whole / f"checkpoint-{cut}"))
-    assert runs[0].first_update == cut
+def test_a_resumed_run_is_exact(script: ModuleType, whole: Path, arguments: dict[str, Any], cut: int):
+    with watch_updates() as updates:
+        script.main(command_line(arguments, **EVERYTHING, seed=0, resume_from_checkpoint=whole / f"checkpoint-{cut}"))
+    assert len(updates) == UPDATES - cut
     check_same_end(whole, arguments["output_dir"], UPDATES)
 
 
@@ -267,7 +269,7 @@ def test_a_resumed_run_of_two_processes_is_exact(in_two: dict[Any, Path], cut: i
 SHARED_OUT = 1e-4
 
 
-def test_a_run_of_two_processes_goes_on_in_one(
+def test_a_run_of_two_processes_resumes_in_one(
     script: ModuleType, plain: Path, plain_arguments: dict[str, Any], in_two: dict[Any, Path], tmp_path: Path
 ):
     resumed = {**plain_arguments, "output_dir": tmp_path, "resume_from_checkpoint": in_two["plain"] / "checkpoint-1"}
@@ -276,7 +278,7 @@ def test_a_run_of_two_processes_goes_on_in_one(
     assert [row["drawn_steps"] for row in log_of(tmp_path)] == [row["drawn_steps"] for row in log_of(plain)]
 
 
-def test_a_run_of_one_process_goes_on_in_two(plain: Path, in_two: dict[Any, Path]):
+def test_a_run_of_one_process_resumes_in_two(plain: Path, in_two: dict[Any, Path]):
     check_same_end(plain, in_two["from one"], 3, tolerance=SHARED_OUT)
     check_same_end(plain, in_two["plain"], 3, tolerance=SHARED_OUT)
 
@@ -285,9 +287,9 @@ def test_a_run_of_one_process_goes_on_in_two(plain: Path, in_two: dict[Any, Path
 
 
 def check_stopped(output: Path, printed: str, name: str) -> None:
-    """A run was stopped by a signal after its first update, with a checkpoint, and says how to go on."""
+    """A run was stopped by a signal after its first update, with a checkpoint, and says how to resume."""
     lines = lines_of(printed)
-    told = f"Stopped by {name} after update 1; go on with --resume_from_checkpoint latest."
+    told = f"Stopped by {name} after update 1; resume with --resume_from_checkpoint latest."
     assert sum(told in line for line in lines) == 1, lines
     assert [path.name for path in checkpoints.checkpoints(output)] == ["checkpoint-1"]
     checkpoints.check_folder(output / "checkpoint-1")
@@ -341,8 +343,8 @@ def test_what_is_due_after_a_stopped_update_is_made_up_for(
     os.kill(process.number, signal.SIGTERM)
     (tmp_path / "go").touch()
     assert process.wait() == 143
-    state = state_of(tmp_path / "run" / "checkpoint-1")
-    assert not state["is_judged"] and state["evaluations"].keys() == {"base"}
+    evaluation = state_of(tmp_path / "run" / "checkpoint-1")["evaluation"]
+    assert evaluation["is_pending"] and evaluation["found"].keys() == {"base"}
     assert not (tmp_path / "run" / "validation").exists()
     script.main(command_line(judged, output_dir=tmp_path / "run", resume_from_checkpoint="latest"))
     check_same_end(tmp_path / "whole", tmp_path / "run", 3)
@@ -356,7 +358,7 @@ def test_what_is_due_after_a_stopped_update_is_made_up_for(
 def test_a_signal_during_an_evaluation_ends_the_run_after_it(
     script: ModuleType, plain_arguments: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    # Three prompts and two pictures of each: the base model's evaluation, and the beginning of the first update's.
+    # Three prompts and two images of each: the base model's evaluation, and the beginning of the first update's.
     monkeypatch.setenv("FLOWBP_TEST_SIGNAL_CALL", "8")
     judged = {
         **plain_arguments,
@@ -365,11 +367,11 @@ def test_a_signal_during_an_evaluation_ends_the_run_after_it(
         "num_validation_images": 3,
     }
     judged |= {"eval_reward": "resume_rewards:make_signalling_reward", "eval_steps": 1}
-    with pytest.raises(SystemExit) as caught:
+    with pytest.raises(TrainingStopped) as caught:
         script.main(command_line(judged))
-    assert caught.value.code == 143
+    assert caught.value.signal_number == signal.SIGTERM
     assert [row["step"] for row in log_of(tmp_path / "run")] == [1]
-    assert state_of(tmp_path / "run" / "checkpoint-1")["is_judged"]
+    assert not state_of(tmp_path / "run" / "checkpoint-1")["evaluation"]["is_pending"]
     assert (tmp_path / "run" / "evaluation" / "000001.png").exists()
 
 
@@ -415,9 +417,9 @@ def test_a_signal_stops_two_processes_together(
 ):
     number, _, reported = IN_TWO[what]
     output, printed = stopped_in_two[what]
-    told = f"Stopped by {number.name} after update 1; go on with --resume_from_checkpoint latest."
+    told = f"Stopped by {number.name} after update 1; resume with --resume_from_checkpoint latest."
     assert printed.count(told) == 1 and reported in printed, printed[-3000:]
-    # What was there before `in_two` went on: no checkpoint but that of the signal.
+    # What was there before `in_two` resumed it: no checkpoint but that of the signal.
     assert sorted(path.name for path in output.glob("checkpoint-*")) == [f"checkpoint-{n}" for n in (1, 2, 3)]
     check_same_end(in_two["plain"], output, 3)
 
