@@ -17,9 +17,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
-from diffusers.modular_pipelines.stable_diffusion_3.modular_blocks_stable_diffusion_3 import (
-    StableDiffusion3AutoBlocks,
-)
+from diffusers.modular_pipelines.stable_diffusion_3.modular_blocks_stable_diffusion_3 import StableDiffusion3AutoBlocks
 from tiny_sd3 import MAX_SEQUENCE_LENGTH, Float64Scheduler
 from violations import (
     ANCHORED,

@@ -27,9 +27,7 @@ import torch
 from broken_loops import AltersLatents, DecodesWithoutGradients, StepFirst, TwoLoops, WordsDrift
 from diffusers import DDIMScheduler, FirstBlockCacheConfig
 from diffusers.models.attention_processor import JointAttnProcessor2_0
-from diffusers.modular_pipelines.stable_diffusion_3.modular_blocks_stable_diffusion_3 import (
-    StableDiffusion3AutoBlocks,
-)
+from diffusers.modular_pipelines.stable_diffusion_3.modular_blocks_stable_diffusion_3 import StableDiffusion3AutoBlocks
 from families.family import embeddings
 from families.paper import build_flux
 from families.videos import build_wan_22, wan_prompts
@@ -749,9 +747,7 @@ SCENARIOS: dict[str, list[Scenario]] = {
         ),
         Scenario("images depend on a transformer call", looping(RefinesInAThread), "the rewards of backward(rewards)"),
         Scenario(
-            "images depend on a tensor of shape",
-            looping(BrightensInAThread),
-            "the rewards of backward(rewards)",
+            "images depend on a tensor of shape", looping(BrightensInAThread), "the rewards of backward(rewards)"
         ),
     ],
     "check_drift": [Scenario("neither the latents nor a timestep explain it", looping(WordsDrift), RIGHT)],
@@ -889,11 +885,7 @@ SCENARIOS: dict[str, list[Scenario]] = {
     ],
     # Rewards and penalties.
     "check_images": [
-        Scenario(
-            "not connected",
-            swept(lambda it, images: it.backward(mean, images.detach(), PROMPTS)),
-            NO_GRAPH,
-        ),
+        Scenario("not connected", swept(lambda it, images: it.backward(mean, images.detach(), PROMPTS)), NO_GRAPH),
         Scenario("all 2 images", swept(lambda it, images: it.backward(mean, images[:1], PROMPTS[:1])), ACCEPTED, 1),
     ],
     "check_rewards": [

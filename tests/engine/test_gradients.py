@@ -225,11 +225,7 @@ def test_pipeline_arguments(name: str, mode: str, changes: dict[str, object]):
     pipe = pipeline_of(mode, 7)
     sampling = sampling_of(mode, PROMPTS[:2], 7, **changes)
     gradients, out, callback = engine(
-        pipe,
-        get_method(name, **ROWS[name]),
-        sampling,
-        seed=1,
-        unconditional_gradient=sampling.unconditional_gradient,
+        pipe, get_method(name, **ROWS[name]), sampling, seed=1, unconditional_gradient=sampling.unconditional_gradient
     )
     assert_agrees(gradients, out, brute_force(pipe, name, ROWS[name], drawn_steps(name, callback.surrogate), sampling))
 

@@ -186,10 +186,7 @@ def broken_sweep(monkeypatch: pytest.MonkeyPatch, breaks: Break) -> None:
     ],
 )
 def test_a_broken_sweep_is_found_and_named(
-    sd3: tuple[DiffusionPipeline, dict[str, Any]],
-    monkeypatch: pytest.MonkeyPatch,
-    breaks: Break,
-    methods: list[str],
+    sd3: tuple[DiffusionPipeline, dict[str, Any]], monkeypatch: pytest.MonkeyPatch, breaks: Break, methods: list[str]
 ) -> None:
     broken_sweep(monkeypatch, breaks)
     pipe, call = sd3
@@ -270,10 +267,7 @@ def states(pipe: DiffusionPipeline, generators: Sequence[torch.Generator]) -> li
 @pytest.mark.parametrize("outcome", ["returns", "refused", "interrupted"])
 @pytest.mark.parametrize("grad_enabled", [True, False])
 def test_everything_is_left_as_it_was(
-    sd3: tuple[DiffusionPipeline, dict[str, Any]],
-    monkeypatch: pytest.MonkeyPatch,
-    outcome: str,
-    grad_enabled: bool,
+    sd3: tuple[DiffusionPipeline, dict[str, Any]], monkeypatch: pytest.MonkeyPatch, outcome: str, grad_enabled: bool
 ) -> None:
     pipe, call = sd3
     generators = [torch.Generator().manual_seed(seed) for seed in (5, 6)]

@@ -66,11 +66,7 @@ class Float64Scheduler(FlowMatchEulerDiscreteScheduler):
         self.sigmas = torch.cat([shifted, shifted.new_zeros(1)])
 
     def step(
-        self,
-        model_output: torch.Tensor,
-        timestep: torch.Tensor,
-        sample: torch.Tensor,
-        return_dict: bool = False,
+        self, model_output: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor, return_dict: bool = False
     ) -> tuple[torch.Tensor]:
         """One Euler step of `sample` (any shape) along `model_output`, in their dtype; always returns a tuple."""
         if self.step_index is None:
