@@ -41,7 +41,7 @@ from flowbp.judging.guard import diversity, high_frequency_energy, saturated_sha
 from flowbp.judging.images import draw_images
 from flowbp.judging.statistics import estimate
 from flowbp.replayed import TOLERANCE, deviations
-from flowbp.training.training_run import TrainingRun
+from flowbp.training.signals import StopSignals
 
 REWARD = make_reward()
 DEVICE = torch.device("cpu")
@@ -228,7 +228,7 @@ def test_evaluations_are_computed_without_float64_on_the_device():
             PROMPTS,
             generator,
             2,
-            lambda prompt, noise: sample(pipe, [prompt], generator=noise, num_inference_steps=3),
+            lambda place, noise: sample(pipe, [PROMPTS[place]], generator=noise, num_inference_steps=3),
             {"red": REWARD},
         )
         summary = estimate(drawn.scores["red"], 2)
@@ -247,13 +247,20 @@ def test_a_training_run_computes_nothing_in_float64(
     script: ModuleType, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Updates, evaluation and guard, the optimizer and its average; loading before and saving after are left out."""
-    device, updates = PretendedDevice(), TrainingRun.updates
+    device = PretendedDevice()
 
-    def on_the_device(run: TrainingRun) -> Iterator[int]:
-        with device:
-            yield from updates(run)
+    class Loop(StopSignals):
+        """Is open for as long as the updates are made."""
 
-    monkeypatch.setattr(TrainingRun, "updates", on_the_device)
+        def __enter__(self) -> StopSignals:
+            device.__enter__()
+            return super().__enter__()
+
+        def __exit__(self, *exception: object) -> None:
+            super().__exit__(*exception)
+            device.__exit__(*exception)
+
+    monkeypatch.setattr("flowbp.training.loop.StopSignals", Loop)
     arguments = {
         **SHARED_ARGUMENTS,
         "pretrained_model_name_or_path": model,
@@ -275,7 +282,7 @@ def test_a_training_run_computes_nothing_in_float64(
     assert len(log_of(tmp_path / "run")) == 2
     # It was used for all of that: replays, the optimizer's norm, the guard's numbers.
     places = {place.rpartition("/")[2].partition(":")[0] for place in device.reads}
-    assert {"replay.py", "guidance.py", "distributed.py", "guard.py", "validation.py"} <= places
+    assert {"replay.py", "guidance.py", "distributed.py", "guard.py", "images.py"} <= places
 
 
 # Waiting for the device.
