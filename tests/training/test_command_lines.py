@@ -181,7 +181,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "negative anchor": ({"velocity_anchor": -1}, "--velocity_anchor must be at least 0 and finite, got -1.0"),
     "loss times infinity": ({"loss_scale": "inf"}, "--loss_scale must be above 0 and finite, got inf"),
     # Methods.
-    "unknown method": ({"method": "flowbp-dense"}, "invalid choice: 'flowbp-dense' (choose from"),
+    "unknown method": ({"method": "flowbp-dense"}, "Unknown method 'flowbp-dense' (nearest: 'flowbp-sparse'); choose one of full, draft-k, "),
     "another method's option": ({"method": "draft-k", "last_n": 3}, "draft-k has no option 'last_n' (nearest:"),
     "K above N": ({"method": "flowbp-sparse", "num_active": 7}, "use at most 6"),
     "K of 0": ({"method": "flowbp-sparse", "num_active": 0}, "`num_active` must be a whole number of at least 1"),
@@ -211,7 +211,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "absent folder of weights": ({"reward": "clip", "reward_model_path": "clip=absent"}, "absent is not a folder"),
     "weights that cannot be had": ({"reward": "clip"}, "the files are not in the cache and the Hub cannot be reached"),
     "prompts without a text to read": ({"reward": "ocr", "prompts": "unquoted.txt"}, "between double quotes"),
-    "hinge at NaN": ({"reward_clip": "nan"}, "`clip` must be a finite number or None"),
+    "hinge at NaN": ({"reward_clip": "nan"}, "--reward_clip must be finite, got nan"),
     "augmentation that nothing reads": (
         {"reward_augment": True},
         "make_reward does not have it, expected an ocr",

@@ -4,12 +4,11 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """Prompt embeddings, encoded on the fly and kept on disk: the same numbers, and the same LoRA in the end."""
 
-import argparse
 import os
 import socket
 import weakref
 from collections import namedtuple
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,7 @@ from training_scripts import (
 )
 from transformers import PreTrainedModel
 
-from flowbp.training import prompt_embeds
+from flowbp.training import TrainingConfig, prompt_embeds
 from flowbp.training.prompt_embeds import (
     Embeds,
     PromptEmbeds,
@@ -44,6 +43,7 @@ from flowbp.training.prompt_embeds import (
     prepare_prompt_embeds,
     text_files,
 )
+from flowbp.training.prompts import Record
 
 CPU = torch.device("cpu")
 
@@ -60,7 +60,16 @@ def pipe(model: Path) -> FluxPipeline:
     return FluxPipeline.from_pretrained(model, transformer=None, vae=None, dtype=torch.float32)
 
 
-def encode(pipe: FluxPipeline, texts: list[str]) -> Embeds:
+def records_of(prompts: Sequence[str]) -> list[Record]:
+    return [Record(prompt) for prompt in prompts]
+
+
+def prompt_of(record: Record) -> str:
+    return record.prompt
+
+
+def encode(pipe: FluxPipeline, records: Sequence[Record]) -> Embeds:
+    texts = [record.prompt for record in records]
     embeds, pooled, _ = pipe.encode_prompt(texts, None, device=CPU, max_sequence_length=16)
     return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
@@ -75,10 +84,10 @@ def equal(left: Embeds, right: Embeds) -> bool:
 @pytest.mark.parametrize("switches", [{}, {"offload": True}, {"group_offload": True}], ids=str)
 def test_the_encoder_gives_what_the_pipeline_gives(pipe: FluxPipeline, switches: dict[str, bool]):
     with torch.no_grad():
-        expected = encode(pipe, list(PROMPTS))
+        expected = encode(pipe, records_of(PROMPTS))
     encoder = PromptEncoder(pipe, encode, CPU, **switches)
     for _ in range(2):
-        found = encoder(PROMPTS)
+        found = encoder(records_of(PROMPTS))
         assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
         assert not any(tensor.requires_grad for tensor in found.values())
     assert expected["prompt_embeds"].shape == (3, 16, 32) and not torch.equal(*expected["prompt_embeds"][:2])
@@ -138,18 +147,18 @@ def test_kept_embeddings_are_the_encoder_s(
         assert not folder.exists() and [path.name for path in half_written.iterdir()] == ["00007.safetensors"]
         said.append(line)
 
-    precompute(folder, prompts, encoder, say)
+    precompute(folder, records_of(prompts), encoder, say)
     assert sorted(path.name for path in folder.iterdir()) == [f"0000{number}.safetensors" for number in range(3)]
     assert not half_written.exists()
     size = sum(tensor.nbytes for path in folder.iterdir() for tensor in load_file(path).values())
     assert said == [f"Prompt embeddings: 9 prompts, {size / 2**20:.1f} MiB, into {folder}"]
 
-    kept = PromptEmbeds(folder, prompts, CPU)
+    kept = PromptEmbeds(folder, prompts, prompt_of, CPU)
     for batch in (["text 8"], ["text 3", "text 0", "text 4"], ["text 5", "text 5"]):
-        found = kept(batch)
-        assert equal(found, encoder(batch)) and len(found["prompt_embeds"]) == len(batch)
+        found = kept(records_of(batch))
+        assert equal(found, encoder(records_of(batch))) and len(found["prompt_embeds"]) == len(batch)
     with pytest.raises(ValueError, match="No embeddings of 'other' in .*hash; it was not among the run's prompts"):
-        kept(["text 1", "other"])
+        kept(records_of(["text 1", "other"]))
 
 
 def test_a_full_disk_is_refused_before_anything_is_written(
@@ -159,43 +168,47 @@ def test_a_full_disk_is_refused_before_anything_is_written(
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage(10**9, 10**9 - 100, 100))
     folder = tmp_path / "hash"
     with pytest.raises(OSError, match="need 0 MiB, .* has 0 MiB free; choose another --prompt_embeds_dir"):
-        precompute(folder, list(PROMPTS), PromptEncoder(pipe, encode, CPU), say=lambda line: None)
+        precompute(folder, records_of(PROMPTS), PromptEncoder(pipe, encode, CPU), say=lambda line: None)
     assert not folder.exists() and not list(tmp_path.rglob("*.safetensors"))
 
 
 def test_a_stopped_encoding_leaves_no_folder(pipe: FluxPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(prompt_embeds, "PROMPTS_PER_FILE", 1)
 
-    def stops(pipe: FluxPipeline, texts: list[str]) -> Embeds:
-        if texts == [PROMPTS[2]]:
+    def stops(pipe: FluxPipeline, records: Sequence[Record]) -> Embeds:
+        if records == records_of(PROMPTS[2:]):
             raise KeyboardInterrupt
-        return encode(pipe, texts)
+        return encode(pipe, records)
 
     with pytest.raises(KeyboardInterrupt):
-        precompute(tmp_path / "hash", list(PROMPTS), PromptEncoder(pipe, stops, CPU), say=lambda line: None)
+        precompute(tmp_path / "hash", records_of(PROMPTS), PromptEncoder(pipe, stops, CPU), say=lambda line: None)
     assert not (tmp_path / "hash").exists()
 
 
 def prepare(
-    model: Path, root: Path, load: Callable[[], FluxPipeline], negative_prompt: str | None = None, **changes: Any
-) -> Callable[[list[str]], Embeds]:
-    """`prepare_prompt_embeds` of `PROMPTS`."""
-    args = argparse.Namespace(
-        **{
-            "pretrained_model_name_or_path": str(model),
-            "revision": None,
-            "variant": None,
-            "mixed_precision": "no",
-            "max_sequence_length": 16,
-            "validation_prompt": ["another"],
-            "precompute_prompt_embeds": True,
-            "prompt_embeds_dir": root,
-            "offload": False,
-            "group_offload": False,
-            **changes,
-        }
+    model: Path,
+    root: Path,
+    load: Callable[[], FluxPipeline],
+    negative_prompt: str | None = None,
+    prompts: Sequence[str] = (*PROMPTS, "another"),
+    **changes: Any,
+) -> Callable[[Sequence[str]], Embeds]:
+    """`prepare_prompt_embeds` of some prompts."""
+    options = {
+        "pretrained_model_name_or_path": str(model),
+        "prompts": "prompts.txt",
+        "mixed_precision": "no",
+        "max_sequence_length": 16,
+        "precompute_prompt_embeds": True,
+        "prompt_embeds_dir": root,
+        "offload": False,
+        **changes,
+    }
+    negative = None if negative_prompt is None else Record(negative_prompt)
+    embeds = prepare_prompt_embeds(
+        TrainingConfig(**options), Accelerator(cpu=True), load, encode, prompt_of, records_of(prompts), negative
     )
-    return prepare_prompt_embeds(args, Accelerator(cpu=True), load, encode, PROMPTS, negative_prompt)
+    return lambda batch: embeds(records_of(batch))
 
 
 def must_not_load() -> FluxPipeline:
@@ -216,7 +229,7 @@ def test_kept_or_not_they_are_the_same_with_the_negative_prompt_s(model: Path, t
     assert found.keys() == {*names, *(f"negative_{name}" for name in names)}
     assert equal(
         {name: found[f"negative_{name}"] for name in names},
-        PromptEncoder(load(), encode, CPU)(["grey", "grey"]),
+        PromptEncoder(load(), encode, CPU)(records_of(["grey", "grey"])),
     )
     assert not any("negative" in name for name in prepare(model, tmp_path, load)(batch))
 
@@ -237,7 +250,7 @@ def test_encoders_are_freed_and_loaded_only_where_something_changed(
     again = prepare(model, tmp_path, must_not_load)
     assert "exists already" in capsys.readouterr().out
     assert equal(first(PROMPTS), again(PROMPTS))
-    for changes in ({"max_sequence_length": 15}, {"mixed_precision": "bf16"}, {"validation_prompt": None}):
+    for changes in ({"max_sequence_length": 15}, {"mixed_precision": "bf16"}, {"prompts": PROMPTS}):
         prepare(model, tmp_path, load, **changes)
         assert "exists already" not in capsys.readouterr().out
     with other_weights(model):
