@@ -234,9 +234,7 @@ def test_defaults_are_those_of_diffusers_and_the_paper(script: ModuleType, backb
 
 
 @rows(*BACKBONES)
-def test_every_option_of_the_table_is_an_option_of_the_script(
-    script: ModuleType, capsys: pytest.CaptureFixture[str]
-):
+def test_every_option_of_the_table_is_an_option_of_the_script(script: ModuleType, capsys: pytest.CaptureFixture[str]):
     options = {option for row in METHODS.values() for option in row.options}
     with pytest.raises(SystemExit):
         script.main(["--help"])
@@ -348,7 +346,7 @@ def test_the_lora_is_the_checkpoint_s_and_comes_off_again(
     output, steps = arguments["output_dir"], arguments["num_inference_steps"]
     call = {**backbone.call, "seed": 3, "sigmas": torch.linspace(1, 1 / steps, steps).tolist()}
     trained = load_pipeline(model)
-    targets = script.LORA_LAYERS.split(",")
+    targets = backbone_of(script).defaults["lora_layers"].split(",")
     trained.transformer.add_adapter(LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets))
     set_peft_model_state_dict(trained.transformer, load_file(output / "checkpoint-2" / "lora.safetensors"))
     assert torch.equal(images_of(trained, **call), drawn[-2])
