@@ -49,7 +49,7 @@ def gradient(
         with callback.record(pipe):
             images = [pipe(prompts, generator=noise(1, places), **CALL).images for _ in range(1 + callback.copies)]
         callback.backward(
-            lambda pictures, texts: pictures.square().mean((1, 2, 3)),
+            lambda images, texts: images.square().mean((1, 2, 3)),
             torch.cat(images),
             prompts,
             gradient_scale=1 / len(passes),

@@ -84,7 +84,7 @@ def gradient(
                 for _ in range(1 + callback.copies)
             ]
         out = callback.backward(
-            lambda pictures, prompts: pictures.square().mean((1, 2, 3)),
+            lambda images, prompts: images.square().mean((1, 2, 3)),
             torch.cat(images),
             ["a", "b"],
             gradient_scale=0.5,

@@ -4,66 +4,75 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """What `test_distributed.py` runs in each of two processes: some updates of a sharded transformer against a whole one.
 
-The base is bfloat16 and the LoRA float32, with gradient checkpointing; AdamW, clipping, an average of the LoRA, saving
-and loading as the training scripts do them.
+    torchrun --nproc_per_node 2 tests/support/distributed_training.py FOLDER
+
+The base is bfloat16 and the LoRA float32, with gradient checkpointing; the optimizer, its average and a checkpoint are
+a run's own.
 """
 
 import json
+import sys
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from diffusers.training_utils import EMAModel, cast_training_params
+from diffusers.training_utils import cast_training_params
 from distributed_gradients import CALL, Exchanges
 from tiny_sd3 import tiny_sd3_pipeline
 from torch.distributed.tensor import DTensor
 
 from flowbp import FlowBPCallback, get_method
+from flowbp.callback import BackwardOutput
+from flowbp.training import TrainingConfig
 from flowbp.training.distributed import (
     all_ranks_max,
     check_distributed,
-    clip_gradients,
     full_lora,
-    full_tensor,
     leave,
-    like,
     load_lora,
     prepare_transformer,
 )
+from flowbp.training.prompts import Record
+from flowbp.training.state import TrainingState, save_files
 
-MAX_NORM = 0.05
+CONFIG = TrainingConfig(
+    pretrained_model_name_or_path="tiny",
+    prompts="prompts.txt",
+    mixed_precision="bf16",
+    train_batch_size=1,
+    learning_rate=1e-2,
+    adam_weight_decay=1e-2,
+    max_grad_norm=0.05,
+    use_ema=True,
+    ema_decay=0.9,
+)
 
 
 class Trained:
-    """A pipeline with what trains it."""
+    """A pipeline with what trains it.
 
-    def __init__(self, accelerator: Accelerator | None) -> None:
+    Args:
+        accelerator: of the processes.
+        is_sharded: or the transformer is whole in each of them.
+    """
+
+    def __init__(self, accelerator: Accelerator, is_sharded: bool) -> None:
         self.pipe = tiny_sd3_pipeline(torch.bfloat16, lora_rank=2)
         self.transformer = self.pipe.transformer
         cast_training_params(self.transformer, torch.float32)
         self.transformer.enable_gradient_checkpointing()
-        self.shared = None if accelerator is None else prepare_transformer(accelerator, self.transformer)
-        self.parameters = [parameter for parameter in self.transformer.parameters() if parameter.requires_grad]
-        self.optimizer = self.new_optimizer()
-        self.average = EMAModel(self.parameters, decay=0.9)
+        self.wrapped = prepare_transformer(accelerator, self.transformer) if is_sharded else None
+        self.state = TrainingState(CONFIG, accelerator, self.transformer, [Record("a")])
 
-    def new_optimizer(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters, lr=1e-2, weight_decay=1e-2)
-
-    def backward(self, update: int, sample: int) -> None:
+    def backward(self, update: int, sample: int, gradient_scale: float = 1.0) -> BackwardOutput:
         """Add the gradient of one sample."""
         callback = FlowBPCallback(get_method("flowbp-bridge"), generator=torch.Generator().manual_seed(update))
         with callback.record(self.pipe):
             noise = torch.Generator().manual_seed(10 * update + sample)
             images = self.pipe(["a"], generator=noise, **CALL).images
-        callback.backward(images.float().square().mean((1, 2, 3)), transformer=self.shared)
-
-    def step(self) -> float:
-        norm = clip_gradients(self.parameters, MAX_NORM)
-        self.optimizer.step()
-        self.average.step(self.parameters)
-        self.optimizer.zero_grad(set_to_none=True)
-        return norm
+        rewards = images.float().square().mean((1, 2, 3))
+        return callback.backward(rewards, gradient_scale=gradient_scale, transformer=self.wrapped)
 
 
 def bytes_of(transformer: torch.nn.Module) -> int:
@@ -84,56 +93,53 @@ def main() -> None:
     accelerator = Accelerator()
     check_distributed(accelerator)
     rank = accelerator.process_index
-    whole, sharded = Trained(None), Trained(accelerator)
+    whole, sharded = Trained(accelerator, False), Trained(accelerator, True)
     before = full_lora(whole.transformer)
     found: dict[str, object] = {"share": bytes_of(sharded.transformer) / bytes_of(whole.transformer)}
     norms = []
     for update in range(3):
-        for sample in range(2):
-            whole.backward(update, sample)
-        for parameter in whole.parameters:
-            parameter.grad /= 2
-        sharded.backward(update, rank)
-        norms.append([whole.step(), sharded.step()])
+        steps = [
+            whole.state.step([whole.backward(update, sample, gradient_scale=0.5) for sample in range(2)]),
+            sharded.state.step([sharded.backward(update, rank)]),
+        ]
+        assert not any(step.was_skipped for step in steps)
+        norms.append([step.gradient_norm for step in steps])
     found["norms"] = norms
     of_whole, of_sharded = full_lora(whole.transformer), full_lora(sharded.transformer)
     found["moved"] = difference(before, of_whole)
     found["lora"] = difference(of_whole, of_sharded)
-    found["average"] = max(
-        (left - full_tensor(right)).abs().max().item()
-        for left, right in zip(whole.average.shadow_params, sharded.average.shadow_params, strict=True)
-    )
+    average = sharded.state.result()
+    found["average"] = difference(whole.state.result(), average)
+    found["averaged"] = difference(of_sharded, average)
+    found["put_back"] = difference(of_sharded, full_lora(sharded.transformer))
     found["plain"] = all(type(tensor) is torch.Tensor for tensor in of_sharded.values())
 
     # A checkpoint: whole tensors out, and back into other shards. One update later both are the same, bit for bit.
-    moments = {
-        number: {name: full_tensor(value).clone() for name, value in values.items()}
-        for number, values in sharded.optimizer.state_dict()["state"].items()
-    }
-    resumed = Trained(accelerator)
+    folder, tensors = Path(sys.argv[1]), sharded.state.tensors()
+    if rank == 0:
+        save_files(folder, tensors)
+    dist.barrier()
+    resumed = Trained(accelerator, True)
     with Exchanges() as exchanges:
         load_lora(resumed.transformer, of_sharded)
     found["sent"] = dict(exchanges.counts)
-    state = {
-        number: {
-            name: value if name == "step" else like(value, resumed.parameters[number])
-            for name, value in values.items()
-        }
-        for number, values in moments.items()
-    }
-    resumed.optimizer.load_state_dict({"state": state, "param_groups": resumed.optimizer.state_dict()["param_groups"]})
-    for run in (sharded, resumed):
-        run.backward(3, rank)
-        run.step()
-    found["resumed"] = difference(full_lora(sharded.transformer), full_lora(resumed.transformer))
+    resumed.state.load(folder, json.loads(json.dumps(sharded.state.state_dict())))
+    for each in (sharded, resumed):
+        each.state.step([each.backward(3, rank)])
+    found["resumed"] = max(
+        difference(full_lora(sharded.transformer), full_lora(resumed.transformer)),
+        difference(sharded.state.result(), resumed.state.result()),
+    )
     found["after_resuming"] = difference(of_sharded, full_lora(resumed.transformer))
 
     # Sampling, with the same weights.
     load_lora(sharded.transformer, of_whole)
-    pictures = [
-        run.pipe(["b"], generator=torch.Generator().manual_seed(0), **CALL).images.float() for run in (whole, sharded)
+    load_lora(whole.transformer, of_whole)
+    images = [
+        each.pipe(["b"], generator=torch.Generator().manual_seed(0), **CALL).images.float()
+        for each in (whole, sharded)
     ]
-    found["pictures"] = (pictures[0] - pictures[1]).abs().max().item()
+    found["images"] = (images[0] - images[1]).abs().max().item()
     # Between calls too every parameter is a shard: an optimizer, a checkpoint or another rollout may come next.
     found["shards"] = all(isinstance(each, DTensor) for each in sharded.transformer.parameters())
     found["largest"] = all_ranks_max(accelerator, [rank, -rank, float("inf") if rank else 0.0])

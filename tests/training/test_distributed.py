@@ -23,6 +23,7 @@ from tiny_pipelines import tiny_flux_pipeline
 from tiny_sd3 import MAX_SEQUENCE_LENGTH, tiny_sd3_pipeline
 from training_scripts import SHARED_ARGUMENTS, command_line, log_of, lora_of, same, script_path, write_prompts
 
+from flowbp.training.checkpoints import checkpoints
 from flowbp.training.distributed import (
     all_ranks_max,
     check_distributed,
@@ -90,7 +91,7 @@ def test_gradients_of_two_processes_are_averaged(
     assert all(of_method["exchanges"].keys() == others for of_method in later)
 
 
-def test_a_batch_may_be_split_into_passes_and_processes() -> None:
+def test_a_batch_may_be_split_into_micro_batches_and_processes() -> None:
     found = printed(run([*TORCHRUN, str(SUPPORT / "distributed_batches.py")], {}))
     for dtype, tolerance in (("float64", 1e-12), ("float32", 1e-6)):
         assert len(found[dtype]) == 7
@@ -100,8 +101,8 @@ def test_a_batch_may_be_split_into_passes_and_processes() -> None:
             assert of_method["two_processes"] < tolerance, (dtype, method, of_method)
 
 
-def test_a_sharded_transformer_trains_like_a_whole_one() -> None:
-    found = printed(run([*TORCHRUN, str(SUPPORT / "distributed_training.py")], FSDP2))
+def test_a_sharded_transformer_trains_like_a_whole_one(tmp_path: Path) -> None:
+    found = printed(run([*TORCHRUN, str(SUPPORT / "distributed_training.py"), str(tmp_path)], FSDP2))
     assert 0.5 <= found["share"] < 0.55
     for whole, sharded in found["norms"]:
         assert whole > 0.05  # so that clipping scales
@@ -109,11 +110,12 @@ def test_a_sharded_transformer_trains_like_a_whole_one() -> None:
     # The step size of AdamW is the learning rate, 1e-2, wherever a gradient is not 0.
     assert found["moved"] > 0.01
     assert found["lora"] < 1e-5
-    assert found["average"] < 1e-5
+    assert found["average"] < 1e-5 and found["averaged"] > 1e-3
+    assert found["put_back"] == 0.0
     assert found["plain"] is True
     assert found["resumed"] == 0.0
     assert found["after_resuming"] > 1e-3
-    assert found["pictures"] == 0.0
+    assert found["images"] == 0.0
     assert found["shards"] is True
     assert found["sent"] == {}  # every process reads the checkpoint itself
     assert found["largest"] == [1.0, 0.0, float("inf")]
@@ -152,6 +154,35 @@ def test_the_script_trains_the_same_however_its_batch_is_split(tmp_path: Path) -
     assert whole.norm() > 0
     for name, step in steps.items():
         assert (step - whole).norm() < 1e-6 * whole.norm(), name
+
+
+# The second process' clock says that a checkpoint is overdue, the first one's, which writes it, does not.
+ONE_OVERDUE = """
+import os, sys
+from training_scripts import load_script
+from flowbp.training.script import run_script
+
+minutes = "1e-6" if os.environ["RANK"] == "1" else "1000"
+run_script(lambda: load_script("train_flowbp_sd3").main([*sys.argv[1:], "--checkpointing_minutes", minutes]))
+"""
+
+
+def test_processes_agree_on_an_overdue_checkpoint(tmp_path: Path) -> None:
+    tiny_sd3_pipeline(torch.float32).save_pretrained(tmp_path / "model")
+    (tmp_path / "one_overdue.py").write_text(ONE_OVERDUE, encoding="utf-8")
+    arguments = {
+        **SHARED_ARGUMENTS,
+        "pretrained_model_name_or_path": tmp_path / "model",
+        "prompts": write_prompts(tmp_path),
+        "output_dir": tmp_path / "run",
+        "resolution": 8,
+        "max_sequence_length": MAX_SEQUENCE_LENGTH,
+        "method": "draft-k",
+        "train_batch_size": 1,
+    }
+    done = run([*TORCHRUN, str(tmp_path / "one_overdue.py"), *command_line(arguments)], {})
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["checkpoint-1", "checkpoint-2"]
 
 
 # A thread of the process group is still busy, in Python, when all work is done.
