@@ -5,15 +5,17 @@
 """When a run writes a checkpoint, what is in it, and how a run resumes."""
 
 import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch.distributed.tensor import DTensor
 
 from .checkpoints import (
     CheckpointError,
-    checkpoints,
     find_checkpoint,
     read_json,
     rotate,
@@ -25,14 +27,17 @@ from .config import TrainingConfig
 from .console import Console
 from .distributed import all_ranks_max
 from .evaluation import Evaluation, SaveLora
-from .signals import StopSignals, TrainingStopped
+from .ingredients import changes
+from .output_folder import RESCUE, OutputFolder
+from .signals import JudgingStopped, StopSignals, TrainingStopped
 from .state import TrainingError, TrainingState, save_files
 
 # Options that a resumed run may have of its own without taking another course.
 MAY_CHANGE = (
     "output_dir resume_from_checkpoint max_train_steps checkpointing_steps checkpointing_minutes "
     "checkpoints_total_limit report_to logging_dir run_name tracker_project tracker_group tracker_tags push_to_hub "
-    "hub_model_id prompt_embeds_dir dry_run strict select verify"
+    "hub_model_id prompt_embeds_dir dry_run strict select verify overwrite_output_dir strict_resume "
+    "process_timeout_minutes"
 ).split()
 
 
@@ -45,6 +50,9 @@ class Checkpointer:
         state, evaluation: what a checkpoint holds.
         console: of the run.
         save_lora: see `Evaluation`.
+        signals: that end the run.
+        folder: of the run.
+        ingredients: of the run.
     """
 
     def __init__(
@@ -55,7 +63,13 @@ class Checkpointer:
         evaluation: Evaluation,
         console: Console,
         save_lora: SaveLora,
+        signals: StopSignals,
+        folder: OutputFolder,
+        ingredients: Mapping[str, Any],
     ) -> None:
+        self.signals = signals
+        self.folder = folder
+        self.ingredients = ingredients
         self.config = config
         self.accelerator = accelerator
         self.state = state
@@ -63,6 +77,7 @@ class Checkpointer:
         self.console = console
         self.save_lora = save_lora
         self._last = time.monotonic()
+        self._written = 0
 
     @property
     def is_overdue(self) -> bool:
@@ -73,15 +88,11 @@ class Checkpointer:
         """Continue as `--resume_from_checkpoint` says; returns the checkpoint's folder.
 
         Raises:
-            CheckpointError: for a checkpoint that is missing, damaged, or does not fit.
+            CheckpointError: for a checkpoint that is missing, damaged, or does not fit; with `--strict_resume` also
+                for one of other settings, prompts, rewards or versions.
         """
         config = self.config
         if config.resume_from_checkpoint is None:
-            if checkpoints(config.output_dir) and not config.dry_run:
-                self.console.tell(
-                    f"{config.output_dir} has checkpoints of an earlier run; --resume_from_checkpoint latest would "
-                    "resume from them until this run has written its own."
-                )
             return None
         folder = find_checkpoint(config.output_dir, config.resume_from_checkpoint, self.console.tell)
         where = f"--resume_from_checkpoint {folder}"
@@ -91,19 +102,22 @@ class Checkpointer:
         before, now = state["settings"], self._course()
         if before["lora_alpha"] != now["lora_alpha"]:
             raise CheckpointError(f"{where}: use the --lora_alpha of that run, {before['lora_alpha']}.")
-        names = dict.fromkeys([*now, *before])
-        changes = [
-            f"--{name} was {before.get(name)}, is {now.get(name)}"
-            for name in names
-            if before.get(name) != now.get(name)
-        ]
+        other = [f"--{change}" for change in changes(before, now)] + changes(state["ingredients"], self.ingredients)
+        if other and config.strict_resume:
+            raise CheckpointError(f"{where}: {'; '.join(other)}; --strict_resume asks for the same as in that run.")
         self.state.load(folder, state["training"])
         self.evaluation.load(folder, state["evaluation"])
-        if changes:
-            self.console.tell(f"{where}: other settings than that run's: {'; '.join(changes)}.")
+        self._written = self.state.update
+        if other:
+            self.console.tell(f"{where}: other settings than that run's: {'; '.join(other)}.")
+        if self.state.update >= config.max_train_steps:
+            self.console.tell(
+                f"{where}: nothing is left to train, {self.state.update} updates are done and --max_train_steps is "
+                f"{config.max_train_steps}."
+            )
         return folder
 
-    def judge_and_write(self, signals: StopSignals) -> None:
+    def judge_and_write(self) -> None:
         """What is due after an update: evaluation, validation, a checkpoint, and the end after a signal. Collective.
 
         Raises:
@@ -117,28 +131,76 @@ class Checkpointer:
                 f"expected fewer than --max_skipped_updates {config.max_skipped_updates}; lower --learning_rate or "
                 "look at the reward, then resume from the last checkpoint."
             )
-        if not all_ranks_max(self.accelerator, [signals.number])[0]:
+        if not self._stop_signal():
             # After a signal there is no time: launchers kill after 30 seconds. The resumed run makes up for it.
-            with self.console.pause():
+            if any(self.evaluation.is_due):
+                self.write()
+            with self.console.pause(), suppress(JudgingStopped):
                 self.evaluation.judge_update()
-        stop, is_overdue = all_ranks_max(self.accelerator, [signals.number, self.is_overdue])
+        must_stop, is_overdue = all_ranks_max(self.accelerator, [self.signals.number, self.is_overdue])
         is_last = state.update == config.max_train_steps or self.evaluation.must_stop
-        if state.update % config.checkpointing_steps == 0 or is_overdue or is_last or stop:
+        if state.update % config.checkpointing_steps == 0 or is_overdue or is_last or must_stop:
             self.write()
-        if stop:
-            stopped = TrainingStopped(int(stop), state.update)
-            self.console.tell(str(stopped))
-            self.accelerator.end_training()
-            raise stopped
+        if must_stop:
+            self.stop()
+
+    def _stop_signal(self) -> int:
+        return int(all_ranks_max(self.accelerator, [self.signals.number])[0])
+
+    def stop(self) -> None:
+        """End the run after a signal. Collective.
+
+        Raises:
+            TrainingStopped: always.
+        """
+        stopped = TrainingStopped(self._stop_signal(), self.state.update)
+        self.console.tell(str(stopped))
+        self.accelerator.end_training()
+        raise stopped
+
+    def rescue(self) -> None:
+        """After an error: write the state of the last whole update if no checkpoint has it. By this process alone."""
+        config, state = self.config, self.state
+        is_sharded = any(isinstance(parameter, DTensor) for parameter in state.parameters)
+        if config.dry_run or is_sharded or not state.is_whole or state.update in (0, self._written):
+            return
+        mark = config.output_dir / RESCUE
+        try:
+            self.folder.check()
+            # Of several processes the first one that fails writes.
+            mark.open("x").close()
+            try:
+                self._write_folder(self._files())
+            finally:
+                mark.unlink()
+            self.console.tell(
+                f"The state after update {state.update} is in {config.output_dir}/checkpoint-{state.update}; resume "
+                "with --resume_from_checkpoint latest."
+            )
+        except (OSError, ValueError) as error:
+            # The error that ends the run is told, too.
+            self.console.tell(f"The state after update {state.update} could not be written: {error}")
 
     def write(self) -> None:
-        """Write `checkpoint-N` and remove what `--checkpoints_total_limit` asks for. Collective."""
-        config = self.config
-        tensors = self.state.tensors()
-        result = self.state.result()
+        """Write `checkpoint-N` and remove what `--checkpoints_total_limit` asks for. Collective.
+
+        Raises:
+            FileNotFoundError: the output folder is gone.
+        """
+        fill = self._files()
+        if self.accelerator.is_main_process:
+            self.folder.check()
+            self._write_folder(fill)
+        self.accelerator.wait_for_everyone()
+        self._last = time.monotonic()
+
+    def _files(self) -> Callable[[Path], None]:
+        """What fills a checkpoint's folder. Collective, where parameters are sharded."""
+        tensors, result = self.state.tensors(), self.state.result()
         content = {
             "format": 2,
             "settings": self._course(),
+            "ingredients": self.ingredients,
             "training": self.state.state_dict(),
             "evaluation": self.evaluation.state_dict(),
         }
@@ -151,13 +213,18 @@ class Checkpointer:
             write_json(folder / "state.json", content)
             self.save_lora(folder, result)
 
-        if self.accelerator.is_main_process:
-            write_folder(config.output_dir / f"checkpoint-{self.state.update}", fill)
-            if config.checkpoints_total_limit is not None:
-                rotate(config.output_dir, config.checkpoints_total_limit)
-        self.accelerator.wait_for_everyone()
-        self._last = time.monotonic()
+        return fill
+
+    def _write_folder(self, fill: Callable[[Path], None]) -> None:
+        write_folder(self.config.output_dir / f"checkpoint-{self.state.update}", fill)
+        self._written = self.state.update
+        if self.config.checkpoints_total_limit is not None:
+            rotate(self.config.output_dir, self.config.checkpoints_total_limit)
 
     def _course(self) -> dict[str, Any]:
         """The settings that the course of a run depends on."""
-        return {name: value for name, value in self.config.settings().items() if name not in MAY_CHANGE}
+        settings = self.config.settings()
+        if not self.config.lr_scheduler.startswith("constant"):
+            # The schedule ends with the run.
+            settings["max_train_steps of the schedule"] = settings["max_train_steps"]
+        return {name: value for name, value in settings.items() if name not in MAY_CHANGE}

@@ -177,6 +177,9 @@ class TrainingConfig:
 
     # Optimizer and checkpoints, named as in diffusers' LoRA scripts.
     output_dir: Path | None = _training(None, "Folder of everything that is written.", of_backbone=True)
+    overwrite_output_dir: bool = _training(
+        False, "Remove what an earlier run left in --output_dir; without it such a folder is refused."
+    )
     seed: int = _training(0, "Seed of noise, surrogates, prompt order and the LoRA's start.")
     train_batch_size: int = _training(4, "Prompts per process and micro-batch.", range=COUNT)
     gradient_accumulation_steps: int = _training(1, "Micro-batches per update.", range=COUNT)
@@ -216,6 +219,12 @@ class TrainingConfig:
     checkpoints_total_limit: int | None = _training(None, "How many checkpoints to keep. Default: all.", range=COUNT)
     resume_from_checkpoint: str | None = _training(
         None, "latest (the newest whole one), or a checkpoint's name or path."
+    )
+    strict_resume: bool = _training(
+        False, "Refuse to resume where prompts, rewards, settings or library versions are not those of the checkpoint."
+    )
+    process_timeout_minutes: float = _training(
+        30.0, "Of several processes: end a run where one has not answered for so long.", range=POSITIVE
     )
     verify: bool = _training(
         False,

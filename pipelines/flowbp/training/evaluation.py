@@ -22,11 +22,12 @@ from ..rewards import part_names
 from .checkpoints import load_tensors, write_folder, write_json
 from .config import TrainingConfig
 from .console import Console
-from .distributed import full_lora
+from .distributed import all_ranks_max, full_lora
 from .prompts import Record
 from .reports import Reports, finite
 from .rewards import RunRewards
 from .sampling import Sampling
+from .signals import JudgingStopped, StopSignals
 from .state import TrainingState
 
 # What an evaluation's images depend on beside prompt, noise and LoRA.
@@ -49,6 +50,7 @@ class Evaluation:
         sampling: of the run's pipeline.
         console, reports: of the run.
         save_lora: `save_lora(folder, tensors)`, as the pipeline's users load it.
+        signals: that stop the drawing between images.
 
     Attributes:
         found: `{"base", "last", "best"}`: each with its update and the scores of every evaluation image.
@@ -68,7 +70,9 @@ class Evaluation:
         console: Console,
         reports: Reports,
         save_lora: SaveLora,
+        signals: StopSignals,
     ) -> None:
+        self.signals = signals
         self.config = config
         self.accelerator = accelerator
         self.state = state
@@ -123,14 +127,26 @@ class Evaluation:
         norms = {int(name.removeprefix(prefix)): entry[name] for name in entry if name.startswith(prefix)}
         self._raise(self.guard.gradient(entry["step"], norms, entry["gradient_norm"]))
 
-    def judge_update(self) -> None:
-        """The evaluation and the validation that are due after the last update."""
+    @property
+    def is_due(self) -> tuple[bool, bool]:
+        """Whether an evaluation, and whether a validation is due after the last update."""
         config, update = self.config, self.state.update
         is_last = update == config.max_train_steps
-        if self.rewards.evaluation and (update % config.eval_steps == 0 or is_last):
+        evaluation = bool(self.rewards.evaluation) and (update % config.eval_steps == 0 or is_last)
+        return evaluation, update % config.validation_steps == 0 and not is_last
+
+    def judge_update(self) -> None:
+        """The evaluation and the validation that are due after the last update.
+
+        Raises:
+            JudgingStopped: a signal came; what was due stays pending.
+        """
+        update = self.state.update
+        evaluation, validation = self.is_due
+        if evaluation and self.found.get("last", {}).get("update") != update:
             with self.state.averaged():
                 self.evaluate(update)
-        if update % config.validation_steps == 0 and not is_last:
+        if validation:
             with self.state.averaged():
                 drawn = self.validate()
             self._log("validation", update, drawn, self.rewards.validation, 1)
@@ -184,7 +200,13 @@ class Evaluation:
             write_folder(self.config.output_dir / "best", fill)
 
     def _draw(self, purpose: str, records: Sequence[Record], count: int) -> Drawn:
-        with self.console.judging(purpose, len(records) * count) as advance:
+        with self.console.judging(purpose, len(records) * count) as show:
+
+            def advance(images: int) -> None:
+                show(images)
+                if all_ranks_max(self.accelerator, [self.signals.number])[0]:
+                    raise JudgingStopped
+
             return self.sampling.draw(purpose, records, count, self.judges, advance)
 
     def _tell_scores(self, update: int) -> None:

@@ -5,6 +5,7 @@
 """`train`: draw, record, score, sweep, step."""
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 import torch
 
@@ -19,8 +20,9 @@ from .results import TrainingResult, finish
 from .rewards import Reward
 from .seeds import make_generator, sample_generators, seed_rewards
 from .setup import Run, prepare
-from .signals import StopSignals
+from .signals import JudgingStopped, TrainingStopped
 from .stages import StageMeter
+from .state import TrainingError
 
 
 def train(
@@ -48,18 +50,34 @@ def train(
         TrainingStopped: after SIGTERM or SIGINT; the update was finished and a checkpoint written.
         PushError: where pushing failed for good; everything else is there.
     """
-    run = prepare(config, backbone, reward, command)
-    tell_plan(run)
-    if run.config.dry_run:
-        return print_estimate(run, one_update(run, run.first_update))
-    with StopSignals() as signals:
-        run.evaluation.before_training()
-        for update in run.console.updates(run.first_update, run.config.max_train_steps):
-            if run.evaluation.must_stop:
-                run.console.tell(f"Stopped by an alarm after update {update}, as --stop_on_alarm says.")
-                break
-            one_update(run, update)
-            run.checkpoints.judge_and_write(signals)
+    with ExitStack() as closing:
+        run = prepare(config, backbone, reward, command, closing)
+        tell_plan(run)
+        if run.config.dry_run:
+            return print_estimate(run, one_update(run, run.first_update))
+        try:
+            with run.signals:
+                return all_updates(run)
+        except JudgingStopped:
+            run.checkpoints.stop()
+        except (TrainingStopped, KeyboardInterrupt):
+            raise
+        except BaseException as error:
+            run.checkpoints.rescue()
+            if isinstance(error, SystemExit):
+                raise TrainingError(f"the reward or a library called sys.exit({error.code})") from error
+            raise
+
+
+def all_updates(run: Run) -> TrainingResult:
+    """Judge the base model, then update by update, then the results."""
+    run.evaluation.before_training()
+    for update in run.console.updates(run.first_update, run.config.max_train_steps):
+        if run.evaluation.must_stop:
+            run.console.tell(f"Stopped by an alarm after update {update}, as --stop_on_alarm says.")
+            break
+        one_update(run, update)
+        run.checkpoints.judge_and_write()
     return finish(run)
 
 
@@ -93,7 +111,7 @@ def one_update(run: Run, update: int) -> StageMeter:
                 noise = sample_generators("noise", config.seed, update, places)
                 images.append(run.sampling.images(inputs, noise, run.sampling.size(update, index)))
         out = callback.backward(
-            lambda images, prompts: score_images(run.rewards.training, images.float(), prompts),
+            lambda part, prompts: score_images(run.rewards.training, part.float(), prompts),
             torch.cat(images),
             [record.prompt for record in records],
             objective=run.objective,

@@ -63,6 +63,11 @@ def finish(run: "Run") -> TrainingResult:
         PushError: where pushing failed for good; everything is in the output folder.
     """
     config, accelerator, state, evaluation = run.config, run.accelerator, run.state, run.evaluation
+    result = state.result()
+    if accelerator.is_main_process:
+        # Before anything is drawn or scored, which may fail.
+        run.folder.check()
+        save_result(run, result)
     if run.rewards.evaluation and evaluation.found.get("last", {}).get("update") != state.update:
         with state.averaged():
             evaluation.evaluate(state.update)
@@ -71,10 +76,10 @@ def finish(run: "Run") -> TrainingResult:
         load_lora(state.transformer, evaluation.best_lora)
         evaluation.write_best()
     else:
-        load_lora(state.transformer, state.result())
+        load_lora(state.transformer, result)
     update = evaluation.found["best"]["update"] if selected == "best" else state.update
     lora = full_lora(state.transformer)
-    if accelerator.is_main_process:
+    if selected == "best" and accelerator.is_main_process:
         save_result(run, lora)
     aligned = evaluation.validate()
     with adapters_off(state.transformer):

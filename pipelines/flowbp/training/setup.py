@@ -5,6 +5,7 @@
 """Everything that a run needs before its first update: checked first, loaded then."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -27,13 +28,17 @@ from .config import TrainingConfig
 from .console import Console
 from .distributed import check_distributed, check_environment, prepare_transformer
 from .evaluation import Evaluation
+from .ingredients import check_same_prompts, ingredients
 from .model import add_lora, freeze
+from .output_folder import OutputFolder
 from .prompts import Record, load_records
 from .reports import Reports, read_log
 from .rewards import Reward, RunRewards, load_run_rewards
 from .sampling import Sampling
 from .seeds import make_generator
+from .signals import StopSignals
 from .state import TrainingError, TrainingState
+from .watch import ProcessWatch
 
 # Processes wait for one another longer than NCCL's 10 minutes: while one encodes all prompts, or scores a last video.
 PATIENCE = InitProcessGroupKwargs(timeout=timedelta(hours=2))
@@ -65,6 +70,8 @@ class Run:
     reports: Reports
     evaluation: Evaluation
     checkpoints: Checkpointer
+    signals: StopSignals
+    folder: OutputFolder
     first_update: int
     started: datetime = field(default_factory=lambda: datetime.now(UTC))
 
@@ -79,7 +86,11 @@ class Run:
 
 
 def prepare(
-    config: TrainingConfig, backbone_class: type[Backbone], reward: Reward | None, command: Sequence[str] | None
+    config: TrainingConfig,
+    backbone_class: type[Backbone],
+    reward: Reward | None,
+    command: Sequence[str] | None,
+    closing: ExitStack,
 ) -> Run:
     """Check a run, then load it.
 
@@ -88,6 +99,7 @@ def prepare(
         backbone_class: of the model.
         reward: in place of `config.reward`.
         command: the command line, None from Python.
+        closing: gets what is to be closed at the run's end.
 
     Raises:
         ValueError, OSError, TrainingError: in one line, for what does not fit; before any model is loaded if it can be
@@ -105,8 +117,11 @@ def prepare(
     backbone = backbone_class(config)
     if config.resume_from_checkpoint is not None:
         find_checkpoint(config.output_dir, config.resume_from_checkpoint, tell=lambda message: None)
-    rewards = load_run_rewards(config, records, reward)
     accelerator = make_accelerator(config)
+    folder = claim_folder(config, accelerator, closing)
+    closing.enter_context(ProcessWatch(accelerator, config.process_timeout_minutes))
+    check_same_prompts(accelerator, records)
+    rewards = load_run_rewards(config, records, reward)
     if config.push_to_hub:
         config = backbone.config = replace(config, hub_model_id=_repository(config, accelerator))
     console = Console(accelerator)
@@ -123,8 +138,10 @@ def prepare(
     state = TrainingState(config, accelerator, transformer, records)
     parts = list(rewards.training.weights) if isinstance(rewards.training, WeightedReward) else []
     reports = Reports(config, accelerator, parts)
-    evaluation = Evaluation(config, accelerator, state, rewards, sampling, console, reports, save_lora)
-    checkpoints = Checkpointer(config, accelerator, state, evaluation, console, save_lora)
+    signals = StopSignals()
+    evaluation = Evaluation(config, accelerator, state, rewards, sampling, console, reports, save_lora, signals)
+    made_of = ingredients(config, records, rewards.evaluation, reward)
+    checkpoints = Checkpointer(config, accelerator, state, evaluation, console, save_lora, signals, folder, made_of)
     resumed = checkpoints.resume()
     reports.begin([] if resumed is None else read_log(resumed.parent / "log.jsonl", state.update))
     return Run(
@@ -143,12 +160,14 @@ def prepare(
         reports=reports,
         evaluation=evaluation,
         checkpoints=checkpoints,
+        signals=signals,
+        folder=folder,
         first_update=state.update,
     )
 
 
 def make_accelerator(config: TrainingConfig) -> Accelerator:
-    """Processes and trackers of a run, and its output folder.
+    """Processes and trackers of a run.
 
     The frozen model is cast by hand, without autocast: the rollout computes what the user's inference computes.
 
@@ -170,11 +189,25 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     )
     check_distributed(accelerator)
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
+    return accelerator
+
+
+def claim_folder(config: TrainingConfig, accelerator: Accelerator, closing: ExitStack) -> OutputFolder:
+    """The output folder, which no other run writes into, without what killed runs left behind.
+
+    Raises:
+        ValueError: see `OutputFolder.claim`.
+    """
+    folder = OutputFolder(config.output_dir)
     if accelerator.is_main_process and not config.dry_run:
-        config.output_dir.mkdir(parents=True, exist_ok=True)
+        resumed = config.resume_from_checkpoint
+        is_own = resumed == "latest" or (resumed is not None and (config.output_dir / resumed).is_dir())
+        is_own = is_own or (resumed is not None and Path(resumed).resolve().parent == config.output_dir.resolve())
+        folder.claim(is_own, config.overwrite_output_dir)
+        closing.callback(folder.release)
         clean(config.output_dir)
     accelerator.wait_for_everyone()
-    return accelerator
+    return folder
 
 
 def _repository(config: TrainingConfig, accelerator: Accelerator) -> str:

@@ -4,8 +4,13 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """Signals that ask a run to stop: the update is finished and a checkpoint written first."""
 
+import os
 import signal
+import sys
 import threading
+
+# What terminals, launchers and schedulers send; Windows has the first two.
+NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
 
 
 class TrainingStopped(Exception):
@@ -17,16 +22,22 @@ class TrainingStopped(Exception):
 
     def __init__(self, signal_number: int, update: int) -> None:
         name = signal.Signals(signal_number).name
-        super().__init__(f"Stopped by {name} after update {update}; resume with --resume_from_checkpoint latest.")
+        remedy = "resume with --resume_from_checkpoint latest" if update else "start again"
+        super().__init__(f"Stopped by {name} after update {update}; {remedy}.")
         self.signal_number = signal_number
 
 
-class StopSignals:
-    """Remembers SIGTERM or SIGINT instead of dying of it; a context manager.
+class JudgingStopped(Exception):
+    """Images that are not drawn to the end, because a signal came."""
 
-    torchrun sends its workers the signal that it gets itself, and SIGKILL 30 seconds later; they are in sessions of
-    their own, which the terminal's Ctrl-C does not reach. A second SIGINT stops at once. Outside of the main thread,
-    where Python delivers no signals, this does nothing.
+
+class StopSignals:
+    """Remembers SIGINT, SIGTERM, SIGHUP or SIGUSR1 instead of dying of it; a context manager.
+
+    A line says at once that the run is stopping. A second signal of the same kind stops it without waiting. torchrun
+    sends its workers the signal that it gets itself, and SIGKILL 30 seconds later; they are in sessions of their own,
+    which the terminal's Ctrl-C does not reach. A signal that is ignored (SIGHUP under nohup) stays ignored. Outside of
+    the main thread, where Python delivers no signals, this does nothing.
 
     Attributes:
         number: of the signal that came, 0 for none.
@@ -34,14 +45,13 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.number = 0
-        self._is_interrupted = False
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():
-            self._before = {
-                number: signal.signal(number, self._remember) for number in (signal.SIGTERM, signal.SIGINT)
-            }
+            numbers = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
+            wanted = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+            self._before = {number: signal.signal(number, self._remember) for number in wanted}
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -49,7 +59,11 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _remember(self, number: int, frame: object) -> None:
-        if number == signal.SIGINT and self._is_interrupted:
-            raise KeyboardInterrupt
-        self._is_interrupted = self._is_interrupted or number == signal.SIGINT
+        name = signal.Signals(number).name
+        if number == self.number:
+            raise KeyboardInterrupt(f"a second {name}")
+        if not self.number and int(os.environ.get("RANK", "0")) == 0:
+            # Not print(): the signal may have come while stderr's buffer was being written.
+            text = f"\n{name}: stopping after this update or image, with a checkpoint. Again to stop at once.\n"
+            os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, text.encode())
         self.number = self.number or number

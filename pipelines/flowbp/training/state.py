@@ -55,6 +55,7 @@ class TrainingState:
         skipped: those of them that changed nothing because something was not finite.
         parameters: that are trained.
         average: of the parameters over the updates, with `--use_ema`.
+        is_whole: no optimizer step is under way or went wrong, so a checkpoint can be written.
     """
 
     def __init__(
@@ -92,6 +93,9 @@ class TrainingState:
         self.update = 0
         self.skipped = 0
         self.skipped_in_a_row = 0
+        self.is_whole = True
+        # The place in the prompts after the last whole update; those of an update that failed are drawn again.
+        self._prompts = self.sampler.state_dict()
 
     @property
     def gradient_scale(self) -> float:
@@ -109,6 +113,7 @@ class TrainingState:
             TrainingError: where the step made the LoRA itself not finite.
         """
         rate = self.lr_scheduler.get_last_lr()[0]
+        self.is_whole = False
         self.scaler.unscale_(self.optimizer)
         norm = clip_gradients(self.parameters, self.config.max_grad_norm)
         computed = torch.cat([torch.cat([out.rewards.float(), out.loss.float().view(1)]) for out in outs])
@@ -131,6 +136,7 @@ class TrainingState:
                 "The optimizer's step made the LoRA not finite, so it is not saved; lower --learning_rate and resume "
                 "from the last checkpoint."
             )
+        self.is_whole, self._prompts = True, self.sampler.state_dict()
         return Step(norm, rate, was_skipped)
 
     @torch.no_grad()
@@ -182,7 +188,7 @@ class TrainingState:
             "update": self.update,
             "skipped": self.skipped,
             "skipped_in_a_row": self.skipped_in_a_row,
-            "prompts": self.sampler.state_dict(),
+            "prompts": self._prompts,
             "scaler": self.scaler.state_dict(),
             "lr_scheduler": self.lr_scheduler.state_dict(),
             "has_average": self.average is not None,
@@ -218,6 +224,7 @@ class TrainingState:
             average = load_tensors(folder / "ema.safetensors")
             self.average = [like(average[str(index)], each) for index, each in enumerate(self.parameters)]
         self.sampler.load_state_dict(state["prompts"])
+        self._prompts = self.sampler.state_dict()
         self.scaler.load_state_dict(state["scaler"])
         self.update = state["update"]
         self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]

@@ -1,0 +1,82 @@
+# Copyright 2026 The FlowBP for diffusers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""What a run is made of beside its settings: prompts, code of rewards, library versions. Resuming compares them."""
+
+import hashlib
+import inspect
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from ..publishing.run_info import versions
+from ..rewards import REWARDS, part_names, reward_spec
+from .config import TrainingConfig
+from .prompts import Record
+
+
+def ingredients(config: TrainingConfig, records: Sequence[Record], evaluation: Sequence[Record], reward: Any) -> dict:
+    """Counts, hashes and versions, as JSON has them.
+
+    Args:
+        config: of the run.
+        records: of the training.
+        evaluation: records of the evaluation.
+        reward: a callable in place of `config.reward`, or None.
+    """
+    names = [] if config.reward is None else part_names(config.reward)
+    names += [] if config.eval_reward is None else part_names(config.eval_reward)
+    code = {name: _digest_of_code(reward_spec(name).factory) for name in names if name not in REWARDS}
+    if callable(reward):
+        code["reward"] = _digest_of_code(reward)
+    return {
+        "prompts": f"{len(records)} prompts ({_digest(records)})",
+        "evaluation prompts": f"{len(evaluation)} prompts ({_digest(evaluation)})",
+        **{f"code of {name}": digest for name, digest in code.items()},
+        **{f"version of {name}": version for name, version in versions().items()},
+    }
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs, each as `NAME was X, is Y`."""
+    names = dict.fromkeys([*now, *before])
+    return [
+        f"{name} was {before.get(name)}, is {now.get(name)}" for name in names if before.get(name) != now.get(name)
+    ]
+
+
+def check_same_prompts(accelerator: Accelerator, records: Sequence[Record]) -> None:
+    """Refuse processes that read different prompts. Collective.
+
+    Raises:
+        ValueError: naming the first process that differs.
+    """
+    if accelerator.num_processes == 1:
+        return
+    digests = gather_object([_digest(records)])
+    for rank, digest in enumerate(digests):
+        if digest != digests[0]:
+            raise ValueError(
+                f"--prompts: process {rank} read other prompts than process 0; give all processes the same file."
+            )
+
+
+def _digest(records: Sequence[Record]) -> str:
+    content = json.dumps([[record.prompt, dict(record.columns)] for record in records], default=str)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def _digest_of_code(function: Callable[..., Any]) -> str | None:
+    """A hash of the file that defines a reward; None where there is no file."""
+    # An instance, such as a module, has its code in its class; a notebook's cell has no file.
+    is_code = inspect.isfunction(function) or isinstance(function, type)
+    try:
+        path = inspect.getsourcefile(inspect.unwrap(function) if is_code else type(function))
+        return None if path is None else hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+    except (TypeError, OSError):
+        return None

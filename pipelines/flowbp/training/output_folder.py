@@ -1,0 +1,123 @@
+# Copyright 2026 The FlowBP for diffusers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""The folder that a run writes into: of one run at a time, and nothing in it is removed that no run wrote."""
+
+import re
+import shutil
+from pathlib import Path
+
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
+from filelock import FileLock, Timeout
+
+from .checkpoints import MANIFEST
+
+LOCK = ".flowbp.lock"
+RESCUE = ".flowbp.rescue"
+"""Marks that a failing process writes the last checkpoint."""
+FILES = ("log.jsonl", "run.json", "README.md", LORA_WEIGHT_NAME_SAFE, "before_after.png", "reward_curve.png")
+# Folders, and the names of the files that a run writes there.
+FOLDERS = {
+    "images": re.compile(r"[0-9]+_(?:base|lora)\.png"),
+    "validation": re.compile(r"[0-9]{6}\.png"),
+    "evaluation": re.compile(r"[0-9]{6}\.png"),
+}
+CHECKPOINTS = re.compile(r"(?:checkpoint-[0-9]+|best)(?:\.replaced)?")
+
+
+class OutputFolder:
+    """A run's folder, from its claim to its release; by the main process.
+
+    Args:
+        path: `--output_dir`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        # Released by the operating system if the process is killed.
+        self._lock = FileLock(path / LOCK, timeout=0)
+
+    def claim(self, is_resumed: bool, overwrite: bool) -> None:
+        """Create the folder and lock it, and see that nothing there would be lost.
+
+        Args:
+            is_resumed: the run continues one of this folder.
+            overwrite: what an earlier run left is removed.
+
+        Raises:
+            ValueError: another run has the folder, or it holds what this run would replace.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire()
+        except Timeout:
+            raise ValueError(
+                f"--output_dir {self.path}: another run writes into this folder; choose another one, or wait for its "
+                "end."
+            ) from None
+        (self.path / RESCUE).unlink(missing_ok=True)
+        if is_resumed:
+            return
+        try:
+            self._check_contents(overwrite)
+        except ValueError:
+            self.release()
+            raise
+        if overwrite:
+            self._remove()
+
+    def check(self) -> None:
+        """See that the folder is still the one that was claimed; to be called before writing.
+
+        Raises:
+            FileNotFoundError: it was removed or renamed.
+        """
+        if self._lock.is_locked and not (self.path / LOCK).exists():
+            raise FileNotFoundError(
+                f"--output_dir {self.path}: the folder was removed or renamed while the run was writing into it; "
+                "nothing more is written. Move it back and resume from its last checkpoint."
+            )
+
+    def release(self) -> None:
+        """Let other runs have the folder. The lock's file stays: removing it would let two runs in at once."""
+        self._lock.release()
+
+    def _found(self) -> list[Path]:
+        """What a run would replace or mix with its own."""
+        # A run that was stopped before its first update leaves an empty log.
+        found = [self.path / name for name in FILES if (self.path / name).exists()]
+        found = [path for path in found if path.name != "log.jsonl" or path.stat().st_size]
+        found += [path for path in sorted(self.path.iterdir()) if CHECKPOINTS.fullmatch(path.name)]
+        for folder, names in FOLDERS.items():
+            if (self.path / folder).is_dir():
+                found += [path for path in (self.path / folder).iterdir() if names.fullmatch(path.name)]
+        return found
+
+    def _check_contents(self, overwrite: bool) -> None:
+        found = self._found()
+        foreign = [
+            path
+            for path in found
+            if CHECKPOINTS.fullmatch(path.name) and (path.is_symlink() or not (path / MANIFEST).is_file())
+        ]
+        if foreign:
+            raise ValueError(
+                f"--output_dir {self.path}: {foreign[0].name} in this folder was not written by a run; move it, or "
+                "choose another folder."
+            )
+        if found and not overwrite:
+            names = ", ".join(str(path.relative_to(self.path)) for path in found[:3])
+            more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+            raise ValueError(
+                f"--output_dir {self.path} holds an earlier run ({names}{more}); continue it with "
+                "--resume_from_checkpoint latest, choose another folder, or remove it with --overwrite_output_dir."
+            )
+
+    def _remove(self) -> None:
+        """Remove what an earlier run left, and nothing else."""
+        for path in self._found():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
