@@ -5,6 +5,7 @@
 """What the documents say: code that runs, links that lead somewhere, options that there are."""
 
 import ast
+import graphlib
 import importlib
 import importlib.util
 import re
@@ -85,11 +86,42 @@ PACKAGE = ROOT / "pipelines" / "flowbp"
 ENGINE_MODULES = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
 
 
+def modules_of_package() -> dict[str, Path]:
+    """Files of the modules of the package by their dotted names below it; "" is the package itself."""
+    paths = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
+    return {name.removesuffix("__init__").removesuffix("."): path for name, path in paths.items()}
+
+
+def imports_of(path: Path, for_types: bool = True) -> set[str]:
+    """Dotted names of the modules of the package that one of its files imports, at its top or in a function.
+
+    Args:
+        path: of the file.
+        for_types: also what only type checkers import.
+    """
+    tree, known = ast.parse(path.read_text(encoding="utf-8")), modules_of_package()
+    if not for_types:
+        for node in ast.walk(tree):
+            if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+                node.body = []
+    found = set()
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.ImportFrom):
+            continue
+        # The package that each dot stands for.
+        folder = path.parents[node.level - 1].relative_to(PACKAGE).parts if node.level else ()
+        parts = (node.module or "").split(".")
+        if not node.level and parts.pop(0) != PACKAGE.name:
+            continue
+        module = ".".join(filter(None, (*folder, *parts)))
+        names = [f"{module}.{each.name}".removeprefix(".") for each in node.names]
+        found |= {name if name in known else module for name in names}
+    return found - {".".join(path.relative_to(PACKAGE).with_suffix("").parts)}
+
+
 def imported_by(module: str) -> set[str]:
-    """Modules of the package that a module of it imports."""
-    tree = ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))
-    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 1]
-    return {name for node in nodes for name in ([node.module] if node.module else [each.name for each in node.names])}
+    """Modules of the package that a module of the engine imports."""
+    return imports_of(PACKAGE / f"{module}.py")
 
 
 def rows_of_tables(text: str) -> dict[str, list[str]]:
@@ -180,3 +212,40 @@ def test_modules_do_not_import_what_they_must_not_know() -> None:
             assert not imported_by(owner) & forbidden, (owner, imported_by(owner) & forbidden)
     # What the engine imports is in the table too.
     assert set().union(*map(imported_by, seen)) <= seen
+
+
+def package_of(module: str) -> str:
+    """The subpackage that a module is in, "engine" for those in none."""
+    first = module.partition(".")[0]
+    return first if first and (PACKAGE / first).is_dir() else "engine"
+
+
+def test_packages_import_in_one_direction() -> None:
+    """The last column of CONTRIBUTING's table of packages."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    (table,) = re.findall(r"\| may import \|\n\|---\|---\|---\|\n((?:\|.*\n)+)", text)
+    allowed: dict[str, set[str]] = {"engine": set()}
+    for line in table.splitlines():
+        package, owned, others = line.strip("|").split("|")
+        package = package.strip(" `")
+        named = set(re.findall(r"`(\w+)`", others)) | {"engine"}
+        assert allowed.setdefault(package, named) == named, line
+        named_modules = {name for name in re.findall(r"`(\w+)`", owned) if name.islower()}
+        assert all((PACKAGE / package / f"{name}.py").is_file() for name in named_modules), line
+    # The package's own names are for its users.
+    modules = {module: path for module, path in modules_of_package().items() if module}
+    edges = {(package_of(module), package_of(other)) for module, path in modules.items() for other in imports_of(path)}
+    assert {
+        ("training", "judging"),
+        ("training", "publishing"),
+        ("judging", "rewards"),
+        ("training", "engine"),
+    } < edges
+    for package, other in edges:
+        assert package == other or other in allowed[package], (package, other)
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    graph = {module: imports_of(path, for_types=False) for module, path in modules_of_package().items()}
+    assert graph["training.loop"] >= {"callback", "training.setup"}
+    graphlib.TopologicalSorter(graph).prepare()
