@@ -4,11 +4,17 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """Text and images on a canvas."""
 
+import warnings
+
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import RendererAgg
+from matplotlib.font_manager import FontProperties
 from PIL import Image
 
+from flowbp.judging import canvas
 from flowbp.judging.canvas import Canvas, resize, text_width, wrap
+from flowbp.judging.figures import validation_strip
 
 TEXT = "The quick brown fox jumps over the lazy dog near the old stone bridge"
 
@@ -32,6 +38,34 @@ def test_text_beyond_the_last_line_is_replaced_by_an_ellipsis(text: str) -> None
     assert text.startswith(lines[0])
 
 
+@pytest.mark.parametrize("text", ["abcdef" * 100, "一只猫在灯塔上的夜晚" * 15, f"{TEXT} " * 20])
+def test_every_character_is_measured_once_however_long_the_text_is(text: str) -> None:
+    canvas._character_width.cache_clear()
+    wrap(text, 200, 6, fontsize=9)
+    validation_strip([Image.new("RGB", (8, 8))] * 3, [text] * 3, {"x": [0.5] * 3}, title=text)
+    measured = canvas._character_width.cache_info().misses
+    # One for each font size of the strip: prompts, the name and value of a score, the title.
+    assert 0 < measured <= 3 * len({*text, "…", *"x0.500"})
+
+
+def test_the_sum_of_the_characters_is_the_width_of_the_line() -> None:
+    for text in (TEXT, "a" * 100, "一只猫在灯塔上", "−0.123"):
+        font = FontProperties(family=canvas.font_families(), size=9)
+        with canvas.quiet_fonts():
+            whole = RendererAgg(1, 1, canvas.DPI).get_text_width_height_descent(text, font, ismath=False)[0]
+        assert text_width(text, 9) == pytest.approx(whole, rel=0.03)
+
+
+def test_a_character_that_no_font_has_is_drawn_as_a_box_without_a_warning() -> None:
+    # Private use: no font has it.
+    sheet = Canvas(60)
+    sheet.text(10, 10, wrap("\ue123\udcff", 60, 1, fontsize=9)[0], fontsize=9, color="black", va="top")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        drawn = np.asarray(sheet.render(40))
+    assert (drawn < 128).any(-1).sum() > 20
+
+
 def test_white_space_and_empty_texts() -> None:
     assert wrap("", 100, 3, fontsize=9) == [""]
     assert wrap(" one\n two\t ", 1000, 3, fontsize=9) == ["one two"]
@@ -40,18 +74,18 @@ def test_white_space_and_empty_texts() -> None:
 
 
 def test_widths_are_those_of_the_drawn_text() -> None:
-    canvas = Canvas(800)
-    canvas.text(40, 40, TEXT, fontsize=9, color="black", va="top")
-    drawn = np.flatnonzero((np.asarray(canvas.render(100)) < 128).any((0, 2)))
+    sheet = Canvas(800)
+    sheet.text(40, 40, TEXT, fontsize=9, color="black", va="top")
+    drawn = np.flatnonzero((np.asarray(sheet.render(100)) < 128).any((0, 2)))
     assert drawn.min() == pytest.approx(40, abs=4)
     assert drawn.max() - drawn.min() == pytest.approx(text_width(TEXT, 9), abs=6)
 
 
 def test_images_are_placed_pixel_by_pixel() -> None:
     noise = np.random.default_rng(0).integers(0, 256, (7, 9, 3), dtype=np.uint8)
-    canvas = Canvas(50)
-    canvas.image(20, 10, Image.fromarray(noise))
-    sheet = np.asarray(canvas.render(30)).copy()
+    placed = Canvas(50)
+    placed.image(20, 10, Image.fromarray(noise))
+    sheet = np.asarray(placed.render(30)).copy()
     assert sheet.shape == (30, 50, 3) and np.array_equal(sheet[10:17, 20:29], noise)
     sheet[9:18, 19:30] = 255
     assert (sheet == 255).all()

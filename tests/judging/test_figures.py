@@ -188,12 +188,13 @@ def test_a_strip_of_any_prompt_warns_of_nothing_and_stays_inside() -> None:
         "$x^2$ \\alpha",
         "一只猫\n在灯塔上" * 30,
         "حروف",
+        "\0 and a byte that is not UTF-8: \udcff",
     ]
-    images = plain([(10, 20, 30)] * 7)
+    images = plain([(10, 20, 30)] * 8)
     name = "a_package.with_a_long_name:make_reward_of_something"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        image = validation_strip(images, prompts, {name: [0.5] * 7, "灯": [1.0] * 7}, title="更新 " + "5" * 200)
+        image = validation_strip(images, prompts, {name: [0.5] * 8, "灯": [1.0] * 8}, title="\udcff " + "5" * 200)
     assert_margins_are_white(np.asarray(image))
     # Prompts have six lines at most.
     assert image.height < 800
@@ -267,7 +268,7 @@ def test_a_long_title_stays_inside(tmp_path: Path) -> None:
 
 
 def test_updates_without_a_finite_reward_are_left_out(tmp_path: Path) -> None:
-    log = [entry(1, 0.1), entry(2, 0.2, float("nan")), entry(3, 0.3)]
+    log = [entry(1, 0.1), entry(2, 0.2, float("nan")), {**entry(3, 0.3), "reward_std": None}]
     more = [entry(4, float("nan")), entry(5, float("inf")), {**entry(6, 0), "reward": None}]
     reward_curve([*log, *more], tmp_path / "a.png", "Reward")
     reward_curve(log, tmp_path / "b.png", "Reward")
@@ -329,8 +330,22 @@ def test_the_chosen_update_is_marked_in_both_panels(tmp_path: Path) -> None:
 
 
 def test_running_mean_is_centred_and_shorter_at_the_ends() -> None:
-    assert figures._running_mean([0.0, 3.0, 6.0, 0.0], 3) == [1.5, 3.0, 3.0, 3.0]
-    assert figures._running_mean([1.0, 2.0], 1) == [1.0, 2.0]
+    assert figures._running_mean([0.0, 3.0, 6.0, 0.0], 3).tolist() == [1.5, 3.0, 3.0, 3.0]
+    assert figures._running_mean([1.0, 2.0], 1).tolist() == [1.0, 2.0]
+
+
+def test_the_running_mean_of_a_long_run_reads_each_update_once() -> None:
+    reads = []
+
+    class Log(list):
+        def __getitem__(self, place: Any) -> Any:
+            found = super().__getitem__(place)
+            reads.append(len(found) if isinstance(place, slice) else 1)
+            return found
+
+    # Windows grow with a run, so means that read their windows would take time that grows with its square.
+    assert len(figures._running_mean(Log([1.0] * 5000), 417)) == 5000
+    assert sum(reads) <= 5000
 
 
 @pytest.mark.parametrize(

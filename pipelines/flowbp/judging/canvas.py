@@ -8,9 +8,11 @@ Text is set by matplotlib, on the Agg canvas: it needs no display and does not t
 """
 
 import warnings
+from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from itertools import accumulate
 from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
@@ -59,21 +61,29 @@ def quiet_fonts() -> Iterator[None]:
 
 
 @cache
-def _renderer() -> RendererAgg:
-    return RendererAgg(1, 1, DPI)
+def _character_width(character: str, fontsize: float, fontweight: str) -> float:
+    font = FontProperties(family=font_families(), size=fontsize, weight=fontweight)
+    with quiet_fonts():
+        return RendererAgg(1, 1, DPI).get_text_width_height_descent(_drawable(character), font, ismath=False)[0]
+
+
+def _drawable(text: str) -> str:
+    """Text without surrogates (bytes of the command line that are not UTF-8), which matplotlib refuses."""
+    return text.encode(errors="replace").decode()
 
 
 def text_width(text: str, fontsize: float, fontweight: str = "normal") -> float:
-    """Width of one line of text in pixels.
+    """Width of one line of text in pixels: the sum over its characters, to about a pixel.
+
+    Each character is measured once. Measuring whole lines takes time that grows with the square of their length,
+    because `wrap` tries many of them.
 
     Args:
         text: without line breaks.
         fontsize: in points.
         fontweight: `normal` or `bold`.
     """
-    font = FontProperties(family=font_families(), size=fontsize, weight=fontweight)
-    with quiet_fonts():
-        return _renderer().get_text_width_height_descent(text, font, ismath=False)[0]
+    return sum(_character_width(character, fontsize, fontweight) for character in text)
 
 
 def line_height(fontsize: float) -> int:
@@ -94,32 +104,24 @@ def wrap(text: str, width: float, max_lines: int, fontsize: float, fontweight: s
     Returns:
         At least one line, which is empty for an empty text.
     """
+    text = " ".join(_drawable(text).split())
+    ends = list(accumulate((_character_width(each, fontsize, fontweight) for each in text), initial=0.0))
+    lines, start = [], 0
 
-    def fits(line: str) -> bool:
-        return text_width(line, fontsize, fontweight) <= width
+    def fitting(width: float) -> int:
+        """Where a line of at least one character from `start` ends."""
+        return max(bisect_right(ends, ends[start] + width) - 1, start + 1)
 
-    lines, words = [""], text.split()
-    while words and len(lines) <= max_lines:
-        word = words.pop(0)
-        joined = f"{lines[-1]} {word}".lstrip()
-        if fits(joined):
-            lines[-1] = joined
-        elif lines[-1]:
-            lines.append("")
-            words.insert(0, word)
-        else:
-            # A word that is wider than a line, or a script without spaces.
-            length = next((n for n in range(1, len(word)) if not fits(word[: n + 1])), 1)
-            lines[-1] = word[:length]
-            if word[length:]:
-                lines.append("")
-                words.insert(0, word[length:])
-    if len(lines) <= max_lines:
-        return lines
-    last = lines[max_lines - 1]
-    while last and not fits(last + "…"):
-        last = last[:-1]
-    return [*lines[: max_lines - 1], last.rstrip() + "…"]
+    while (end := fitting(width)) < len(text):
+        if len(lines) == max_lines - 1:
+            end = fitting(width - text_width("…", fontsize, fontweight))
+            return [*lines, text[start:end].rstrip() + "…"]
+        # A word that is wider than a line, or a script without spaces, is broken anywhere.
+        space = text.rfind(" ", start, end + 1)
+        end = end if space < 0 else space
+        lines.append(text[start:end])
+        start = end if space < 0 else space + 1
+    return [*lines, text[start:]]
 
 
 def resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:

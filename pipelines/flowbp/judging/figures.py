@@ -5,12 +5,12 @@
 """Figures of a run and of an evaluation: images of models, images of one update, and curves of rewards."""
 
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -85,8 +85,8 @@ def before_after(
     """
     note = "Each column: one prompt, the same noise for both images."
     by_model = None if scores is None else dict(zip(("base", "aligned"), scores, strict=True))
-    models = {"base": base, "aligned": aligned}
-    comparison(models, prompts, path, title, f"{subtitle}  ·  {note}" if subtitle else note, by_model)
+    subtitle = f"{subtitle}  ·  {note}" if subtitle else note
+    comparison({"base": base, "aligned": aligned}, prompts, path, title, subtitle, by_model)
 
 
 def comparison(
@@ -116,12 +116,7 @@ def comparison(
     _check(lengths, [image for of_model in images.values() for image in of_model])
     digits = 0 if scores is None else _digits([score for name in images for score in scores[name]])
     series = [
-        _Series(
-            of_model,
-            {} if scores is None else {"": scores[name]},
-            ACCENT if place else GREY,
-            name,
-        )
+        _Series(of_model, {} if scores is None else {"": scores[name]}, ACCENT if place else GREY, name)
         for place, (name, of_model) in enumerate(images.items())
     ]
     columns = math.ceil(len(prompts) / math.ceil(len(prompts) / 8))
@@ -174,13 +169,13 @@ def _check(lengths: Mapping[str, int], images: Sequence[Image.Image]) -> None:
         raise ValueError(f"figure: expected images of one size, got {listed}; resize them")
 
 
-def _has_score(score: float | None) -> bool:
-    return score is not None and not math.isnan(score)
+def _is_finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
 
 
 def _digits(scores: Sequence[float | None]) -> int:
     """Three decimals for scores between -1 and 1, two for others."""
-    return 3 if all(abs(score) < 1 for score in scores if _has_score(score)) else 2
+    return 3 if all(abs(score) < 1 for score in scores if _is_finite(score)) else 2
 
 
 def _fixed(value: float, digits: int) -> str:
@@ -261,10 +256,9 @@ class _Sheet:
         height = line_height(self.prompt_size)
         for column, lines in enumerate(wrapped):
             centre = self.left + column * (self.width + _GAP) + self.width / 2
+            style = {"fontsize": self.prompt_size, "color": INK, "ha": "center", "va": "top"}
             for place, line in enumerate(lines):
-                canvas.text(
-                    centre, y + place * height, line, fontsize=self.prompt_size, color=INK, ha="center", va="top"
-                )
+                canvas.text(centre, y + place * height, line, **style)
         return y + height * max(map(len, wrapped))
 
     def _draw_scores(self, canvas: Canvas, series: _Series, index: int, centre: float, y: float) -> None:
@@ -272,7 +266,7 @@ class _Sheet:
         for name, scores in series.scores.items():
             score = scores[index]
             value, weight, color = "no score", "normal", GREY
-            if _has_score(score):
+            if _is_finite(score):
                 value, weight, color = _fixed(score, self.digits[name]), "bold", series.color
             value_width = text_width(value, _SCORE, weight)
             name_width = 0.0
@@ -302,8 +296,8 @@ def reward_curve(
 
     Args:
         log: one entry for each update, with `step` (number of the update), `reward` (mean of its batch) and
-            `reward_std` (standard deviation in the batch, shown as a band). Updates whose reward is None or not
-            finite are left out.
+            `reward_std` (standard deviation in the batch, shown as a band; 0 where it is None or not finite). Updates
+            whose reward is None or not finite are left out.
         path: PNG to write.
         title: title of the figure.
         held_out: one entry for each evaluation, with `update`, `mean`, and the 95 % interval `low` to `high`, as
@@ -317,7 +311,7 @@ def reward_curve(
     """
     _check_keys("log", log, ("step", "reward", "reward_std"))
     _check_keys("held_out", held_out, ("update", "mean", "low", "high"))
-    log = [entry for entry in log if entry["reward"] is not None and math.isfinite(entry["reward"])]
+    log = [entry for entry in log if _is_finite(entry["reward"])]
     held_out = [entry for entry in held_out if entry["mean"] is not None]
     if not log:
         raise ValueError("reward_curve: expected an update with a finite reward, got none; draw no curve")
@@ -384,11 +378,9 @@ def _panels(figure: Figure, title: str, notes: Sequence[str], count: int) -> lis
 def _draw_training(axes: Axes, log: Sequence[Mapping[str, Any]], window: int) -> None:
     steps = [entry["step"] for entry in log]
     rewards = [float(entry["reward"]) for entry in log]
-    spreads = [float(entry["reward_std"]) if math.isfinite(entry["reward_std"]) else 0.0 for entry in log]
+    spreads = [entry["reward_std"] if _is_finite(entry["reward_std"]) else 0.0 for entry in log]
     means, spreads = _running_mean(rewards, window), _running_mean(spreads, window)
-    low = [mean - spread for mean, spread in zip(means, spreads, strict=True)]
-    high = [mean + spread for mean, spread in zip(means, spreads, strict=True)]
-    axes.fill_between(steps, low, high, color=ACCENT, alpha=0.10, linewidth=0)
+    axes.fill_between(steps, means - spreads, means + spreads, color=ACCENT, alpha=0.10, linewidth=0)
     axes.plot(steps, rewards, "o", color=ACCENT, markersize=3, alpha=0.30, markeredgewidth=0)
     axes.plot(steps, means, color=ACCENT, linewidth=2.4, solid_capstyle="round")
     axes.plot(steps[-1:], means[-1:], "o", color=ACCENT, markersize=5)
@@ -440,7 +432,8 @@ def _mark(axes: Axes, update: int) -> None:
     )
 
 
-def _running_mean(values: Sequence[float], window: int) -> list[float]:
-    """Centred means over `window` values, fewer at both ends."""
-    half = window // 2
-    return [statistics.fmean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
+def _running_mean(values: Sequence[float], window: int) -> np.ndarray:
+    """Centred means over `window` values, fewer at both ends; differences of sums, because windows grow with runs."""
+    sums, places = np.cumsum([0.0, *values]), np.arange(len(values))
+    starts, ends = np.maximum(places - window // 2, 0), np.minimum(places + window // 2 + 1, len(values))
+    return (sums[ends] - sums[starts]) / (ends - starts)
