@@ -598,10 +598,12 @@ def test_a_function_is_a_reward(images):
 
 def test_a_module_is_a_reward_and_is_frozen(images):
     module = Scaled()
-    assert load_reward(module) is module
+    reward = load_reward(module)
     assert not module.training and not module.scale.requires_grad
+    # What moves the reward moves the module.
+    assert list(reward.parameters()) == [module.scale]
     images = images.clone().requires_grad_()
-    module(images, TEXTS).sum().backward()
+    reward(images, TEXTS).sum().backward()
     assert images.grad.abs().min() > 0
 
 

@@ -12,18 +12,32 @@ from typing import Any
 from torch import Tensor, nn
 
 from .specs import REWARDS, reward_spec
-from .weighted import WeightedReward
+from .weighted import WeightedReward, call_reward
 
 
-class _FunctionReward(nn.Module):
-    """A reward that is a plain function, as a module."""
+class NamedReward(nn.Module):
+    """A user's reward with its name in all errors, see `call_reward`, and with its own attributes, such as `text_of`.
 
-    def __init__(self, function: Callable[[Tensor, Sequence[str]], Tensor]) -> None:
+    Args:
+        name: for messages.
+        reward: `reward(images, prompts) -> (B,)`, a module or a function.
+    """
+
+    def __init__(self, name: str, reward: Callable[[Tensor, Sequence[str]], Tensor]) -> None:
         super().__init__()
-        self.function = function
+        self.name = name
+        self.reward = reward
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        return self.function(images, prompts)
+        return call_reward(self.name, self.reward, images, prompts)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "reward":
+                raise
+            return getattr(self.reward, name)
 
 
 def load_reward(
@@ -95,11 +109,14 @@ def load_reward(
             given["model_path"] = folders[name]
         try:
             made = spec.factory(**given)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             if name in REWARDS:
                 raise
             raise ValueError(f"reward {name!r}: its factory raised {type(error).__name__}: {error}") from error
-        rewards[name] = _as_frozen_module(name, made, "the factory to return a reward")
+        if name in REWARDS:
+            rewards[name] = made.requires_grad_(False).eval()
+        else:
+            rewards[name] = _as_frozen_module(name, made, "the factory to return a reward")
     if list(weights.values()) == [1.0] and not offload:
         return rewards[next(iter(rewards))]
     return WeightedReward(rewards, weights, offload)
@@ -110,7 +127,8 @@ def _as_frozen_module(name: str, reward: Any, expected: str) -> nn.Module:
         raise ValueError(f"reward {name!r}: expected {expected}, got {type(reward).__name__}.")
     if isinstance(reward, type):
         raise ValueError(f"reward {name!r}: expected {expected}, got the class {reward.__name__}; create an instance.")
-    module = reward if isinstance(reward, nn.Module) else _FunctionReward(reward)
+    # The parts of a sum have their names already.
+    module = reward if isinstance(reward, WeightedReward | NamedReward) else NamedReward(name, reward)
     return module.requires_grad_(False).eval()
 
 
@@ -144,15 +162,23 @@ def reward_needs(reward: str) -> set[str]:
     return set().union(*(reward_spec(name).needs for name in part_names(reward)))
 
 
-def check_prompts(reward: nn.Module, prompts: Sequence[str]) -> None:
-    """Checks that a loaded reward can score these prompts, before anything is trained.
+def check_prompts(reward: nn.Module, prompts: Sequence[str], sizes: Sequence[tuple[int, int]] = ()) -> None:
+    """Checks that a loaded reward can score images of these prompts, before anything is trained.
+
+    Args:
+        reward: of `load_reward`.
+        prompts: all that the reward will score: of training, validation and evaluation.
+        sizes: height and width in pixels of the images.
 
     Raises:
-        ValueError: the first prompt in which an `ocr` reward finds no text to look for.
+        ValueError: the first prompt in which an `ocr` reward finds no text to look for, or one with characters unknown
+            to the recogniser, or too long for a size.
     """
     for part in reward.all_parts() if isinstance(reward, WeightedReward) else [reward]:
-        if hasattr(part, "text_of"):
-            for prompt in prompts:
+        for prompt in prompts:
+            if hasattr(part, "check_prompt"):
+                part.check_prompt(prompt, sizes)
+            elif hasattr(part, "text_of"):
                 part.text_of(prompt)
 
 

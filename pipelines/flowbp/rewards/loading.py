@@ -86,7 +86,7 @@ def find_files(source: Source, model_path: Path | None = None) -> Path:
             )
         except (OSError, HFValidationError, EntryNotFoundError, RevisionResolutionError) as error:
             # HfHubHTTPError and the network's own errors are OSErrors.
-            raise _missing(source, _reason(error)) from error
+            raise _missing(source, hub_reason(error)) from error
     absent = [name for name in _expected(source, folder) if not (folder / name).is_file()]
     if absent:
         raise _missing(source, f"{', '.join(absent)} not in {folder}")
@@ -111,7 +111,7 @@ def load_checkpoint(source: Source, path: Path) -> Mapping[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (pickle.UnpicklingError, OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
         raise ValueError(
-            f"reward {source.reward!r}: {path} is not a complete checkpoint of tensors ({_line(error)}); download "
+            f"reward {source.reward!r}: {path} is not a complete checkpoint of tensors ({brief(error)}); download "
             f"{path.name} again from {source.page}."
         ) from error
     if not isinstance(content, Mapping):
@@ -165,7 +165,7 @@ def load_pretrained(source: Source, loader: Callable[..., T], folder: Path, **op
         return loader(folder, local_files_only=True, trust_remote_code=False, **options)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, SafetensorError) as error:
         raise ValueError(
-            f"reward {source.reward!r}: {folder} does not hold what {source.repo_id} has ({_line(error)}); "
+            f"reward {source.reward!r}: {folder} does not hold what {source.repo_id} has ({brief(error)}); "
             f"download it again from {source.page}."
         ) from error
 
@@ -194,7 +194,7 @@ def _expected(source: Source, folder: Path) -> list[str]:
     try:
         shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _missing(source, f"{index} is not an index of shards ({_line(error)})") from error
+        raise _missing(source, f"{index} is not an index of shards ({brief(error)})") from error
     return [*(name for name in source.required if name != "model.safetensors"), *sorted(shards)]
 
 
@@ -207,8 +207,8 @@ def _missing(source: Source, reason: str) -> FileNotFoundError:
     )
 
 
-def _reason(error: Exception) -> str:
-    # The Hub's own messages are long, of several lines, and quote the request.
+def hub_reason(error: Exception) -> str:
+    """Why the Hub did not give a file, in a few words: its own messages have several lines and quote the request."""
     if isinstance(error, GatedRepoError):
         return "the repository is gated and this account was not given access"
     if isinstance(error, RepositoryNotFoundError):
@@ -219,9 +219,10 @@ def _reason(error: Exception) -> str:
         return "the files are not in the cache and the Hub cannot be reached (offline?)"
     if isinstance(error, HfHubHTTPError):
         return f"the Hub answered {error.response.status_code}"
-    return _line(error)
+    return brief(error)
 
 
-def _line(error: Exception) -> str:
+def brief(error: BaseException) -> str:
+    """An error's message in one line, of 200 characters at most."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 200 else f"{text[:200]}..."

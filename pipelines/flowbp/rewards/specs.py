@@ -264,7 +264,7 @@ def reward_spec(name: str) -> RewardSpec:
         )
     try:
         factory = getattr(importlib.import_module(module_name), attribute)
-    except Exception as error:  # a user's module may raise anything
+    except (Exception, SystemExit) as error:  # a user's module may raise anything
         raise ValueError(
             f"reward {name!r}: expected an importable package.module:factory, got {type(error).__name__}: {error}; "
             "its folder must be on PYTHONPATH."

@@ -4,13 +4,40 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """Weighted sums of rewards."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+
+def call_reward(name: str, reward: Callable[..., Any], images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """Scores (B,) of images (B, 3, H, W) by a reward whose name is in everything that goes wrong.
+
+    Raises:
+        ValueError: the reward does not return a tensor (B,).
+        RuntimeError: it calls `sys.exit`, which would end the run as if all were done.
+        Exception: what the reward raises, with its name as a note.
+    """
+    try:
+        score = reward(images, prompts)
+    except SystemExit as stop:
+        raise RuntimeError(
+            f"reward {name!r}: expected scores, got sys.exit({stop.code!r}); raise an error instead."
+        ) from stop
+    except Exception as error:
+        note = f"It was raised by the reward {name!r}."
+        if note not in getattr(error, "__notes__", ()):
+            error.add_note(note)
+        raise
+    if not isinstance(score, Tensor) or score.shape != (len(images),):
+        found = tuple(score.shape) if isinstance(score, Tensor) else type(score).__name__
+        raise ValueError(
+            f"reward {name!r}: expected a tensor of shape ({len(images)},), got {found}; return one for each image."
+        )
+    return score.to(images.device)
 
 
 class WeightedReward(nn.Module):
@@ -52,7 +79,7 @@ class WeightedReward(nn.Module):
         scores = {}
         for name, reward in self._parts.items():
             with self._on_device(reward, images.device):
-                scores[name] = self._checked(name, reward(images, prompts), images)
+                scores[name] = call_reward(name, reward, images, prompts)
         return scores
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -83,7 +110,7 @@ class WeightedReward(nn.Module):
         for name, reward in self._parts.items():
             with self._on_device(reward, images.device), torch.enable_grad():
                 leaf = images.detach().requires_grad_()
-                score = self._checked(name, reward(leaf, prompts), images)
+                score = call_reward(name, reward, leaf, prompts)
                 if not score.requires_grad:
                     raise ValueError(
                         f"reward {name!r}: expected scores with a gradient in the images, got none; leave it out of "
@@ -109,13 +136,6 @@ class WeightedReward(nn.Module):
             yield
         finally:
             reward.to("cpu")
-
-    @staticmethod
-    def _checked(name: str, score: Any, images: Tensor) -> Tensor:
-        if not isinstance(score, Tensor) or score.shape != (len(images),):
-            found = tuple(score.shape) if isinstance(score, Tensor) else type(score).__name__
-            raise ValueError(f"reward {name!r}: expected a tensor of shape ({len(images)},), got {found}.")
-        return score.to(images.device)
 
 
 class _PartByPart(torch.autograd.Function):
