@@ -2,9 +2,10 @@
 #
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""Writing files that are complete or absent, whatever interrupts the process."""
+"""Writing files that are complete or absent, whatever interrupts the process, and their permissions."""
 
 import os
+import stat
 from pathlib import Path
 
 
@@ -26,3 +27,24 @@ def write_atomically(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
+
+
+def apply_umask(folder: Path) -> None:
+    """Give a folder's files the permissions that new files get there; safetensors makes its files private (0600).
+
+    Args:
+        folder: its files are changed, links and folders in it are not.
+
+    Raises:
+        OSError: a file's permissions cannot be changed.
+    """
+    # A process can read its umask only by setting it, which its other threads would notice. A new file tells it, and
+    # also what the folder's access control list says.
+    probe = folder / ".permissions"
+    probe.unlink(missing_ok=True)
+    probe.touch()
+    usual = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    for path in folder.iterdir():
+        if path.is_file() and not path.is_symlink() and stat.S_IMODE(path.stat().st_mode) != usual:
+            path.chmod(usual)

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from flowbp.publishing.run_info import (
     REDACTED,
     git_commit,
     hardware,
+    one_line,
     redact,
     redact_text,
     settings,
@@ -106,7 +108,9 @@ def test_hardware() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "DB_PASSWORD", "MY_SECRET", "OPENAI_KEY", "apikey"]
+    "name",
+    "HF_TOKEN WANDB_API_KEY AWS_SECRET_ACCESS_KEY DB_PASSWORD MY_SECRET OPENAI_KEY apikey GITHUB_PAT PGPASSWORD "
+    "MYSQL_PWD DB_PASS SLACK_WEBHOOK".split(),
 )
 def test_values_of_secret_variables(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Are replaced wherever they are: inside texts, keys, lists."""
@@ -125,12 +129,22 @@ def test_values_of_secret_variables(name: str, monkeypatch: pytest.MonkeyPatch) 
         ("TOKENIZERS_PARALLELISM", "something long"),
         ("SSH_AUTH_SOCK", "/run/ssh-agent"),
         ("HOME", "/home/somebody"),
+        ("PWD", "/home/somebody/run"),
+        ("OLDPWD", "/home/somebody"),
+        ("COMPATIBLE", "something long"),
     ],
 )
 def test_values_of_other_variables_stay(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Too short for a secret, or a name that says nothing of one."""
     monkeypatch.setenv(name, value)
     assert redact(f"a {value} b") == f"a {value} b"
+
+
+def test_a_secret_in_an_address_or_over_several_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PRIVATE_KEY", "-----BEGIN\nabc  def/1=\n-----END")
+    value = os.environ["PRIVATE_KEY"]
+    assert one_line(f"wrong:\n{value} was given") == f"wrong: {REDACTED} was given"
+    assert redact_text(f"https://host/{quote(value, safe='')}/x") == f"https://host/{REDACTED}/x"
 
 
 def test_the_longest_secret_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,6 +178,21 @@ def test_the_stored_login(tmp_path: Path) -> None:
         ("hf_jwt_" + "a1" * 12 + ".b-c_d", REDACTED),
         ("https://me:pass@host/path?x=a@b", f"https://{REDACTED}@host/path?x=a@b"),
         ("https://onlytoken@host", f"https://{REDACTED}@host"),
+        ("a ghp_" + "a1B2" * 9 + ", b", f"a {REDACTED}, b"),
+        ("github_pat_" + "a1_B2" * 9, REDACTED),
+        ("glpat-" + "a1-B" * 5, REDACTED),
+        ("xoxb-123456789012-abc", REDACTED),
+        ("key AKIAIOSFODNN7EXAMPLE.", f"key {REDACTED}."),
+        ("AIza" + "a1B2-" * 7, REDACTED),
+        ("sk-proj-" + "a1B2" * 9, REDACTED),
+        ("{'Authorization': 'Bearer abc.def-1'}", f"{{'Authorization': 'Bearer {REDACTED}'}}"),
+        ("https://host/a?token=abc&seed=1", f"https://host/a?token={REDACTED}&seed=1"),
+        ("https://host/a?seed=1&API_KEY=abc'", f"https://host/a?seed=1&API_KEY={REDACTED}'"),
+        ("https://s3/a?X-Amz-Signature=0af&v=2", f"https://s3/a?X-Amz-Signature={REDACTED}&v=2"),
+        ("https://hooks.slack.com/services/T0/B0/x1y2 failed", f"https://hooks.slack.com/{REDACTED} failed"),
+        ("https://discord.com/api/webhooks/12/a-b_c", f"https://discord.com/api/webhooks/{REDACTED}"),
+        ("https://discordapp.com/api/v10/webhooks/12/a", f"https://discordapp.com/api/v10/webhooks/{REDACTED}"),
+        ("a flag bearer at https://host/a?tokenizer=clip&monkey=1, task-of-many-different-words, AKIA", None),
         ("hf_hub_download of a@b.c at https://huggingface.co/user/name", None),
         ("a commit 551a32a0c0ffee0000000000000000000000000f", None),
     ],

@@ -11,14 +11,18 @@ import pickle
 import random
 import re
 import shutil
+import stat
 import subprocess
 import sys
+import tracemalloc
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from flowbp.training import checkpoints
 from flowbp.training.checkpoints import CheckpointError
@@ -61,13 +65,17 @@ def damage(folder: Path) -> None:
     (folder / "lora.safetensors").write_bytes(b"Weights")
 
 
-def set_time(folder: Path, time: datetime) -> None:
-    """Change when a checkpoint says that it was written."""
+def set_manifest(folder: Path, **values: Any) -> None:
+    """Change what a checkpoint's manifest says; its own hash still fits."""
     path = folder / "manifest.json"
-    content = json.loads(path.read_text())
+    content = {**json.loads(path.read_text()), **values}
     del content["sha256"]
-    content["written"] = time.isoformat(timespec="microseconds")
+    content = {name: value for name, value in content.items() if value is not None}
     checkpoints.write_json(path, {**content, "sha256": checkpoints._sha256_of(content)})
+
+
+def set_time(folder: Path, time: datetime) -> None:
+    set_manifest(folder, written=time.isoformat(timespec="microseconds"))
 
 
 @pytest.fixture(scope="module")
@@ -176,12 +184,47 @@ def test_another_spelling_of_the_manifest(output_dir: Path, old: bytes, new: byt
 
 
 def test_a_manifest_of_another_format(output_dir: Path) -> None:
-    path = output_dir / "checkpoint-20" / "manifest.json"
-    content = {**json.loads(path.read_text()), "format": 2}
-    del content["sha256"]
-    checkpoints.write_json(path, {**content, "sha256": checkpoints._sha256_of(content)})
+    set_manifest(output_dir / "checkpoint-20", format=2)
     with pytest.raises(CheckpointError, match="expected format 1, found format 2"):
-        checkpoints.check_folder(path.parent)
+        checkpoints.check_folder(output_dir / "checkpoint-20")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"written": "9999-12-31T23:59:59.999999+00:00"},
+        {"written": "2026-01-01T00:00:00"},  # of which zone?
+        {"written": "yesterday"},
+        {"written": 5},
+        {"written": None},
+        {"files": None},
+        {"files": ["state.json"]},
+        {"files": {"state.json": {"size": 1}}},
+        {"files": {"state.json": {"size": "1", "sha256": "0"}}},
+    ],
+    ids=str,
+)
+def test_a_manifest_that_says_nothing_sensible(output_dir: Path, values: dict[str, Any]) -> None:
+    set_manifest(output_dir / "checkpoint-20", **values)
+    assert_refused(output_dir, "manifest.json")
+    # The next one is ordered after it, and is whole.
+    (new,) = write(output_dir, 5)
+    assert checkpoints.checkpoints(output_dir)[-1] == new
+    assert checkpoints.find_checkpoint(output_dir, "latest", never) == new
+
+
+@pytest.mark.parametrize("year", [2400, 9000, 10**6])
+def test_a_damaged_manifest_in_a_folder_of_an_absurd_time(tmp_path: Path, year: int) -> None:
+    old, damaged = write(tmp_path, 1, 2)
+    (damaged / "manifest.json").write_bytes(b"")
+    try:
+        os.utime(damaged, ((year - 1970) * 365.2425 * 86400,) * 2)
+    except OSError:
+        pytest.skip("this file system has no such times")
+    told: list[str] = []
+    assert checkpoints.find_checkpoint(tmp_path, "latest", told.append) == old and len(told) <= 1
+    (new,) = write(tmp_path, 3)
+    assert checkpoints.checkpoints(tmp_path)[-1] == new
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -650,6 +693,35 @@ def test_no_value_that_is_not_finite_is_saved(tmp_path: Path, value: float, dtyp
     with pytest.raises(CheckpointError, match=r"lora\.safetensors: .* found NaN or infinity in bad\.weight"):
         checkpoints.save_tensors(tmp_path / "lora.safetensors", tensors)
     assert names(tmp_path) == set()
+
+
+def test_no_value_that_is_not_finite_is_loaded(tmp_path: Path) -> None:
+    for value in (float("nan"), float("inf")):
+        save_file({"good": torch.zeros(3), "bad.weight": torch.tensor([1.0, value])}, tmp_path / "ema.safetensors")
+        with pytest.raises(CheckpointError, match=r"ema\.safetensors: .* found NaN or infinity in bad\.weight"):
+            checkpoints.load_tensors(tmp_path / "ema.safetensors")
+
+
+@pytest.mark.parametrize("name", ["state.json", "manifest.json"])
+def test_json_of_200_mb_is_refused_before_it_is_read(output_dir: Path, name: str) -> None:
+    path = output_dir / "checkpoint-20" / name
+    os.truncate(path, 200 * 10**6)
+    tracemalloc.start()
+    with pytest.raises(CheckpointError, match=f"{name}: expected 67108864 bytes at most, found 200000000;"):
+        checkpoints.read_json(path) if name == "state.json" else checkpoints.check_folder(path.parent)
+    assert tracemalloc.get_traced_memory()[1] < 10**6
+    tracemalloc.stop()
+    assert_refused(output_dir, name)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no permissions for groups")
+def test_files_have_the_permissions_of_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0o002)
+    try:
+        checkpoints.write_folder(tmp_path / "checkpoint-1", fill)
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "checkpoint-1").iterdir()} == {0o664}
 
 
 def test_what_is_no_safetensors_file(tmp_path: Path) -> None:

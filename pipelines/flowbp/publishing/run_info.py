@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from ..files import write_atomically
 
@@ -34,16 +35,28 @@ SHORTEST_SECRET = 8
 
 # Parts of a variable's name that say that its value is secret (HF_TOKEN, WANDB_API_KEY, AWS_SECRET_ACCESS_KEY, ...).
 SECRET_NAME = re.compile(
-    r"(?:^|[_-])(?:TOKENS?|SECRETS?|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?|API_?KEYS?|ACCESS_KEY|PRIVATE_KEY|AUTH)"
-    r"(?:[_-]|$)|_KEY$",
+    r"(?:^|[_-])(?:TOKENS?|SECRETS?|CREDENTIALS?|API_?KEYS?|ACCESS_KEY|PRIVATE_KEY|AUTH|PATS?|WEBHOOKS?)(?:[_-]|$)"
+    # Not PWD and OLDPWD themselves, which are folders.
+    r"|PASSWORD|PASSWD|PASSPHRASE|(?:_KEY|_PWD|_PASS|SSHPASS)$",
     re.IGNORECASE,
 )
 # ... unless it says where the secret is kept (HF_TOKEN_PATH, SSH_AUTH_SOCK, ...).
 PLACE_NAME = re.compile(r"_(?:PATH|FILE|DIR|URI|URL|SOCK|HOST|ENDPOINT)$", re.IGNORECASE)
-# Tokens of the Hub: of users, of the browser's login, of organisations.
-TOKEN = re.compile(r"(?:hf_(?:oauth_|jwt_)?|api_org_)[A-Za-z0-9]{20,}[\w.-]*")
-# The part before the @ in https://user:password@host.
-URL_USER = re.compile(r"(?<=://)[^/?#\s@\"'<>]+(?=@)")
+# What is secret by its form. The named groups stay.
+SECRET_FORMS = re.compile(
+    # Tokens of the Hub (of users, of the browser's login, of organisations), GitHub, GitLab and Slack.
+    r"(?:hf_(?:oauth_|jwt_)?|api_org_)[A-Za-z0-9]{20,}[\w.-]*"
+    r"|\b(?:gh[a-z]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{20,}|xox[a-z]-[\w-]{10,})"
+    # Keys of AWS, Google and OpenAI.
+    r"|\b(?:A[KS]IA[0-9A-Z]{16}\b|AIza[\w-]{35}|sk-[\w-]{20,})"
+    # The header `Authorization`.
+    r"|(?P<header>\b[Aa]uthorization['\"]?: ?['\"]?(?:Bearer|Basic) )[\w.~+/=-]+"
+    # In addresses: the user of https://user:password@host, values of ?token=..., and whoever has a webhook may post.
+    r"|(?<=://)[^/?#\s@\"'<>]+(?=@)"
+    r"|(?P<query>[?&;](?i:(?:[\w.-]*[_.-])?(?:token|api_?key|key|secret|passw(?:or)?d|pwd|auth|sig|signature|credential))=)"
+    r"[^\s&;#\"'<>]+"
+    r"|\b(?P<hook>hooks\.slack\.com/|discord(?:app)?\.com/api/(?:v\d+/)?webhooks/|webhook\.office\.com/)[\w/@.-]+",
+)
 
 
 def versions() -> dict[str, str | None]:
@@ -157,19 +170,19 @@ def redact_text(text: str, known: Sequence[str] | None = None) -> str:
 
     Args:
         text: any.
-        known: the result of `secrets`, which is called by default. Hub tokens, and the user in an address, are found
-            by their form.
+        known: the result of `secrets`, which is called by default. What `SECRET_FORMS` describes is found by its form.
     """
     for secret in secrets() if known is None else known:
-        # Also in the form that JSON and YAML write (quotes, line breaks).
-        for form in (secret, json.dumps(secret)[1:-1]):
+        # Also in the form that JSON and YAML write (quotes, line breaks), and in that of addresses.
+        for form in (secret, json.dumps(secret)[1:-1], quote(secret, safe="")):
             text = text.replace(form, REDACTED)
-    return URL_USER.sub(REDACTED, TOKEN.sub(REDACTED, text))
+    return SECRET_FORMS.sub(lambda found: f"{found[found.lastgroup] if found.lastgroup else ''}{REDACTED}", text)
 
 
 def one_line(message: object) -> str:
     """A message, or that of an error, without line breaks and secrets."""
-    return redact_text(" ".join(str(message).split()))
+    # Redacted first: a secret may have line breaks itself.
+    return " ".join(redact_text(str(message)).split())
 
 
 def redact(value: Any) -> Any:

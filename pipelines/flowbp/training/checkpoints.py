@@ -17,6 +17,7 @@ One process writes into a folder; others may read there at any time. The hashes 
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -29,7 +30,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 
+from ..files import apply_umask
+
 MANIFEST = "manifest.json"
+LARGEST_JSON = 64 * 2**20
+"""Bytes. A run's state has a few MB at most; parsed, JSON takes up to 20 times its size in memory."""
 _CHECKPOINT = re.compile(r"checkpoint-[0-9]+")
 _LEFTOVER = re.compile(r"(?:checkpoint-[0-9]+|best)\.(partial|removed|replaced)")
 
@@ -38,7 +43,8 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be used. The message is one line: the file, what was expected, found, and a remedy."""
 
 
-def _damaged(path: Path, expected: str, found: str, remedy: str = "restore it") -> CheckpointError:
+def damaged(path: Path, expected: str, found: str, remedy: str = "restore it") -> CheckpointError:
+    """The error about a file of a checkpoint."""
     return CheckpointError(f"{path}: expected {expected}, found {found}; {remedy} or choose another checkpoint.")
 
 
@@ -55,9 +61,10 @@ def read_json(path: Path) -> Any:
     """Read the plain values of `write_json`.
 
     Raises:
-        CheckpointError: for a file that is missing or no JSON; NaN and infinite numbers are none.
+        CheckpointError: for a file that is missing, larger than `LARGEST_JSON`, or no JSON, which has neither NaN nor
+            infinite numbers.
     """
-    return _parse(path, _read(path))[0]
+    return _parse(path, _read(path, LARGEST_JSON))[0]
 
 
 def _encode(content: Any) -> bytes:
@@ -70,14 +77,37 @@ def _parse(path: Path, data: bytes) -> tuple[Any, bytes]:
         content = json.loads(data.decode())
         return content, _encode(content)  # refuses NaN and infinity, which json reads
     except (ValueError, RecursionError) as error:
-        raise _damaged(path, "JSON", f"{len(data)} bytes that are none ({error})") from error
+        raise damaged(path, "JSON", f"{len(data)} bytes that are none ({error})") from error
 
 
-def _read(path: Path) -> bytes:
+def _read(path: Path, limit: float = math.inf) -> bytes:
     try:
+        if (size := path.stat().st_size) > limit:
+            raise damaged(path, f"{limit} bytes at most", f"{size}")
         return path.read_bytes()
     except OSError as error:
-        raise _damaged(path, "a file", error.strerror or str(error)) from error
+        raise damaged(path, "a file", error.strerror or str(error)) from error
+
+
+def check_finite(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Refuse to save tensors that are not finite; for what writes them by other means than `save_tensors`.
+
+    Args:
+        path: of the file, for the message.
+        tensors: by name.
+
+    Raises:
+        CheckpointError: naming the tensor with NaN or infinite values.
+    """
+    if (name := _not_finite(tensors)) is not None:
+        raise CheckpointError(
+            f"{path}: expected finite values, found NaN or infinity in {name}; lower the learning rate and resume "
+            "from the last checkpoint."
+        )
+
+
+def _not_finite(tensors: Mapping[str, torch.Tensor]) -> str | None:
+    return next((name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()), None)
 
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -92,12 +122,7 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict
         CheckpointError: naming the tensor with NaN or infinite values. Nothing is written then.
         SafetensorError: where the disk does not take the file.
     """
-    for name, tensor in tensors.items():
-        if (tensor.is_floating_point() or tensor.is_complex()) and not torch.isfinite(tensor).all():
-            raise CheckpointError(
-                f"{path}: expected finite values, found NaN or infinity in {name}; lower the learning rate and resume "
-                "from the last checkpoint."
-            )
+    check_finite(path, tensors)
     copies = {
         name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         for name, tensor in tensors.items()
@@ -111,13 +136,16 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
     The file may be deleted afterwards: its content is read, not mapped.
 
     Raises:
-        CheckpointError: for a file that is missing or no safetensors file.
+        CheckpointError: for a file that is missing, no safetensors file, or has NaN or infinite values.
     """
     data = _read(path)
     try:
-        return load(data)
+        tensors = load(data)
     except (SafetensorError, KeyError) as error:  # KeyError: a dtype that torch does not have
-        raise _damaged(path, "a safetensors file", f"{len(data)} bytes that are none ({error})") from error
+        raise damaged(path, "a safetensors file", f"{len(data)} bytes that are none ({error})") from error
+    if (name := _not_finite(tensors)) is not None:
+        raise damaged(path, "finite values", f"NaN or infinity in {name}")
+    return tensors
 
 
 def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
@@ -169,27 +197,27 @@ def check_folder(folder: Path) -> dict[str, Any]:
         CheckpointError: naming the file that is missing, additional, altered, cut, or no file (a link, say).
     """
     if not folder.is_dir():
-        raise _damaged(folder, "a checkpoint folder", _kind(folder))
+        raise damaged(folder, "a checkpoint folder", _kind(folder))
     try:
         kinds = {path.name: _kind(path) for path in folder.iterdir()}
     except OSError as error:
-        raise _damaged(folder, "a checkpoint folder", error.strerror or str(error)) from error
+        raise damaged(folder, "a checkpoint folder", error.strerror or str(error)) from error
     manifest = _read_manifest(folder)
     for name in sorted({MANIFEST, *manifest["files"], *kinds}):
         if name != MANIFEST and name not in manifest["files"]:
-            raise _damaged(folder / name, f"nothing (it is not in {MANIFEST})", kinds[name], "delete it")
+            raise damaged(folder / name, f"nothing (it is not in {MANIFEST})", kinds[name], "delete it")
         if kinds.get(name) != "a file":
-            raise _damaged(folder / name, "a file", kinds.get(name, "nothing"))
+            raise damaged(folder / name, "a file", kinds.get(name, "nothing"))
     for name, expected in manifest["files"].items():
         try:
             size = (folder / name).stat().st_size
             if size != expected["size"]:
-                raise _damaged(folder / name, f"{expected['size']} bytes", f"{size}")
+                raise damaged(folder / name, f"{expected['size']} bytes", f"{size}")
             digest = _sha256(folder / name)
         except OSError as error:
-            raise _damaged(folder / name, "a file", error.strerror or str(error)) from error
+            raise damaged(folder / name, "a file", error.strerror or str(error)) from error
         if digest != expected["sha256"]:
-            raise _damaged(folder / name, f"SHA-256 {expected['sha256']}", digest)
+            raise damaged(folder / name, f"SHA-256 {expected['sha256']}", digest)
     return manifest
 
 
@@ -210,35 +238,38 @@ def checkpoints(output_dir: Path) -> list[Path]:
     return sorted((output_dir / name for name in names), key=lambda path: (_time_written(path), path.name))
 
 
-def find_checkpoint(output_dir: Path, choice: str, tell: Callable[[str], None]) -> Path:
+def find_checkpoint(
+    output_dir: Path, choice: str, tell: Callable[[str], None], check: Callable[[Path], object] = check_folder
+) -> Path:
     """The whole checkpoint that `--resume_from_checkpoint` means.
 
     Args:
         output_dir: the run's folder.
         choice: `latest` (the newest whole one), a checkpoint's name in `output_dir`, or a path.
         tell: is given a line for each damaged checkpoint that `latest` skips.
+        check: raises CheckpointError for a damaged one.
 
     Raises:
         CheckpointError: where there is none, naming those that exist; where the chosen one is damaged, naming the
             file.
     """
     if choice == "latest":
-        return _find_latest(output_dir, tell)
+        return _find_latest(output_dir, tell, check)
     for path in (current(output_dir / choice), current(Path(choice))):
         if os.path.isdir(path):
-            check_folder(path)
+            check(path)
             return path
     names = ", ".join(path.name for path in checkpoints(output_dir)) or "no checkpoints"
     raise CheckpointError(f"--resume_from_checkpoint {choice}: not found; {output_dir} has {names}.")
 
 
-def _find_latest(output_dir: Path, tell: Callable[[str], None]) -> Path:
+def _find_latest(output_dir: Path, tell: Callable[[str], None], check: Callable[[Path], object]) -> Path:
     while True:
         existing = _identities(output_dir)
         whole, damages = None, []
         for path in reversed(existing):
             try:
-                check_folder(path)
+                check(path)
             except CheckpointError as error:
                 damages.append(str(error))
             else:
@@ -308,6 +339,7 @@ def _seal(folder: Path, written: datetime) -> None:
             )
         _flush(path)
         files[path.name] = {"sha256": _sha256(path), "size": path.stat().st_size}
+    apply_umask(folder)
     content = {"format": 1, "written": written.isoformat(timespec="microseconds"), "files": files}
     write_json(folder / MANIFEST, {**content, "sha256": _sha256_of(content)})
     _flush(folder / MANIFEST)
@@ -318,16 +350,24 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest, with not one bit changed: it is its content's only spelling, and holds the rest's hash."""
     path = folder / MANIFEST
     if (kind := _kind(path)) != "a file":
-        raise _damaged(path, "a file", kind)
-    data = _read(path)
+        raise damaged(path, "a file", kind)
+    data = _read(path, LARGEST_JSON)
     content, text = _parse(path, data)
     if not isinstance(content, dict) or data != text:
-        raise _damaged(path, "the text as it was written", f"{len(data)} other bytes")
+        raise damaged(path, "the text as it was written", f"{len(data)} other bytes")
     rest = {key: value for key, value in content.items() if key != "sha256"}
     if content.get("sha256") != _sha256_of(rest):
-        raise _damaged(path, f"its own SHA-256 {content.get('sha256')}", _sha256_of(rest))
+        raise damaged(path, f"its own SHA-256 {content.get('sha256')}", _sha256_of(rest))
     if content.get("format") != 1:
-        raise _damaged(path, "format 1", f"format {content.get('format')}, of another version of flowbp")
+        raise damaged(path, "format 1", f"format {content.get('format')}, of another version of flowbp")
+    if _time(content.get("written")) is None:
+        raise damaged(path, "a time with its zone, before the year 3000", f"written {content.get('written')!r}")
+    files = content.get("files")
+    if not isinstance(files, dict) or not all(
+        isinstance(each, dict) and type(each.get("size")) is int and isinstance(each.get("sha256"), str)
+        for each in files.values()
+    ):
+        raise damaged(path, "files with size and sha256", "others")
     return content
 
 
@@ -345,9 +385,19 @@ def _time_written(folder: Path) -> datetime:
     except (CheckpointError, OSError):
         pass
     try:
-        return datetime.fromtimestamp(folder.stat().st_mtime, UTC)
-    except OSError:  # removed by the training run a moment ago
-        return datetime.fromtimestamp(0, UTC)
+        time = _time(datetime.fromtimestamp(folder.stat().st_mtime, UTC).isoformat())
+    except (OSError, ValueError, OverflowError):  # removed by the training run a moment ago, or no year of a calendar
+        time = None
+    return time or datetime.fromtimestamp(0, UTC)
+
+
+def _time(text: Any) -> datetime | None:
+    """The time that a text says; None for other texts and for years after which no later time could be written."""
+    try:
+        time = datetime.fromisoformat(text)
+    except (TypeError, ValueError):
+        return None
+    return time if time.tzinfo is not None and time.year < 3000 else None
 
 
 def _next_time(output_dir: Path) -> datetime:

@@ -1,0 +1,159 @@
+# Copyright 2026 The FlowBP for diffusers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""What a checkpoint's files must hold, checked before anything of it is used.
+
+The manifest's hashes find damage to files. These checks find files that were wrong when they were written, by another
+program or by a fault of this one.
+"""
+
+import reprlib
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .checkpoints import check_folder, damaged, load_tensors, read_json
+
+# Kinds of JSON values: a type; None; a tuple of alternatives; a list with the kind of its items; a dict with the kinds
+# of some keys, or under `str` that of all.
+_MAYBE = (float, None)
+_STATE = {
+    "format": int,
+    "settings": {"lora_alpha": float},
+    "ingredients": dict,
+    "training": {
+        "update": int,
+        "skipped": int,
+        "skipped_in_a_row": int,
+        "prompts": {"position": int},
+        "scaler": dict,
+        "lr_scheduler": {"last_epoch": int, "_step_count": int},
+        "has_average": bool,
+    },
+    "evaluation": {
+        "made_with": dict,
+        "is_pending": bool,
+        "training_rewards": [float],
+        "guard": {
+            "base": ({str: _MAYBE}, None),
+            "window": [[(*_MAYBE, [_MAYBE])]],
+            "norms": [[(*_MAYBE, [[float]])]],
+            "raised": [str],
+        },
+        "alarms": [{"name": str, "update": int, "message": str}],
+        "found": {str: {"update": int, "scores": {str: [_MAYBE]}}},
+        "history": [{"update": int, "mean": _MAYBE, "low": _MAYBE, "high": _MAYBE}],
+    },
+}
+_SCALER = {
+    **dict.fromkeys(("scale", "growth_factor", "backoff_factor"), float),
+    "growth_interval": int,
+    "_growth_tracker": int,
+}
+_WORDS = {
+    int: "a whole number of 0 or more",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    list: "a list",
+    dict: "an object",
+    None: "null",
+}
+_MISSING = object()
+_MOMENTS = {"step", "exp_avg", "exp_avg_sq"}
+
+
+def check_saved_state(folder: Path) -> None:
+    """Check a run's checkpoint: the files against the manifest, then what they hold.
+
+    Whether it fits the run that resumes is another question, and so is a state of another format.
+
+    Raises:
+        CheckpointError: naming the file, and in it the value that is missing, of another type, or out of its range.
+    """
+    check_folder(folder)
+    path = folder / "state.json"
+    state = read_json(path)
+    if isinstance(state, dict) and state.get("format") not in (None, 2):
+        return
+    for expected, found in _misfits(state, _STATE, "state"):
+        raise damaged(path, expected, found)
+    training, best = state["training"], state["evaluation"]["found"].get("best")
+    for expected, found in _misfits(best, ({"score": float}, None), "state.evaluation.found.best"):
+        raise damaged(path, expected, found)
+    for expected, found in _misfits(training["scaler"] or None, (_SCALER, None), "state.training.scaler"):
+        raise damaged(path, expected, found)
+    if training["scaler"] and not training["scaler"]["scale"] > 0:
+        raise damaged(path, "a positive training.scaler.scale", f"{training['scaler']['scale']}")
+    if not training["skipped_in_a_row"] <= training["skipped"] <= training["update"]:
+        counts = ", ".join(f"{name} {training[name]}" for name in ("skipped_in_a_row", "skipped", "update"))
+        raise damaged(path, "at most as many skipped updates as updates", counts)
+    _check_tensors(folder, training["update"] > training["skipped"], training["has_average"], best is not None)
+
+
+def _misfits(value: Any, kind: Any, place: str) -> Iterator[tuple[str, str]]:
+    """What was expected and what was found, for each value that is not of its kind."""
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    fitting = [each for each in kinds if _is_of(value, each)]
+    if not fitting:
+        words = " or ".join(_WORDS[type(each) if isinstance(each, list | dict) else each] for each in kinds)
+        yield f"{words} at {place}", "nothing" if value is _MISSING else reprlib.repr(value)
+    elif isinstance(fitting[0], list):
+        for number, item in enumerate(value):
+            yield from _misfits(item, fitting[0][0], f"{place}[{number}]")
+    elif isinstance(fitting[0], dict):
+        of_all = fitting[0].get(str)
+        for name in fitting[0] if of_all is None else value:
+            yield from _misfits(value.get(name, _MISSING), of_all or fitting[0][name], f"{place}.{name}")
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    """Whether the value itself, not what is in it, is of a kind."""
+    if kind is int:
+        return type(value) is int and value >= 0
+    if kind is float:
+        return type(value) in (int, float)
+    return value is None if kind is None else type(value) is (type(kind) if isinstance(kind, list | dict) else kind)
+
+
+def _check_tensors(folder: Path, has_moments: bool, has_average: bool, has_best: bool) -> None:
+    lora = load_tensors(folder / "lora.safetensors")
+    shapes = {name: tensor.shape for name, tensor in lora.items()}
+    moments = load_tensors(folder / "optimizer.safetensors")
+    _check_moments(folder / "optimizer.safetensors", moments, shapes)
+    if bool(moments) != has_moments:
+        expected = "moments of the updates before" if has_moments else "no moments before the first update"
+        raise damaged(folder / "optimizer.safetensors", expected, f"{len(moments)} tensors")
+    if has_average:
+        path = folder / "ema.safetensors"
+        average = load_tensors(path)
+        if average.keys() != {str(index) for index in range(len(lora))}:
+            raise damaged(path, f"tensors 0 to {len(lora) - 1}", reprlib.repr(sorted(average)))
+        if Counter(tensor.shape for tensor in average.values()) != Counter(shapes.values()):
+            raise damaged(path, "the shapes of lora.safetensors", "others")
+    if has_best:
+        path = folder / "best.safetensors"
+        if {name: tensor.shape for name, tensor in load_tensors(path).items()} != shapes:
+            raise damaged(path, "the names and shapes of lora.safetensors", "others")
+
+
+def _check_moments(path: Path, moments: Mapping[str, torch.Tensor], shapes: Mapping[str, torch.Size]) -> None:
+    """Check AdamW's moments. A parameter that has got no gradient yet has none."""
+    by_index: dict[str, set[str]] = {}
+    for name, values in moments.items():
+        index, _, moment = name.partition(".")
+        by_index.setdefault(index, set()).add(moment)
+        if moment == "step" and (values.ndim or values < 1):
+            raise damaged(path, f"a count of 1 or more at {name}", reprlib.repr(values.tolist()))
+        if moment != "step" and values.shape not in shapes.values():
+            raise damaged(path, f"a shape of lora.safetensors at {name}", f"{tuple(values.shape)}")
+        if moment == "exp_avg_sq" and (values < 0).any():
+            raise damaged(path, f"squares at {name}", "negative values")
+    for index, names in by_index.items():
+        if index not in map(str, range(len(shapes))) or names != _MOMENTS:
+            expected = f"step, exp_avg and exp_avg_sq of parameters 0 to {len(shapes) - 1}"
+            raise damaged(path, expected, f"{', '.join(sorted(names))} of {index}")
