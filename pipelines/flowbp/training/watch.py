@@ -13,7 +13,6 @@ import sys
 import threading
 import time
 from contextlib import suppress
-from datetime import timedelta
 
 import torch.distributed
 from accelerate import Accelerator
@@ -21,7 +20,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 INTERVAL = 5.0
 """Seconds between two counts."""
-DONE = "done"
+DONE = b"done"
 """In place of the count of a process that has nothing left to do."""
 SILENCE = 60.0
 """Seconds without a count after which a process is named."""
@@ -46,42 +45,55 @@ class ProcessWatch:
         self.rank, self.count = accelerator.process_index, accelerator.num_processes
         self.limit, self.interval, self.silence = 60 * limit_minutes, interval, silence
         self._end = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._threads: list[threading.Thread] = []
 
     def __enter__(self) -> "ProcessWatch":
         if self.count > 1 and torch.distributed.is_initialized():
             # A connection of its own: exchanges on the other one may block.
             self._store = _get_default_store().clone()
-            self._store.set_timeout(timedelta(seconds=max(self.interval, self.silence / 2)))
-            self._thread = threading.Thread(target=self._watch, name="flowbp-watch", daemon=True)
-            self._thread.start()
+            now = time.monotonic()
+            self._heard = {rank: (b"", now) for rank in range(self.count) if rank != self.rank}
+            self._answered = now
+            self._threads = [
+                threading.Thread(target=target, name="flowbp-watch", daemon=True)
+                for target in (self._exchange, self._watch)
+            ]
+            for thread in self._threads:
+                thread.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._end.set()
-        if self._thread is not None:
-            self._thread.join(self.interval)
-            with suppress(RuntimeError, OSError):
-                self._store.set(f"flowbp/{self.rank}", DONE)
+        for thread in self._threads:
+            # The exchange with a store that does not answer ends with the process.
+            thread.join(2 * self.interval)
+
+    def _exchange(self) -> None:
+        """Count, and note when the counts of the others changed. The store may block for ever."""
+        beat = 0
+        # Not answering is what this is to find: torch.distributed's own errors are RuntimeErrors.
+        with suppress(RuntimeError, OSError):
+            while not self._end.wait(self.interval):
+                beat += 1
+                self._store.set(f"flowbp/{self.rank}", str(beat))
+                for rank, (before, _) in self._heard.items():
+                    if self._store.check([f"flowbp/{rank}"]):
+                        found = self._store.get(f"flowbp/{rank}")
+                        if found != before or found == DONE:
+                            self._heard[rank] = (found, time.monotonic())
+                self._answered = time.monotonic()
+            self._store.set(f"flowbp/{self.rank}", DONE.decode())
 
     def _watch(self) -> None:
-        started = time.monotonic()
-        last = {rank: (b"", started) for rank in range(self.count) if rank != self.rank}
         told: set[int] = set()
-        beat = 0
         while not self._end.wait(self.interval):
-            beat += 1
-            now = time.monotonic()
-            for rank, found in self._exchange(beat).items():
-                if found != last[rank][0] or found == DONE.encode():
-                    last[rank] = (found, now)
-            silent = {rank: now - since for rank, (_, since) in last.items() if now - since > self.silence}
+            silent = self._silent()
             for rank in sorted(silent.keys() - told):
                 # One process speaks for all that are left.
                 if self.rank == min(set(range(self.count)) - silent.keys()):
                     self._tell(f"waiting for process {rank}, which has not answered for {silent[rank]:.0f} s")
             told = set(silent)
-            if silent and max(silent.values()) > self.limit and not self._end.is_set():
+            if silent and max(silent.values()) > self.limit:
                 names = ", ".join(map(str, sorted(silent)))
                 self._tell(
                     f"process {self.rank} ends: no answer from process {names} for {max(silent.values()) / 60:.0f} "
@@ -89,16 +101,14 @@ class ProcessWatch:
                 )
                 os._exit(1)
 
-    def _exchange(self, beat: int) -> dict[int, bytes]:
-        """Write this process' count and read those of the others; nothing where the store does not answer."""
-        others = [rank for rank in range(self.count) if rank != self.rank]
-        try:
-            self._store.set(f"flowbp/{self.rank}", str(beat))
-            known = [rank for rank in others if self._store.check([f"flowbp/{rank}"])]
-            return {rank: self._store.get(f"flowbp/{rank}") for rank in known}
-        except (RuntimeError, OSError):
-            # torch.distributed's own errors are RuntimeErrors: the process that keeps the store is stopped or gone.
-            return {}
+    def _silent(self) -> dict[int, float]:
+        """Seconds since the processes that do not answer did."""
+        now = time.monotonic()
+        if now - self._answered > self.silence:
+            # The store, which process 0 keeps, does not answer, so nothing is known of the others.
+            return {0: now - self._answered} if self.rank else {}
+        silent = {rank: now - since for rank, (_, since) in self._heard.items()}
+        return {rank: seconds for rank, seconds in silent.items() if seconds > self.silence}
 
     def _tell(self, message: str) -> None:
         print(f"flowbp: {message}", file=sys.stderr, flush=True)
