@@ -27,6 +27,7 @@ STRIDE = 8  # columns of the input per column of the output
 # The augmentation's largest values, at the recogniser's resolution: pixels; standard deviations of noise on [0, 1] and
 # of a Gaussian blur in pixels.
 MAX_SHIFT, MAX_NOISE, MAX_BLUR = 2.0, 0.08, 1.0
+_STRAIGHT_QUOTES = str.maketrans("“”„‟", '""""')
 
 
 @dataclass(frozen=True)
@@ -80,17 +81,26 @@ def _load(version: str) -> tuple[OnnxModule, list[str]]:
 
 
 def quoted_text(prompt: str) -> str:
-    """The text between the first two double quotes of a prompt.
+    """The text that a prompt has between double quotes, straight or typographic ones.
+
+    Outside of a quoted text, a quote right after a digit is an inch sign: `a 5" nail and the word "ok"` gives `ok`.
 
     Raises:
-        ValueError: no text in double quotes.
+        ValueError: no text in double quotes, several different ones, a quote without its partner, or white space at an
+            end of the text.
     """
-    match = re.search(r'"([^"]+)"', prompt)
-    if match is None:
+    found = re.findall(r'(?<!\d)"([^"]*)("?)', prompt.translate(_STRAIGHT_QUOTES))
+    texts = list(dict.fromkeys(text for text, _ in found))
+    if not texts or any(not closing or text != text.strip() or not text for text, closing in found):
         raise ValueError(
             f'prompt: expected a text between double quotes, as in: the text "42" in red; got {prompt!r}.'
         )
-    return match.group(1)
+    if len(texts) > 1:
+        raise ValueError(
+            f"prompt {prompt!r}: expected one text between double quotes, got {' and '.join(map(repr, texts))}; quote "
+            "one, or name a column with the texts, --reward_text_column."
+        )
+    return texts[0]
 
 
 class OCRReward(nn.Module):
@@ -164,8 +174,9 @@ class OCRReward(nn.Module):
                 without a text, or with a text that has characters unknown to the recogniser or is too long.
         """
         check_images(images, prompts)
-        columns = self._width(images) // STRIDE
-        targets = [self._classes(self.text_of(prompt), columns) for prompt in prompts]
+        height, width = images.shape[2:]
+        columns = self._columns(height, width)
+        targets = [self._classes(prompt, [(height, width)]) for prompt in prompts]
         log_probabilities = self._log_probabilities(images, self.augment, self.colour_invariant)
         lengths = torch.tensor([len(target) for target in targets])
         loss = F.ctc_loss(
@@ -194,31 +205,46 @@ class OCRReward(nn.Module):
         """The text that an image of the prompt must show.
 
         Raises:
-            ValueError: a prompt that is not in `texts`, or, without `texts`, has no text in double quotes.
+            ValueError: a prompt that is not in `texts`, or has a blank one there; without `texts`, see `quoted_text`.
         """
         if self.texts is None:
             return quoted_text(prompt)
-        if prompt not in self.texts:
+        if not self.texts.get(prompt, "").strip():
             raise ValueError(f"prompt: expected one of the {len(self.texts)} that have texts, got {prompt!r}.")
         return self.texts[prompt]
 
-    def _width(self, images: Tensor) -> int:
-        return STRIDE * max(1, round(HEIGHT * self.stretch * images.shape[3] / images.shape[2] / STRIDE))
+    def check_prompt(self, prompt: str, sizes: Sequence[tuple[int, int]] = ()) -> None:
+        """Checks that images of these sizes, height and width in pixels, can show the prompt's text.
 
-    def _classes(self, target: str, columns: int) -> list[int]:
+        Raises:
+            ValueError: as `forward` does for the prompt.
+        """
+        self._classes(prompt, sizes)
+
+    def _width(self, images: Tensor) -> int:
+        return STRIDE * self._columns(*images.shape[2:])
+
+    def _columns(self, height: int, width: int) -> int:
+        return max(1, round(HEIGHT * self.stretch * width / height / STRIDE))
+
+    def _classes(self, prompt: str, sizes: Sequence[tuple[int, int]]) -> list[int]:
+        target = self.text_of(prompt)
         unknown = sorted(set(target) - set(self.class_of))
         if unknown:
             raise ValueError(
-                f"prompt: expected a quoted text of characters that PP-OCR{self.version} knows, got {target!r} with "
-                f"{', '.join(map(repr, unknown))}; quote another text."
+                f"prompt {prompt!r}: expected a quoted text of characters that PP-OCR{self.version} knows, got "
+                f"{target!r} with {', '.join(map(repr, unknown))}; quote another text."
             )
         # CTC puts a blank between equal neighbours.
         needed = len(target) + sum(a == b for a, b in pairwise(target))
-        if needed > columns:
-            raise ValueError(
-                f"prompt: expected a quoted text that fits the recogniser's {columns} columns, got {target!r}, which "
-                f"needs {needed}; use wider images, a larger stretch or a shorter text."
-            )
+        for height, width in sizes:
+            columns = self._columns(height, width)
+            if needed > columns:
+                raise ValueError(
+                    f"prompt {prompt!r}: expected a quoted text that fits images of height {height} and width "
+                    f"{width}, in which the recogniser sees {columns} columns, got {target!r}, which needs {needed}; "
+                    "use images that are wider for their height, or a shorter text."
+                )
         return [self.class_of[character] for character in target]
 
     def _log_probabilities(self, images: Tensor, augment: bool, colour_invariant: bool = False) -> Tensor:
