@@ -29,6 +29,7 @@ from .distributed import all_ranks_max
 from .evaluation import Evaluation, SaveLora
 from .ingredients import changes
 from .output_folder import RESCUE, OutputFolder
+from .saved_state import check_saved_state
 from .signals import JudgingStopped, StopSignals, TrainingStopped
 from .state import TrainingError, TrainingState, save_files
 
@@ -94,7 +95,9 @@ class Checkpointer:
         config = self.config
         if config.resume_from_checkpoint is None:
             return None
-        folder = find_checkpoint(config.output_dir, config.resume_from_checkpoint, self.console.tell)
+        folder = find_checkpoint(
+            config.output_dir, config.resume_from_checkpoint, self.console.tell, check_saved_state
+        )
         where = f"--resume_from_checkpoint {folder}"
         state = read_json(folder / "state.json")
         if state.get("format") != 2:
@@ -177,6 +180,9 @@ class Checkpointer:
                 f"The state after update {state.update} is in {config.output_dir}/checkpoint-{state.update}; resume "
                 "with --resume_from_checkpoint latest."
             )
+        except FileExistsError:
+            # Another process writes it.
+            pass
         except (OSError, ValueError) as error:
             # The error that ends the run is told, too.
             self.console.tell(f"The state after update {state.update} could not be written: {error}")
@@ -192,6 +198,7 @@ class Checkpointer:
             self.folder.check()
             self._write_folder(fill)
         self.accelerator.wait_for_everyone()
+        self._written = self.state.update
         self._last = time.monotonic()
 
     def _files(self) -> Callable[[Path], None]:
@@ -217,7 +224,6 @@ class Checkpointer:
 
     def _write_folder(self, fill: Callable[[Path], None]) -> None:
         write_folder(self.config.output_dir / f"checkpoint-{self.state.update}", fill)
-        self._written = self.state.update
         if self.config.checkpoints_total_limit is not None:
             rotate(self.config.output_dir, self.config.checkpoints_total_limit)
 
