@@ -151,10 +151,11 @@ def test_too_many_in_a_row_end_the_run(
     changes = {"max_skipped_updates": 2, "max_train_steps": 5}
     assert error_at_the_end({**arguments, **changes}, monkeypatch, capsys) == f"{SD3}.py: error: {TOO_MANY}"
     output = arguments["output_dir"]
-    # The update that ends the run is in the log, and has no checkpoint.
     assert [row["skipped_updates"] for row in log_of(output)] == [0, 1, 2]
-    check_all_finite(output, 2)
-    assert largest_difference(tensors_of(output / "checkpoint-1"), tensors_of(output / "checkpoint-2")) == 0
+    check_all_finite(output, 3)
+    before, *skipped = (tensors_of(output / f"checkpoint-{update}") for update in (1, 2, 3))
+    assert all(largest_difference(before, tensors) == 0 for tensors in skipped)
+    assert state_of(output / "checkpoint-3")["training"]["skipped_in_a_row"] == 2
 
 
 def test_those_in_a_row_are_counted_across_a_resume(
@@ -226,7 +227,8 @@ def test_two_processes_end_together_after_too_many(in_two: dict[str, tuple[Path,
     output, found = in_two["too many"]
     assert found["processes"] == 2 and found["endings"] == [TOO_MANY, TOO_MANY]
     assert found["apart"] == 0 and found["finite"]
-    check_all_finite(output, 2)
+    check_all_finite(output, 3)
+    assert not any("could not be written" in each for each in found["printed"])
 
 
 def test_two_processes_save_no_lora_that_is_not_finite(in_two: dict[str, tuple[Path, dict[str, Any]]]):

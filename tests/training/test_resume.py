@@ -322,7 +322,9 @@ def test_a_signal_ends_the_update_and_writes_a_checkpoint(
     (tmp_path / "go").touch()
     assert process.wait() == code
     check_stopped(tmp_path / "run", process.errors.read_text(), number.name)
-    assert len(process.lines()) == 1, process.lines()
+    stopping, stopped = process.lines()
+    assert stopping.startswith(f"{number.name}: stopping after this update or image, with a checkpoint."), stopping
+    assert stopped.startswith(f"Stopped by {number.name}"), stopped
     script.main(command_line(arguments, resume_from_checkpoint="latest"))
     check_same_end(plain, tmp_path / "run", 3)
 
@@ -355,7 +357,7 @@ def test_what_is_due_after_a_stopped_update_is_made_up_for(
         assert old == new and "000001.png" in old
 
 
-def test_a_signal_during_an_evaluation_ends_the_run_after_it(
+def test_a_signal_during_an_evaluation_stops_it_between_images(
     script: ModuleType, plain_arguments: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     # Three prompts and two images of each: the base model's evaluation, and the beginning of the first update's.
@@ -371,8 +373,15 @@ def test_a_signal_during_an_evaluation_ends_the_run_after_it(
         script.main(command_line(judged))
     assert caught.value.signal_number == signal.SIGTERM
     assert [row["step"] for row in log_of(tmp_path / "run")] == [1]
-    assert not state_of(tmp_path / "run" / "checkpoint-1")["evaluation"]["is_pending"]
-    assert (tmp_path / "run" / "evaluation" / "000001.png").exists()
+    assert state_of(tmp_path / "run" / "checkpoint-1")["evaluation"]["is_pending"]
+    strip = tmp_path / "run" / "evaluation" / "000001.png"
+    assert not strip.exists()
+    # The resumed run makes up for it.
+    monkeypatch.setenv("FLOWBP_TEST_SIGNAL_CALL", "0")
+    script.main(command_line(judged, resume_from_checkpoint="latest", max_train_steps=2))
+    assert [row["step"] for row in log_of(tmp_path / "run")] == [1, 2] and strip.exists()
+    evaluation = state_of(tmp_path / "run" / "checkpoint-2")["evaluation"]
+    assert [entry["update"] for entry in evaluation["history"]] == [0, 1, 2] and not evaluation["is_pending"]
 
 
 def test_a_second_interrupt_stops_at_once(warm: Warm, plain_arguments: dict[str, Any], tmp_path: Path):
@@ -383,7 +392,7 @@ def test_a_second_interrupt_stops_at_once(warm: Warm, plain_arguments: dict[str,
         code, sent = process.poll(0.3), sent + 1
     # Python ends itself with the signal; shells call that 130 too.
     assert code == -signal.SIGINT and sent > 1
-    assert process.lines()[-1] == "KeyboardInterrupt"
+    assert process.lines()[-1] == "KeyboardInterrupt: a second SIGINT"
     assert not checkpoints.checkpoints(tmp_path / "run")
 
 
@@ -422,6 +431,18 @@ def test_a_signal_stops_two_processes_together(
     # What was there before `in_two` resumed it: no checkpoint but that of the signal.
     assert sorted(path.name for path in output.glob("checkpoint-*")) == [f"checkpoint-{n}" for n in (1, 2, 3)]
     check_same_end(in_two["plain"], output, 3)
+
+
+# When.
+
+
+@pytest.mark.parametrize(("minutes", "expected"), [(0.0001, [1, 2, 3]), (None, [3])])
+def test_a_checkpoint_is_written_after_so_many_minutes(
+    script: ModuleType, arguments: dict[str, Any], minutes: float | None, expected: list[int]
+):
+    script.main(command_line(arguments, checkpointing_steps=100, checkpointing_minutes=minutes, max_train_steps=3))
+    found = [path.name for path in checkpoints.checkpoints(arguments["output_dir"])]
+    assert found == [f"checkpoint-{update}" for update in expected]
 
 
 # Damage.
@@ -494,9 +515,8 @@ def test_a_full_disk_leaves_the_old_checkpoint(
     limit = (sizes["lora.safetensors"] + sizes["optimizer.safetensors"]) // 2
     process = warm.start(words, file_size_limit=limit)
     assert process.wait() == 1
-    lines = process.lines()
-    assert len(lines) == 1 and lines[0].startswith(f"{SD3}.py: error: "), lines
-    assert f"{output / 'checkpoint-2'}: not written: " in lines[0]
+    errors = [line for line in process.lines() if line.startswith(f"{SD3}.py: error: ")]
+    assert len(errors) == 1 and f"{output / 'checkpoint-2'}: not written: " in errors[0], process.lines()
     assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-1"]
     checkpoints.check_folder(output / "checkpoint-1")
     script.main(command_line(arguments, resume_from_checkpoint="latest"))
