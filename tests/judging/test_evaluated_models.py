@@ -4,21 +4,23 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """Models and rewards as the command line names them."""
 
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from flowbp.judging.models import EvaluatedModel, evaluated_models, lora_file, reward_names
 
 
-def write_lora(folder: Path, name: str = "pytorch_lora_weights.safetensors", content: bytes = b"1") -> Path:
+def write_lora(folder: Path, name: str = "pytorch_lora_weights.safetensors", value: float = 1.0) -> Path:
     folder.mkdir(exist_ok=True)
-    (folder / name).write_bytes(content)
+    save_file({"x.lora_A.weight": torch.tensor([value])}, folder / name)
     return folder
 
 
 def test_models_are_the_base_and_every_lora_at_every_setting(tmp_path: Path) -> None:
-    one, two = write_lora(tmp_path / "one"), write_lora(tmp_path / "two", "other.safetensors", b"2")
+    one, two = write_lora(tmp_path / "one"), write_lora(tmp_path / "two", "other.safetensors", 2.0)
     models = evaluated_models([str(one), f"second={two}", "user/third"], [0.5, 1.0], [0, 2])
     names = [model.name for model in models]
     assert names[:5] == ["base", "one × 0.5", "one × 0.5, base for last 2", "one × 1", "one × 1, base for last 2"]
@@ -44,6 +46,13 @@ def test_the_file_of_a_lora(tmp_path: Path) -> None:
         (["={here}/one"], "expected NAME=SOURCE"),
         (["{here}/one", "{here}/one"], "'one' twice"),
         (["base={here}/one"], "'base' twice"),
+        (["LoRA={here}/one", "lora={here}/one"], "'LoRA' twice"),
+        (["BASE={here}/one"], "'base' twice"),
+        (["a/b={here}/one", "a_b={here}/one"], "'a/b' twice"),
+        *(
+            ([f"{name}={{here}}/one"], "expected a name that folders can have on all systems, got")
+            for name in (".", "..", "con", "NUL.txt", "Com1", "end.", "x" * 101)
+        ),
     ],
 )
 def test_loras_that_cannot_be_evaluated_are_refused(loras: list[str], expected: str, tmp_path: Path) -> None:
@@ -53,6 +62,13 @@ def test_loras_that_cannot_be_evaluated_are_refused(loras: list[str], expected: 
     with pytest.raises(ValueError, match=expected) as caught:
         evaluated_models([lora.format(here=tmp_path) for lora in loras], [1.0], [0])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/x", "..\\x", "a/../../x", "C:\\x", ".hidden", "console", "2.0"])
+def test_a_models_folder_is_inside_the_output_folder(tmp_path: Path, name: str) -> None:
+    (_, model) = evaluated_models([f"{name}={write_lora(tmp_path / 'one')}"], [1.0], [0])
+    for system in (PurePosixPath, PureWindowsPath):
+        assert system(model.folder).parts == (model.folder,) and model.folder not in (".", "..")
 
 
 def test_rewards_are_names_without_weights() -> None:

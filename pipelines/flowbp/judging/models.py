@@ -12,8 +12,12 @@ from pathlib import Path
 
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 
+from .lora_files import check_lora_file
+
 BASE = "base"
 """Name of the model without a LoRA."""
+# Names that Windows keeps for devices, with any suffix, and those that mean another folder or lose their end.
+_NO_FOLDER = re.compile(r"(?:(?:CON|PRN|AUX|NUL|COM\d|LPT\d)(?:\..*)?|.*\.|.{101,})", re.IGNORECASE | re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -52,12 +56,15 @@ def evaluated_models(
         base_for_last: at least one.
 
     Raises:
-        ValueError: a source does not exist, or two models have the same name.
+        ValueError: a source does not exist or is no plain LoRA, two models have the same folder, or a name cannot be
+            that of a folder.
     """
     models = [EvaluatedModel(BASE)]
     for given in loras:
         name, source = _name_and_source(given)
         file = lora_file(source)
+        if file is not None:
+            check_lora_file(source, file)
         digest = None if file is None else hashlib.sha256(file.read_bytes()).hexdigest()
         for scale in scales:
             for last in base_for_last:
@@ -67,9 +74,15 @@ def evaluated_models(
                 if last:
                     title += f", base for last {last}"
                 models.append(EvaluatedModel(title, source, scale, last, digest))
-    folders = [model.folder for model in models]
+    # Windows and macOS take names that differ in case for the same one.
+    folders = [model.folder.casefold() for model in models]
     for model in models:
-        if folders.count(model.folder) > 1:
+        if _NO_FOLDER.fullmatch(model.folder):
+            raise ValueError(
+                f"--lora: expected a name that folders can have on all systems, got {model.name!r}; choose another in "
+                "NAME=SOURCE."
+            )
+        if folders.count(model.folder.casefold()) > 1:
             raise ValueError(f"--lora: expected different names, got {model.name!r} twice; write NAME=SOURCE.")
     return models
 

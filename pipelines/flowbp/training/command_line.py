@@ -111,7 +111,15 @@ def make_config(parser: argparse.ArgumentParser, config_class: type[Config], val
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without keys that stand twice, of which the last would win without a word."""
+    """YAML without keys that stand twice, of which the last would win without a word, and without aliases (`*name`).
+
+    Nested aliases make gigabytes of a few lines.
+    """
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise ValueError("expected values, got an alias (*name): write the value itself")
+        return super().compose_node(parent, index)
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
@@ -228,6 +236,8 @@ def read_recipe(path: Path) -> dict[str, Any]:
         raise ValueError(f"--config {path}: not valid YAML in UTF-8: {error}") from error
     except ValueError as error:
         raise ValueError(f"--config {path}: {error}") from error
+    except RecursionError as error:
+        raise ValueError(f"--config {path}: expected option names with values, got too many nested ones") from error
     if not isinstance(recipe, dict):
         raise ValueError(f"--config {path}: expected option names with values, got {_kind(recipe)}")
     return recipe

@@ -6,6 +6,7 @@
 
 import os
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..files import apply_umask
 from ..judging.figures import before_after, reward_curve
 from ..judging.images import Drawn
 from ..judging.statistics import estimate
@@ -21,6 +23,7 @@ from ..observers import adapters_off
 from ..publishing.model_card import write_card
 from ..publishing.push import push_folder
 from ..publishing.run_info import git_commit, hardware, versions, write_run_json
+from .checkpoints import check_finite
 from .console import duration, table
 from .distributed import full_lora, load_lora
 from .model import LORA_FILE
@@ -103,11 +106,19 @@ def finish(run: "Run") -> TrainingResult:
 
 
 def save_result(run: "Run", lora: Mapping[str, torch.Tensor]) -> None:
-    """Write the LoRA into the output folder; a reader finds the old file or the new one."""
+    """Write the LoRA into the output folder; a reader finds the old file or the new one.
+
+    Raises:
+        CheckpointError: it is not finite, and nothing was written.
+    """
     folder = run.config.output_dir
+    check_finite(folder / LORA_FILE, lora)
     partial = folder / "lora.partial"
+    # A killed run may have left something there.
+    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(exist_ok=True)
     run.save_lora(partial, lora)
+    apply_umask(partial)
     os.replace(partial / LORA_FILE, folder / LORA_FILE)
     partial.rmdir()
 

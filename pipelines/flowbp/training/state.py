@@ -243,7 +243,8 @@ class TrainingState:
             base * factor(schedule_state["last_epoch"])
             for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
         ]
-        schedule.load_state_dict({**schedule_state, "base_lrs": schedule.base_lrs, "_last_lr": rates})
+        place = {name: schedule_state[name] for name in ("last_epoch", "_step_count")}
+        schedule.load_state_dict({**schedule.state_dict(), **place, "_last_lr": rates})
         # A schedule sets rates when it steps; until then the optimizer needs these.
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
