@@ -6,6 +6,8 @@
 
 import os
 import socket
+import threading
+import time
 import weakref
 from collections import namedtuple
 from collections.abc import Callable, Iterator, Sequence
@@ -39,7 +41,8 @@ from flowbp.training.prompt_embeds import (
     PromptEmbeds,
     PromptEncoder,
     cache_folder,
-    precompute,
+    fill_cache,
+    is_complete,
     prepare_prompt_embeds,
     text_files,
 )
@@ -147,7 +150,7 @@ def test_kept_embeddings_are_the_encoder_s(
         assert not folder.exists() and [path.name for path in half_written.iterdir()] == ["00007.safetensors"]
         said.append(line)
 
-    precompute(folder, records_of(prompts), encoder, say)
+    fill_cache(folder, records_of(prompts), lambda: encoder, say)
     assert sorted(path.name for path in folder.iterdir()) == [f"0000{number}.safetensors" for number in range(3)]
     assert not half_written.exists()
     size = sum(tensor.nbytes for path in folder.iterdir() for tensor in load_file(path).values())
@@ -168,7 +171,7 @@ def test_a_full_disk_is_refused_before_anything_is_written(
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage(10**9, 10**9 - 100, 100))
     folder = tmp_path / "hash"
     with pytest.raises(OSError, match="need 0 MiB, .* has 0 MiB free; choose another --prompt_embeds_dir"):
-        precompute(folder, records_of(PROMPTS), PromptEncoder(pipe, encode, CPU), say=lambda line: None)
+        fill_cache(folder, records_of(PROMPTS), lambda: PromptEncoder(pipe, encode, CPU), say=lambda line: None)
     assert not folder.exists() and not list(tmp_path.rglob("*.safetensors"))
 
 
@@ -181,8 +184,65 @@ def test_a_stopped_encoding_leaves_no_folder(pipe: FluxPipeline, tmp_path: Path,
         return encode(pipe, records)
 
     with pytest.raises(KeyboardInterrupt):
-        precompute(tmp_path / "hash", records_of(PROMPTS), PromptEncoder(pipe, stops, CPU), say=lambda line: None)
+        fill_cache(
+            tmp_path / "hash", records_of(PROMPTS), lambda: PromptEncoder(pipe, stops, CPU), say=lambda line: None
+        )
     assert not (tmp_path / "hash").exists()
+
+
+def damage_nothing(folder: Path) -> None:
+    """Absent."""
+
+
+def damage_empty(folder: Path) -> None:
+    folder.mkdir()
+
+
+def damage_cut(folder: Path) -> None:
+    folder.mkdir()
+    (folder / "00000.safetensors").write_bytes(b"\0" * 100)
+
+
+@pytest.mark.parametrize("damage", [damage_nothing, damage_empty, damage_cut])
+def test_a_cache_is_complete_or_made_again(pipe: FluxPipeline, tmp_path: Path, damage: Callable[[Path], None]):
+    folder, said = tmp_path / "hash", []
+    damage(folder)
+    assert not is_complete(folder, len(PROMPTS))
+    made = []
+
+    def make_encoder() -> PromptEncoder:
+        made.append(PromptEncoder(pipe, encode, CPU))
+        return made[-1]
+
+    for _ in range(2):
+        fill_cache(folder, records_of(PROMPTS), make_encoder, said.append)
+        assert is_complete(folder, len(PROMPTS)) and not is_complete(folder, len(PROMPTS) + 1)
+    assert len(made) == 1 and said[-1].endswith("exists already.")
+    assert ("made again" in said[0]) == (damage is not damage_nothing)
+
+
+def test_of_two_runs_one_encodes_and_the_other_waits(pipe: FluxPipeline, tmp_path: Path):
+    folder, begun, said, made = tmp_path / "hash", threading.Event(), [], []
+
+    def slow_encode(pipe: FluxPipeline, records: Sequence[Record]) -> Embeds:
+        begun.set()
+        time.sleep(0.2)
+        return encode(pipe, records)
+
+    def make_encoder() -> PromptEncoder:
+        made.append(PromptEncoder(pipe, slow_encode, CPU))
+        return made[-1]
+
+    def run() -> None:
+        fill_cache(folder, records_of(PROMPTS), make_encoder, said.append)
+
+    first = threading.Thread(target=run)
+    first.start()
+    begun.wait()
+    run()
+    first.join()
+    assert len(made) == 1 and is_complete(folder, len(PROMPTS))
+    assert any("another run writes" in line for line in said) and said[-1].endswith("exists already.")
 
 
 def prepare(

@@ -23,10 +23,12 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from diffusers.hooks import apply_group_offloading
 from diffusers.training_utils import offload_models
+from filelock import FileLock, Timeout
 from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ..files import apply_umask
 from .config import TrainingConfig
 from .prompts import Record
 
@@ -98,7 +100,7 @@ class PromptEmbeds:
     """Embeddings that were encoded before training, read from disk a batch at a time.
 
     Args:
-        folder: written by `precompute`.
+        folder: written by `fill_cache`.
         keys: of the records that were encoded, in order; see `Backbone.key`.
         key: gives a record's.
         device: of the returned tensors.
@@ -161,24 +163,63 @@ def text_files(model: str) -> list[tuple[str, int, int]]:
     return sorted((f"{path.parent.name}/{path.name}", path.stat().st_size, path.stat().st_mtime_ns) for path in files)
 
 
-def precompute(folder: Path, records: Sequence[Record], encoder: PromptEncoder, say: Callable[[str], None]) -> None:
-    """Encode all records once and write them as safetensors, the folder as the last step.
+def is_complete(folder: Path, count: int) -> bool:
+    """Whether a cache holds the embeddings of `count` records, in files that are whole."""
+    for start in range(0, count, PROMPTS_PER_FILE):
+        try:
+            with safe_open(folder / f"{start // PROMPTS_PER_FILE:05d}.safetensors", framework="pt") as tensors:
+                sizes = {tensors.get_slice(name).get_shape()[0] for name in tensors.keys()}
+        except (OSError, SafetensorError):
+            return False
+        if sizes != {min(PROMPTS_PER_FILE, count - start)}:
+            return False
+    return True
+
+
+def fill_cache(
+    folder: Path, records: Sequence[Record], make_encoder: Callable[[], PromptEncoder], say: Callable[[str], None]
+) -> None:
+    """Encode all records once, unless another run did; of two runs at a time one encodes and the other waits.
 
     Args:
-        folder: of `cache_folder`.
+        folder: of `cache_folder`. It is complete or absent; one that is not complete is made again.
         records: without repetitions.
-        encoder: what encodes them.
-        say: gets a line with the size before anything is written.
+        make_encoder: loads what encodes them.
+        say: gets a line on what is done.
 
     Raises:
         OSError: where the disk has less room than the embeddings need.
     """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.with_name(f"{folder.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        say(f"Prompt embeddings: another run writes {folder}; waiting for it.")
+        lock.acquire()
+    try:
+        if is_complete(folder, len(records)):
+            say(f"Prompt embeddings: {folder} exists already.")
+            return
+        if folder.exists():
+            say(f"Prompt embeddings: {folder} is not complete; it is made again.")
+            shutil.rmtree(folder)
+        write_cache(folder, records, make_encoder(), say)
+    finally:
+        lock.release()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def write_cache(folder: Path, records: Sequence[Record], encoder: PromptEncoder, say: Callable[[str], None]) -> None:
+    """Encode all records and write them as safetensors, the folder as the last step; see `fill_cache`."""
     size = sum(tensor.nbytes for tensor in encoder(records[:1]).values()) * len(records)
     say(f"Prompt embeddings: {len(records)} prompts, {size / 2**20:.1f} MiB, into {folder}")
-    # Of this machine alone: of several, one process of each writes, perhaps to one disk.
+    # Of this machine alone: locks do not reach other machines with the same disk.
     partial = folder.with_name(f"{folder.name}.{socket.gethostname()}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    partial.mkdir()
     free = shutil.disk_usage(partial).free
     if free < size:
         raise OSError(
@@ -192,10 +233,11 @@ def precompute(folder: Path, records: Sequence[Record], encoder: PromptEncoder, 
         ]
         joined = {name: torch.cat([batch[name] for batch in batches]).cpu().contiguous() for name in batches[0]}
         save_file(joined, partial / f"{start // PROMPTS_PER_FILE:05d}.safetensors")
+    apply_umask(partial)
     try:
         partial.rename(folder)
     except OSError:
-        if not folder.is_dir():
+        if not is_complete(folder, len(records)):
             raise
         # Another machine was faster; both wrote the same.
         shutil.rmtree(partial)
@@ -229,6 +271,10 @@ def prepare_prompt_embeds(
         `embeds(records) -> {argument: (B, ...)}`.
     """
     device = accelerator.device
+
+    def make_encoder() -> PromptEncoder:
+        return PromptEncoder(load_pipeline(), encode, device, config.offload, config.group_offload)
+
     source: Callable[[Sequence[Record]], Embeds]
     if config.precompute_prompt_embeds:
         everything = {key(each): each for each in (*records, *([] if negative is None else [negative]))}
@@ -246,18 +292,10 @@ def prepare_prompt_embeds(
         root = config.prompt_embeds_dir.expanduser()
         folder = cache_folder(root, config.pretrained_model_name_or_path, list(everything), settings)
         with accelerator.local_main_process_first():
-            if folder.is_dir():
-                accelerator.print(f"Prompt embeddings: {folder} exists already.")
-            else:
-                encoder = PromptEncoder(load_pipeline(), encode, device, config.offload, config.group_offload)
-                precompute(folder, list(everything.values()), encoder, say=accelerator.print)
-                del encoder
-                gc.collect()
-                if device.type == "cuda":
-                    torch.cuda.empty_cache()
+            fill_cache(folder, list(everything.values()), make_encoder, say=accelerator.print)
         source = PromptEmbeds(folder, list(everything), key, device)
     else:
-        source = PromptEncoder(load_pipeline(), encode, device, config.offload, config.group_offload)
+        source = make_encoder()
     of_negative = {} if negative is None else source([negative])
 
     def embeds(batch: Sequence[Record]) -> Embeds:
