@@ -8,6 +8,7 @@ The command line (`command_line.py`), recipes and Python set the same fields, wh
 """
 
 import math
+import re
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -44,6 +45,8 @@ class Declaration:
         range: of numbers, and of each number of a list.
         aliases: further flags of the command line.
         of_backbone: only backbones that name it among their defaults have it.
+        is_path: text that may name a local file or folder, alone or as `NAME=PATH`; options of type `Path` always do.
+            A leading `~` is the home folder, and the text must not be blank.
     """
 
     help: str
@@ -53,6 +56,7 @@ class Declaration:
     range: Range | None = None
     aliases: tuple[str, ...] = ()
     of_backbone: bool = False
+    is_path: bool = False
 
 
 def option(default: Any, help: str, group: str, **more: Any) -> Any:
@@ -86,7 +90,8 @@ def item_type(kind: Any) -> Any | None:
 def check_options(config: Any) -> None:
     """Convert the values of a config to the declared types, and check ranges and choices.
 
-    For `__post_init__` of frozen dataclasses. A single value stands for a list of one, text for a path.
+    For `__post_init__` of frozen dataclasses. A single value stands for a list of one, text for a path, and a leading
+    `~` of a path for the home folder.
 
     Raises:
         ValueError: in one line that names the option.
@@ -97,6 +102,9 @@ def check_options(config: Any) -> None:
             if kind is without_none(kind):
                 raise ValueError(f"--{name}: {_name(kind)} expected, got None")
             continue
+        # Defaults stay as they are written: `settle` compares with them.
+        if (declared.is_path or without_none(kind) is Path) and value != each.default:
+            value = _expanded(name, value)
         value = _converted(name, without_none(kind), value)
         if value == () != each.default:
             raise ValueError(f"--{name}: at least one value expected, got none")
@@ -114,12 +122,32 @@ def _converted(name: str, kind: Any, value: Any) -> Any:
         return tuple(_converted(name, item, each) for each in (value if isinstance(value, list | tuple) else [value]))
     if kind is Path and isinstance(value, str | Path):
         return Path(value)
+    if kind is str and isinstance(value, Path):
+        return str(value)
     if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
     plain = Mapping if typing.get_origin(kind) is Mapping else kind
     if not isinstance(value, plain) or (isinstance(value, bool) and kind is not bool):
         raise ValueError(f"--{name}: {_name(kind)} expected, got {value!r}")
     return value
+
+
+def _expanded(name: str, value: Any) -> Any:
+    """A path, `NAME=PATH`, or a list of these, with the home folder in place of `~`; other values unchanged."""
+    if isinstance(value, list | tuple):
+        return tuple(_expanded(name, each) for each in value)
+    if not isinstance(value, str | Path):
+        return value
+    if value == "" or str(value).isspace():
+        # Path("") is the current folder.
+        raise ValueError(f"--{name}: a path expected, got {value!r}; give one or leave the option out")
+    label, path = re.fullmatch(r"([^=~/]*=)?(.*)", str(value), re.DOTALL).groups("")
+    if not path.startswith("~"):
+        return value
+    try:
+        return f"{label}{Path(path).expanduser()}"
+    except RuntimeError as error:
+        raise ValueError(f"--{name}: {path} is in the home folder of an unknown user; write it out") from error
 
 
 def _name(kind: Any) -> str:

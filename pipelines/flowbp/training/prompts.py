@@ -4,6 +4,8 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """Prompts: reading them from a file, folder or Hub dataset, and drawing batches of them for training."""
 
+import csv
+import json
 import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,10 +14,12 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import datasets
+import pyarrow as pa
 
 T = TypeVar("T")
 
-_BUILDERS = {".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+_TABLES = (".jsonl", ".csv", ".parquet")
+_DATA_SUFFIXES = (".txt", ".json", ".tsv", ".arrow", *_TABLES)
 _COLUMN_NAMES = ("prompt", "caption", "text")
 
 
@@ -37,9 +41,11 @@ def load_records(source: str, *, column: str | None = None, split: str = "train"
 
     Args:
         source: a `.txt` file (one prompt a line), a `.jsonl`, `.csv` or `.parquet` file, a folder (written by
-            `save_to_disk`, or holding data files that `datasets` knows), or the id of a dataset on the Hub.
+            `save_to_disk`, or holding data files that `datasets` knows), or the id of a dataset on the Hub. A
+            `.csv` file needs a header, and as many fields in every row. Its columns hold numbers or truth values where
+            every field is one; fields such as `007` make text of a column.
         column: where the source has columns, the one that holds the prompts. By default `prompt`, else `caption`, else
-            `text`, else the only column of text.
+            `text`, else, except in `.csv` files, the only column of text.
         split: the split of a folder or Hub dataset. A single file has none but "train".
 
     Returns:
@@ -49,7 +55,7 @@ def load_records(source: str, *, column: str | None = None, split: str = "train"
         FileNotFoundError: the source is no file, no folder and cannot be an id on the Hub.
         ValueError: anything else that keeps the prompts from being read, in one line.
     """
-    table = _read(source, split)
+    table = _read(source, split, column)
     if isinstance(table, list):
         if column is not None:
             raise ValueError(f"prompts: column {column!r} was asked of {source!r}, but a .txt file has no columns")
@@ -57,11 +63,11 @@ def load_records(source: str, *, column: str | None = None, split: str = "train"
     else:
         name = _prompt_column(table, source, column)
         others = [each for each, kind in table.features.items() if each != name and _is_plain(kind)]
-        columns = [list(table[each]) for each in others]
+        columns = [table[each][:] for each in others]
         values = zip(*columns, strict=True) if columns else [()] * len(table)
         rows = [
             (prompt, dict(zip(others, of_row, strict=True)))
-            for prompt, of_row in zip(table[name], values, strict=True)
+            for prompt, of_row in zip(table[name][:], values, strict=True)
         ]
     records = [Record(prompt.strip(), columns) for prompt, columns in rows if prompt is not None and prompt.strip()]
     if not records:
@@ -75,7 +81,7 @@ def load_prompts(source: str, *, column: str | None = None, split: str = "train"
 
 
 def load_texts(source: str, column: str, *, prompt_column: str | None = None, split: str = "train") -> dict[str, str]:
-    """Reads what another column says of each prompt, such as the text that a picture of it must show.
+    """Reads what another column says of each prompt, such as the text that an image of it must show.
 
     Args:
         source: as for `load_prompts`, but not a `.txt` file.
@@ -89,7 +95,7 @@ def load_texts(source: str, column: str, *, prompt_column: str | None = None, sp
     Raises:
         FileNotFoundError, ValueError: as for `load_prompts`; also a prompt without text, or with two different ones.
     """
-    table = _read(source, split)
+    table = _read(source, split, prompt_column)
     if isinstance(table, list):
         raise ValueError(f"prompts: column {column!r} was asked of {source!r}, but a .txt file has no columns")
     texts: dict[str, str] = {}
@@ -107,24 +113,25 @@ def load_texts(source: str, column: str, *, prompt_column: str | None = None, sp
     return texts
 
 
-def _read(source: str, split: str) -> datasets.Dataset | list[str]:
+def _read(source: str, split: str, column: str | None) -> datasets.Dataset | list[str]:
     """A table, or the lines of a .txt file."""
     path = Path(source)
     if path.is_dir():
-        return _read_folder(path, split)
-    if path.suffix in (".txt", *_BUILDERS):
+        return _read_folder(path, split, column)
+    if path.suffix in (".txt", *_TABLES):
         if not path.is_file():
             raise FileNotFoundError(f"prompts: no file {source!r}: check the path")
         if split != "train":
             raise ValueError(
                 f"prompts: split {split!r} was asked of the file {source!r}, which has no splits: leave it out"
             )
-        if path.suffix != ".parquet":
-            _check_utf8(path)
-        return path.read_text(encoding="utf-8-sig").split("\n") if path.suffix == ".txt" else _read_table(path)
+        if path.suffix != ".txt":
+            return _read_table(path, column)
+        _check_utf8(path)
+        return path.read_text(encoding="utf-8-sig").split("\n")
     if path.exists():
         raise ValueError(
-            f"prompts: {source!r} is neither a folder nor one of .txt, {', '.join(_BUILDERS)}: "
+            f"prompts: {source!r} is neither a folder nor one of .txt, {', '.join(_TABLES)}: "
             "convert it to one of these"
         )
     if re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source):
@@ -143,21 +150,107 @@ def _check_utf8(path: Path) -> None:
                 ) from error
 
 
-def _read_table(path: Path) -> datasets.Dataset:
+def _read_table(path: Path, column: str | None) -> datasets.Dataset:
     if path.stat().st_size == 0:
         raise ValueError(f"prompts: {str(path)!r} is empty: at least one prompt is needed")
-    # pandas would read prompts such as "None" or "NA" as missing.
-    options = {"keep_default_na": False} if path.suffix == ".csv" else {}
+    if path.suffix != ".parquet":
+        _check_utf8(path)
     try:
-        return datasets.load_dataset(_BUILDERS[path.suffix], data_files=str(path), split="train", **options)
-    except Exception as error:  # pyarrow, pandas and datasets raise a dozen unrelated types for a malformed file
+        if path.suffix == ".parquet":
+            return datasets.load_dataset("parquet", data_files=str(path), split="train")
+        return _read_csv(path, column) if path.suffix == ".csv" else _read_jsonl(path, column)
+    except Exception as error:  # pyarrow and datasets raise a dozen unrelated types for a malformed file
         raise ValueError(f"prompts: {str(path)!r} is not a readable {path.suffix} file: {_reason(error)}") from error
 
 
-def _read_folder(path: Path, split: str) -> datasets.Dataset:
+def _read_csv(path: Path, column: str | None) -> datasets.Dataset:
+    """Not by pandas or pyarrow: the one takes surplus fields as an index, the other text after a closing quote."""
+    rows: list[list[str]] = []
+    with path.open(encoding="utf-8-sig", newline="") as lines:
+        reader = csv.reader(lines, strict=True)
+        line = 1
+        try:
+            header = next(reader, [])
+            if column is None and not set(header) & set(_COLUMN_NAMES):
+                raise ValueError(
+                    f"a header with one of {', '.join(_COLUMN_NAMES)} expected, its first line is "
+                    f"{','.join(header)[:80]!r}: add a header, or name one of its columns: {', '.join(header)[:80]}"
+                )
+            if len(set(header)) < len(header):
+                raise ValueError(f"different names of columns expected, got {', '.join(header)}: rename one")
+            line = reader.line_num + 1
+            for row in reader:
+                if row and len(row) != len(header):
+                    raise ValueError(
+                        f"line {line}: one field expected for each of {', '.join(header)}, got {len(row)}: put fields "
+                        "with commas in double quotes"
+                    )
+                if row:
+                    rows.append(row)
+                line = reader.line_num + 1
+        except csv.Error as error:
+            raise ValueError(f"line {line}: {error}: write a double quote within a quoted field twice") from None
+    columns = zip(*rows, strict=True) if rows else [()] * len(header)
+    return datasets.Dataset(pa.table([_typed(fields) for fields in columns], names=header))
+
+
+def _typed(fields: Sequence[str]) -> pa.Array:
+    texts = pa.array(fields, pa.string())
+    # A number would lose leading zeros, as in 007, and digits beyond 64 bits.
+    if fields and not any(re.match(r"[+-]?(0\d|\d{19})", field) for field in fields):
+        for kind in (pa.int64(), pa.float64(), pa.bool_()):
+            try:
+                return texts.cast(kind)
+            except pa.ArrowInvalid:
+                continue
+    return texts
+
+
+def _read_jsonl(path: Path, column: str | None) -> datasets.Dataset:
+    """Not by pyarrow, which makes times of texts such as 2026-01-31; columns with nested values are left out."""
+    rows: dict[int, dict[str, Any]] = {}
+    with path.open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                try:
+                    rows[number] = json.loads(line, object_pairs_hook=_object)
+                except ValueError as error:
+                    raise ValueError(f"line {number}: {error}") from None
+                if not isinstance(rows[number], dict):
+                    raise ValueError(f"line {number}: an object expected, got {line.strip()[:40]}: write {{...}}")
+    names = list(dict.fromkeys(name for row in rows.values() for name in row))
+    prompts = column or next((name for name in _COLUMN_NAMES if name in names), None)
+    for name in names if prompts is None else [prompts] if prompts in names else []:
+        for number, row in rows.items():
+            if name not in row:
+                raise ValueError(f"line {number}: {name!r} expected as in other lines, got {', '.join(row)}: add it")
+    columns = {name: [row.get(name) for row in rows.values()] for name in names}
+    return datasets.Dataset.from_dict(
+        {name: values for name, values in columns.items() if _is_one_plain_type(name, values)}
+    )
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"each key once expected, got {', '.join(key for key, _ in pairs)}: keep one")
+    return found
+
+
+def _is_one_plain_type(name: str, values: Sequence[Any]) -> bool:
+    kinds = {type(value) for value in values} - {type(None)}
+    if kinds & {dict, list}:
+        return False
+    if len(kinds) > 1 and kinds != {int, float}:
+        found = " and ".join(sorted(kind.__name__ for kind in kinds))
+        raise ValueError(f"{name!r}: values of one type expected, got {found}: put those that are text in quotes")
+    return True
+
+
+def _read_folder(path: Path, split: str, column: str | None) -> datasets.Dataset:
     try:
         if not any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
-            return datasets.load_dataset(str(path), split=split)
+            return _read_data_files(path, split, column)
         saved = datasets.load_from_disk(str(path))
     except Exception as error:  # as in _read_table
         raise ValueError(f"prompts: cannot read a dataset from the folder {str(path)!r}: {_reason(error)}") from error
@@ -167,9 +260,36 @@ def _read_folder(path: Path, split: str) -> datasets.Dataset:
     return splits[split]
 
 
+def _read_data_files(path: Path, split: str, column: str | None) -> datasets.Dataset:
+    # datasets takes the files of one kind, and where some have a split in their name only those.
+    splits = datasets.load_dataset_builder(str(path)).config.data_files
+    used = {Path(file).resolve() for files in splits.values() for file in files}
+    found = [each for each in path.rglob("*") if each.suffix in _DATA_SUFFIXES and each.resolve() not in used]
+    if unused := sorted(str(each.relative_to(path)) for each in found):
+        raise ValueError(
+            f"files that are read expected, got {', '.join(unused)}, which datasets leaves out: move them elsewhere, "
+            "or convert and name them like the others"
+        )
+    files = [Path(file) for file in splits.get(split, [])]
+    if files and {file.suffix for file in files} <= {".jsonl", ".csv"}:
+        tables = [_read_table(file, column) for file in files]
+        if len(names := {", ".join(sorted(table.column_names)) for table in tables}) > 1:
+            raise ValueError(
+                f"the same columns expected in all files, got {' and '.join(sorted(names))}: complete them"
+            )
+        return datasets.concatenate_datasets(tables)
+    return datasets.load_dataset(str(path), split=split)
+
+
 def _read_hub(source: str, split: str) -> datasets.Dataset:
     try:
-        return datasets.load_dataset(source, split=split)
+        table = datasets.load_dataset(source, split=split)
+        if table.info.builder_name == "csv":
+            # pandas would read prompts such as "None" or "NA" as missing, and takes surplus fields as an index.
+            table = datasets.load_dataset(source, split=split, keep_default_na=False)
+            if "__index_level_0__" in table.column_names:
+                raise ValueError("a .csv file with more fields than its header: download, correct and name the file")
+        return table
     except Exception as error:  # as in _read_table, and any error of the network
         raise ValueError(
             f"prompts: {source!r} is no file or folder here, and as a dataset of the Hub it gave: {_reason(error)}"
@@ -178,9 +298,9 @@ def _read_hub(source: str, split: str) -> datasets.Dataset:
 
 def _reason(error: BaseException) -> str:
     """The innermost cause in one line: `datasets` wraps what went wrong in an error that says only that it did."""
-    while error.__cause__ is not None:
+    while error.__cause__ is not None and not str(error).startswith("prompts: "):
         error = error.__cause__
-    return " ".join(str(error).split()) or type(error).__name__
+    return " ".join(str(error).split()).removeprefix("prompts: ") or type(error).__name__
 
 
 def _is_plain(kind: Any) -> bool:
@@ -189,7 +309,7 @@ def _is_plain(kind: Any) -> bool:
 
 
 def _column(table: datasets.Dataset, source: str, column: str | None) -> list[str | None]:
-    return list(table[_prompt_column(table, source, column)])
+    return table[_prompt_column(table, source, column)][:]
 
 
 def _prompt_column(table: datasets.Dataset, source: str, column: str | None) -> str:

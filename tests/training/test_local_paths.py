@@ -1,0 +1,93 @@
+# Copyright 2026 The FlowBP for diffusers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""`~` is the home folder in every option that names a path, alike from the command line, a recipe and Python."""
+
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from flowbp.training.command_line import add_options, make_config, make_parser, parse_args_with_config
+from flowbp.training.options import check_options, option
+
+HOME = str(Path("~").expanduser())
+
+
+@dataclass(frozen=True)
+class Config:
+    source: str = option(MISSING, "Folder or Hub id.", "group", is_path=True)
+    sources: tuple[str, ...] = option((), "NAME=SOURCE.", "group", is_path=True)
+    output_dir: Path | None = option(None, "Folder.", "group")
+    cache: Path = option(Path("~/cache"), "Folder.", "group")
+    note: str = option("", "No path.", "group")
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+def from_python(values: dict[str, Any], folder: Path) -> Config:
+    return Config(**values)
+
+
+def from_command_line(values: dict[str, Any], folder: Path) -> Config:
+    parser = make_parser("A script.")
+    add_options(parser, Config)
+    argv = [
+        text for name, value in values.items() for text in (f"--{name}", *([value] if type(value) is str else value))
+    ]
+    parsed = vars(parse_args_with_config(parser, argv))
+    del parsed["config"]
+    return make_config(parser, Config, parsed)
+
+
+def from_recipe(values: dict[str, Any], folder: Path) -> Config:
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(values))
+    return from_command_line({"config": str(recipe)}, folder)
+
+
+ways = pytest.mark.parametrize("read", [from_python, from_command_line, from_recipe])
+
+
+@ways
+def test_home_folder(read: Any, tmp_path: Path):
+    values = {
+        "source": "~/model",
+        "sources": ["ocr=~/a", "~/b/c", "x=some/id", "~"],
+        "output_dir": "~/x",
+        "note": "~/as it is",
+    }
+    config = read(values, tmp_path)
+    assert config.source == f"{HOME}/model"
+    assert config.sources == (f"ocr={HOME}/a", f"{HOME}/b/c", "x=some/id", HOME)
+    assert config.output_dir == Path(HOME, "x") and config.note == "~/as it is"
+    # The default is what `settle` and `--help` know; who uses it expands it.
+    assert config.cache == Path("~/cache")
+
+
+@ways
+@pytest.mark.parametrize("source", ["owner/name", "owner/na~me", "name", "./a/~/b", "/a=b/c", "a/b=~c", "../x/"])
+def test_hub_ids_and_other_paths_are_as_given(read: Any, source: str, tmp_path: Path):
+    assert read({"source": source, "sources": [source]}, tmp_path).sources == (source,)
+    assert read({"source": source}, tmp_path).source == source
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"source": ""}, "--source: a path expected, got ''; give one or leave the option out"),
+        ({"source": "a", "sources": [" "]}, "--sources: a path expected, got ' '"),
+        ({"source": "a", "output_dir": ""}, "--output_dir: a path expected, got ''"),
+        ({"source": "~no-such-user/x"}, "--source: ~no-such-user/x is in the home folder of an unknown user"),
+        ({"source": "a", "output_dir": "~no-such-user"}, "--output_dir: ~no-such-user is in"),
+        ({"source": 3}, "--source: str expected, got 3"),
+    ],
+)
+def test_what_is_no_path_is_refused(values: dict[str, Any], message: str):
+    with pytest.raises(ValueError) as caught:
+        Config(**values)
+    assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
