@@ -6,6 +6,7 @@
 
 import contextlib
 import io
+import itertools
 import json
 import math
 import os
@@ -16,7 +17,7 @@ import sys
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ import pytest
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tiny_sd3 import MAX_SEQUENCE_LENGTH
 from toy_reward import make_reward
 from training_scripts import (
@@ -122,7 +124,9 @@ def flaky(script: ModuleType, shared: dict[str, Any], tmp_path_factory: pytest.T
 
 
 def events_of(folder: Path) -> EventAccumulator:
-    events = EventAccumulator(str(next(folder.rglob("*tfevents*")).parent), {"scalars": 0, "images": 0})
+    events = EventAccumulator(
+        str(next(folder.rglob("*tfevents*")).parent), {"scalars": 0, "images": 0, "histograms": 0}
+    )
     return events.Reload()
 
 
@@ -141,6 +145,19 @@ def test_the_progress_bar_has_reward_seconds_and_the_time_left(observed: tuple[P
     for done, reward in enumerate(rewards, 1):
         bar = rf"updates: [^\r]* {done}/3 \[\d\d:\d\d<(\d\d:\d\d|\?), [^\r]*reward={reward}, s_per_update=\d+\.\d\d\]"
         assert re.search(bar, printed), bar
+
+
+def test_a_run_says_what_it_will_do(observed: tuple[Path, list[str], str], model: Path):
+    folder, _, printed = observed
+    lines = printed.splitlines()
+    start = lines.index(f"FlowBP-Lagrange on StableDiffusion3Pipeline ({model})")
+    table = {line[2:].split("  ")[0].strip(): line for line in lines[start + 1 : start + 7]}
+    assert list(table) == ["reward", "trained", "batch", "prompts", "updates", "written to"]
+    trained = sum(tensor.numel() for tensor in lora_of(folder).values())
+    assert f"{trained:,} parameters in float32" in table["trained"] and "rank 3" in table["trained"]
+    assert "4 samples per update = 2 x 2 x 1" in table["batch"] and "8 x 8 pixels" in table["batch"]
+    assert "3 for training, 2 for validation every 1 updates" in table["prompts"]
+    assert str(folder) in table["written to"]
 
 
 def test_the_log_has_what_an_update_found(observed: tuple[Path, list[str], str], script: ModuleType):
@@ -188,6 +205,41 @@ def test_the_tracker_has_all_numbers_of_the_log(observed: tuple[Path, list[str],
                 assert scalars[name][row["step"]] == pytest.approx(value, rel=1e-6), name
         drawn = {name: values for name, values in scalars.items() if name.startswith("drawn/")}
         assert [drawn[f"drawn/{place}"][row["step"]] for place in range(len(drawn))] == row["drawn_steps"]
+
+
+def test_the_tracker_has_the_spread_of_gaps_and_weights(observed: tuple[Path, list[str], str]):
+    """Of all four samples of an update; the log has the means."""
+    folder = observed[0]
+    events, rows = events_of(folder), log_of(folder)
+    assert sorted(events.Tags()["histograms"]) == ["gap_0", "gap_j", "sample_weight"]
+    found = {
+        name: {event.step: event.histogram_value for event in events.Histograms(name)}
+        for name in events.Tags()["histograms"]
+    }
+    for row in rows:
+        gaps = {int(name.removeprefix("gap/")): row[name] for name in row if name.startswith("gap/")}
+        for name, step in (("gap_j", min(gaps)), ("gap_0", max(gaps))):
+            values = found[name][row["step"]]
+            assert values.num == 4 and values.sum / 4 == pytest.approx(gaps[step], rel=1e-5)
+        assert found["sample_weight"][row["step"]].num == 4
+
+
+def test_the_tracker_has_settings_with_their_types(observed: tuple[Path, list[str], str], script: ModuleType):
+    folder, words, _ = observed
+    found = {}
+    for path in folder.rglob("*tfevents*"):
+        metadata = EventAccumulator(str(path)).Reload().summary_metadata
+        if (start := metadata.get("_hparams_/session_start_info")) is not None:
+            content = HParamsPluginData.FromString(start.plugin_data.content).session_start_info.hparams
+            found = {name: getattr(value, value.WhichOneof("kind")) for name, value in content.items()}
+    # Those that are None are left out, lists and mappings are JSON.
+    for name, value in parse_config(script, words).settings().items():
+        if value is None:
+            assert name not in found
+        elif isinstance(value, bool | int | float | str):
+            assert found[name] == value and isinstance(found[name], str) == isinstance(value, str), name
+        else:
+            assert json.loads(found[name]) == value, name
 
 
 def test_validation_strips_are_files_and_in_the_tracker(observed: tuple[Path, list[str], str]):
@@ -268,6 +320,55 @@ def test_run_json_tells_what_was_run(observed: tuple[Path, list[str], str], scri
     for row in run["rewards"]:
         assert row["role"] == "trained" and row["images"] == 2
     assert run["alarms"] == [] and run["hub_model_id"] is None
+
+
+def test_the_end_is_printed(observed: tuple[Path, list[str], str]):
+    folder, _, printed = observed
+    run = json.loads((folder / "run.json").read_text())
+    lines = printed.splitlines()
+    table = {line.split()[0]: line for line in lines[lines.index("Done") + 1 :] if line.startswith("  ")}
+    assert "of update 3 of 3, the last one" in table["LoRA"]
+    found = run["rewards"][0]
+    means = [found[part]["mean"] for part in ("base", "lora", "difference")]
+    assert f"{found['name']} {means[0]:.3g} -> {means[1]:.3g}, {means[2]:+.3g}" in table["gain"]
+    assert str(folder) in table["files"] and f'pipe.load_lora_weights("{folder}")' in table["load"]
+
+
+def test_a_dry_run_estimates_the_whole_run(
+    script: ModuleType, shared: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """By a clock that advances by ten minutes whenever a stage begins."""
+    words = command_line(
+        shared,
+        output_dir=tmp_path / "run",
+        dry_run=True,
+        method="draft-k",
+        max_train_steps=100,
+        gradient_accumulation_steps=3,
+        eval_reward=BRIGHTNESS,
+        eval_steps=30,
+        num_eval_images=4,
+        num_validation_images=2,
+        validation_steps=40,
+        checkpointing_steps=40,
+        checkpoints_total_limit=2,
+    )
+    ticks = itertools.count(step=600)
+    monkeypatch.setattr("flowbp.training.stages.time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    printed = train(script, words)
+    seconds = {
+        line.split()[0]: float(line.split()[1]) for line in re.findall(r"^\w+ +\d+\.\d\d", printed, re.MULTILINE)
+    }
+    assert seconds.pop("update") == sum(seconds.values()) and set(seconds.values()) <= {600.0, 1200.0}, seconds
+    lines = {line.split()[0]: line for line in printed[printed.index("The whole run") :].splitlines()[1:]}
+    of_update = 3 * sum(seconds.values())
+    assert f"100 x {of_update:.2f} s = {100 * of_update // 3600:.0f} h" in lines["updates"]
+    # Evaluations of the base model, after updates 30, 60 and 90, and at the end: 4 images of both validation prompts.
+    images, of_image = 5 * 8 + 2 * 2 + 2 * 2, seconds["rollout"] / 2
+    assert f"{images} x {of_image:.2f} s" in lines["images"]
+    assert "5 evaluations of 8, 2 validations of 2, 4 at the end" in lines["images"]
+    assert f"{(100 * of_update + images * of_image) // 3600:.0f} h" in lines["in"]
+    assert "2 are kept" in lines["checkpoints"] and not (tmp_path / "run").exists()
 
 
 # Secrets.

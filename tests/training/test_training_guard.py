@@ -12,6 +12,7 @@ import contextlib
 import io
 import json
 import math
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -252,6 +253,39 @@ def test_numbers_and_images_are_those_of_the_saved_lora(peaked: Path, model: Pat
         assert row["difference"]["mean"] == pytest.approx(means["best"] - means["base"], abs=1e-7)
         for part in ("base", "lora", "difference"):
             assert row[part]["low"] <= row[part]["mean"] <= row[part]["high"]
+
+
+def test_scores_are_told_after_each_evaluation(opposed: tuple[Path, str]):
+    folder, printed = opposed
+    scalars = scalars_of(folder)
+    for update in range(5):
+        of = f"after update {update}" if update else "of the base model"
+        (line,) = re.findall(rf"Evaluation {of}: (.+)", printed)
+        for text, name in zip(line.split(" | "), (REDNESS, OPPOSED), strict=True):
+            mean, base = (scalars[f"evaluation/{name}"][number] for number in (update, 0))
+            assert text.startswith(f"{name} {mean:.3g} [") and ("held out" in text) is (name == OPPOSED), text
+            assert text.endswith(f"; base {base:.3g}") is (update > 0), text
+
+
+def test_the_chosen_update_is_printed_at_the_end(
+    script: ModuleType, shared: dict[str, Any], peaked: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """On stdout, where progress is not."""
+    words = command_line(
+        shared,
+        output_dir=tmp_path / "run",
+        max_train_steps=8,
+        eval_steps=8,
+        eval_reward=PEAKED,
+        resume_from_checkpoint=peaked / "checkpoint-7",
+    )
+    script.main(words)
+    printed = capsys.readouterr().out
+    assert f"of update 4 of 8, the best by the held-out reward {PEAKED}" in printed
+    (found,) = (row for row in run_of(tmp_path / "run")["rewards"] if row["name"] == PEAKED)
+    gain, low, high = (found["difference"][name] for name in ("mean", "low", "high"))
+    expected = f"{found['base']['mean']:.3g} -> {found['lora']['mean']:.3g}, {gain:+.3g} [{low:+.3g}, {high:+.3g}]"
+    assert f"{PEAKED} {expected} on 4 images (held out)" in printed and "Evaluation" not in printed
 
 
 # Which LoRA.
