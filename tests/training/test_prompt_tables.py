@@ -12,7 +12,7 @@ from pathlib import Path
 import datasets
 import pytest
 
-from flowbp.training.prompts import Record, load_records, load_texts
+from flowbp.training.prompts import Record, _read_hub, load_records, load_texts
 
 Write = Callable[[str, str], str]
 
@@ -176,3 +176,13 @@ def test_many_rows_are_read_in_seconds(write: Write):
     assert len(records) == count and records[-1] == Record(f"a fox, {count - 1}", {"n": count - 1})
     # A million rows take 50 times as long.
     assert time.perf_counter() - start < 5
+
+
+def test_a_dataset_of_the_hub_that_is_a_csv_file(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    # A folder in place of the Hub: datasets reads both alike.
+    monkeypatch.chdir(tmp_path)
+    write("set/data.csv", "prompt\nNone\nNA\na\n")
+    assert _read_hub("set", "train")["prompt"][:] == ["None", "NA", "a"]
+    write("set/data.csv", "prompt\na fox, red\na dog, brown\n")
+    message = refusal(_read_hub, "set", "train")
+    assert "'set'" in message and "a .csv file with more fields than its header: download" in message
