@@ -27,7 +27,8 @@ import torch
 from golden.make_hpsv3 import CONFIG as HPSV3_CONFIG
 from golden.make_hpsv3 import QUESTION
 from golden.make_imagereward import VOCABULARY
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tiny_pipelines import tiny_flux_pipeline, tiny_klein_pipeline
 from tiny_rewards import (
     CLIP_CONFIG,
@@ -49,6 +50,7 @@ from flowbp.rewards.geneval import geneval
 from flowbp.rewards.judges import hpsv3, unifiedreward_quality
 from flowbp.rewards.onnx_module import OnnxModule
 from flowbp.rewards.openclip import hpsv2_1
+from flowbp.training.command_line import read_recipe
 from flowbp.training.model import LORA_FILE
 from flowbp.training.prompts import load_prompts
 
@@ -422,7 +424,28 @@ def test_a_recipe_cannot_run_code(run: Run, arguments_of: Arguments, marker: Pat
     assert "not valid YAML" in run("train_flowbp_sd3", {**arguments_of("train_flowbp_sd3"), "config": recipe})
 
 
-def test_a_pickle_in_place_of_kept_embeddings_is_refused(
+@pytest.mark.parametrize(
+    ("recipe", "expected"),
+    [
+        # 10 ** 9 times "x", in one list.
+        (
+            "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 10)),
+            "an alias",
+        ),
+        ("seed: &seed 3\nrank: *seed\n", "expected values, got an alias (*name): write the value itself"),
+        ("seed: " + "[" * 10_000, "too many nested ones"),
+        ("seed: " + "{a: " * 10_000, "too many nested ones"),
+    ],
+    ids=["billion", "one", "lists", "mappings"],
+)
+def test_a_recipe_that_takes_all_memory_is_refused(tmp_path: Path, recipe: str, expected: str):
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    with pytest.raises(ValueError, match=re.escape(f"--config {tmp_path / 'recipe.yaml'}: ")) as error:
+        read_recipe(tmp_path / "recipe.yaml")
+    assert expected in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_pickle_in_place_of_kept_embeddings_is_replaced(
     run: Run, arguments_of: Arguments, marker: Path, tmp_path: Path
 ):
     arguments = {**arguments_of("train_flowbp_sd3"), "precompute_prompt_embeds": True, "dry_run": True}
@@ -432,7 +455,7 @@ def test_a_pickle_in_place_of_kept_embeddings_is_refused(
     write_hostile(kept, marker)
     for name in PICKLES:
         write_hostile(kept.parent / name, marker)
-    assert str(kept.parent) in run("train_flowbp_sd3", arguments)
+    assert run("train_flowbp_sd3", arguments) == "" and load_file(kept)
 
 
 def matching_manifest(manifest: Path, old: bytes, new: bytes) -> None:
@@ -465,6 +488,29 @@ def test_a_pickle_in_place_of_a_file_of_a_checkpoint_is_refused(
         assert ended or (manifest_matches and str(name) == LORA_FILE), name
         for kept, old in files.items():
             (checkpoint / kept).write_bytes(old)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no permissions for groups")
+def test_files_of_a_run_have_the_permissions_of_the_umask(run: Run, arguments_of: Arguments, tmp_path: Path):
+    """safetensors itself lets nobody else read them: not those who share a folder, nor a web server."""
+    arguments = {**arguments_of("train_flowbp_sd3"), "checkpointing_steps": 1, "precompute_prompt_embeds": True}
+    arguments |= {"prompt_embeds_dir": tmp_path / "embeds", "output_dir": tmp_path / "run"}
+    # What a killed run leaves of a LoRA that it was writing is no obstacle.
+    (tmp_path / "run" / "lora.partial").mkdir(parents=True)
+    (tmp_path / "run" / "lora.partial" / ".tmp1a2b").write_bytes(b"half")
+    before = os.umask(0o002)
+    try:
+        assert run("train_flowbp_sd3", arguments) == ""
+    finally:
+        os.umask(before)
+    files = [file for folder in ("run", "embeds") for file in (tmp_path / folder).rglob("*") if file.is_file()]
+    weights = {file.relative_to(tmp_path).parts[:2] for file in files if file.suffix == ".safetensors"}
+    assert {("run", LORA_FILE), ("run", "checkpoint-1")} < weights and len(weights) >= 3
+    # The lock is for the run's user alone.
+    assert {
+        file for file in files if file.stat().st_mode & 0o777 != 0o664 and not file.name.endswith(".lock")
+    } == set()
+    assert not (tmp_path / "run" / "lora.partial").exists()
 
 
 def test_pickles_beside_the_files_of_a_checkpoint_are_not_read(
@@ -506,10 +552,28 @@ def test_a_pickle_in_place_of_a_lora_is_refused(run: Run, evaluation: dict[str, 
         assert str(lora) in run("evaluate_flowbp", {**evaluation, "lora": [lora]})
 
 
+def test_a_lora_whose_metadata_takes_for_ever_is_refused(run: Run, evaluation: dict[str, Any]):
+    """Before the pipeline is loaded; peft would match the expression with the names of all layers."""
+    file = evaluation["lora"][0] / LORA_FILE
+    with safe_open(file, "pt") as tensors:
+        settings = json.loads(tensors.metadata()["lora_adapter_metadata"])
+    settings["transformer.rank_pattern"] = {"(([a-z_]+)+)+!": 2}
+    save_file(load_file(file), file, {"format": "pt", "lora_adapter_metadata": json.dumps(settings)})
+    assert f"--lora {file.parent}: expected a plain LoRA" in run("evaluate_flowbp", evaluation)
+
+
+@pytest.mark.parametrize("name", ["..", "."])
+def test_an_evaluation_writes_into_its_folder_only(run: Run, evaluation: dict[str, Any], tmp_path: Path, name: str):
+    before = set(tmp_path.rglob("*"))
+    ended = run("evaluate_flowbp", {**evaluation, "lora": [f"{name}={evaluation['lora'][0]}"]})
+    assert f"--lora: expected a name that folders can have on all systems, got {name!r}" in ended
+    assert set(tmp_path.rglob("*")) == before
+
+
 def test_pickles_in_place_of_an_evaluations_files_are_refused(
     run: Run, evaluation: dict[str, Any], marker: Path, tmp_path: Path
 ):
-    """Of those that a second start reads; the others are written anew."""
+    """Or drawn again, of those that a second start reads; the others are written anew."""
     assert run("evaluate_flowbp", evaluation) == ""
     folder = evaluation["output_dir"]
     files = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
@@ -521,7 +585,7 @@ def test_pickles_in_place_of_an_evaluations_files_are_refused(
         ends[str(file.relative_to(folder))] = run("evaluate_flowbp", evaluation)
         file.write_bytes(content)
     read = {name for name in ends if name == "settings.json" or name.startswith(("scores/", "images/"))}
-    assert len(read) == 5 and {name for name, end in ends.items() if end} == read
+    assert len(read) == 5 and {"settings.json"} <= {name for name, end in ends.items() if end} <= read
 
 
 # No connection but to loopback: `no_network/sitecustomize.py` and `conftest.py`.
