@@ -85,6 +85,7 @@ def test_a_csv_file_gives_what_was_written(write: Write):
         Record("None", dict(zip(names, ("9", 3, 2.0, True, ""), strict=True))),
     ]
     assert load_texts(path, "code")["None"] == "9"
+    assert "numbers that are text need a .jsonl file" in refusal(load_texts, path, "count")
     identity = "12345678901234567890"
     assert load_records(write("p.csv", f"prompt,id\na,{identity}\n")) == [Record("a", {"id": identity})]
     # Any name will do where it is given.
