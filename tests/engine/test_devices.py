@@ -10,7 +10,7 @@
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -41,7 +41,9 @@ from flowbp.judging.guard import diversity, high_frequency_energy, saturated_sha
 from flowbp.judging.images import draw_images
 from flowbp.judging.statistics import estimate
 from flowbp.replayed import TOLERANCE, deviations
-from flowbp.training.signals import StopSignals
+from flowbp.training import TrainingResult, loop
+from flowbp.training.evaluation import Evaluation
+from flowbp.training.setup import Run
 
 REWARD = make_reward()
 DEVICE = torch.device("cpu")
@@ -247,20 +249,19 @@ def test_a_training_run_computes_nothing_in_float64(
     script: ModuleType, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Updates, evaluation and guard, the optimizer and its average; loading before and saving after are left out."""
-    device = PretendedDevice()
+    device, begin, finish = PretendedDevice(), Evaluation.before_training, loop.finish
+    opened = ExitStack()
 
-    class Loop(StopSignals):
-        """Is open for as long as the updates are made."""
+    def begin_on_the_device(evaluation: Evaluation) -> None:
+        opened.enter_context(device)
+        begin(evaluation)
 
-        def __enter__(self) -> StopSignals:
-            device.__enter__()
-            return super().__enter__()
+    def finish_on_the_host(run: Run) -> TrainingResult:
+        opened.close()
+        return finish(run)
 
-        def __exit__(self, *exception: object) -> None:
-            super().__exit__(*exception)
-            device.__exit__(*exception)
-
-    monkeypatch.setattr("flowbp.training.loop.StopSignals", Loop)
+    monkeypatch.setattr(Evaluation, "before_training", begin_on_the_device)
+    monkeypatch.setattr(loop, "finish", finish_on_the_host)
     arguments = {
         **SHARED_ARGUMENTS,
         "pretrained_model_name_or_path": model,
@@ -278,7 +279,8 @@ def test_a_training_run_computes_nothing_in_float64(
         "eval_steps": 1,
         "num_eval_images": 2,
     }
-    script.main(command_line(arguments, output_dir=tmp_path / "run"))
+    with opened:
+        script.main(command_line(arguments, output_dir=tmp_path / "run"))
     assert len(log_of(tmp_path / "run")) == 2
     # It was used for all of that: replays, the optimizer's norm, the guard's numbers.
     places = {place.rpartition("/")[2].partition(":")[0] for place in device.reads}
