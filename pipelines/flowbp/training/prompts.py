@@ -331,7 +331,7 @@ def _prompt_column(table: datasets.Dataset, source: str, column: str | None) -> 
     if column not in text:
         raise ValueError(
             f"prompts: column {column!r} of {source!r} holds {table.features[column]}, expected text: "
-            f"columns of text are: {', '.join(text) or 'none'}; numbers that are text need a .jsonl file, in quotes there"
+            f"columns of text are: {', '.join(text) or 'none'}; numbers that are text need a .jsonl file"
         )
     return column
 
