@@ -5,12 +5,16 @@
 """The text that an `ocr` reward looks for is the one that was meant, and fits the images; if not, one line says so."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
 from flowbp.rewards import check_prompts, load_reward
 from flowbp.rewards.ocr import quoted_text
+from flowbp.training import TrainingConfig
+from flowbp.training.prompts import Record, load_records
+from flowbp.training.rewards import RunRewards, load_run_rewards
 
 SQUARE, WIDE = (512, 512), (512, 2048)
 
@@ -127,3 +131,42 @@ def test_a_users_reward_with_a_text_of_its_own_is_asked():
             raise ValueError(f"no text for {prompt}")
 
     assert "no text for a sign" in refusal(check_prompts, Reads(), ["a sign"], sizes=[SQUARE])
+
+
+def rewards_of_a_run(folder: Path, table: str, **options) -> RunRewards:
+    (folder / "prompts.csv").write_text(table)
+    values = {"pretrained_model_name_or_path": "m", "prompts": str(folder / "prompts.csv"), "reward": "ocr", **options}
+    config = TrainingConfig(**values)
+    return load_run_rewards(config, load_records(config.prompts), None)
+
+
+@pytest.mark.parametrize(
+    ("texts", "options"),
+    [
+        (["7", "HOTELS 1"], {"resolution": 64}),
+        (["7"], {"resolution": 64, "validation_prompt": 'a "HOTELS 1"'}),
+        (["7"], {"resolution": 64, "eval_prompts": "eval.txt"}),
+        (["7", "HOTELS 1"], {"height": 64, "width": (128, 64)}),
+    ],
+)
+def test_a_run_checks_all_its_prompts_at_its_sizes(tmp_path: Path, monkeypatch, texts: list[str], options: dict):
+    monkeypatch.chdir(tmp_path)
+    Path("eval.txt").write_text('a "7"\na "HOTELS 1"\n')
+    table = "prompt\n" + "".join(f'a "{text}"\n' for text in texts)
+    assert "got 'HOTELS 1', which needs 8" in refusal(rewards_of_a_run, tmp_path, table, **options)
+    rewards_of_a_run(tmp_path, table, **options | {"resolution": None, "height": 64, "width": 128})
+
+
+def test_texts_of_training_and_evaluation_agree(tmp_path: Path):
+    (tmp_path / "eval.csv").write_text("prompt,text\na sign,8x\n")
+    options = {"reward_text_column": "text", "eval_prompts": str(tmp_path / "eval.csv")}
+    message = refusal(rewards_of_a_run, tmp_path, "prompt,text\na sign,7x\n", **options)
+    assert "one text expected for the prompt 'a sign', got '7x' in --prompts and '8x' in --eval_prompts" in message
+    found = rewards_of_a_run(tmp_path, "prompt,text\na shop,7x\n", **options)
+    assert found.training.texts == {"a shop": "7x", "a sign": "8x"}
+
+
+def test_a_validation_prompt_has_the_columns_of_its_row(tmp_path: Path):
+    options = {"reward_text_column": "text", "validation_prompt": " a sign "}
+    found = rewards_of_a_run(tmp_path, "prompt,text\na sign,SHUT\n", num_validation_images=1, **options)
+    assert found.validation == (Record("a sign", {"text": "SHUT"}),)

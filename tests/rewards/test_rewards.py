@@ -325,7 +325,7 @@ def test_colour_invariant_scores_see_shapes_only(images):
 
 
 def test_quoted_text():
-    assert quoted_text('the text "42" in "red"') == "42"
+    assert quoted_text('the text "42" in red') == "42"
     for bad in ["the text 42 in red", 'the text "42 in red', 'the text "" in red']:
         with pytest.raises(ValueError) as error:
             quoted_text(bad)

@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 import yaml
+from training_scripts import load_script
 
+from flowbp.training import TrainingConfig
 from flowbp.training.command_line import add_options, make_config, make_parser, parse_args_with_config
-from flowbp.training.options import check_options, option
+from flowbp.training.options import check_options, declarations, option, without_none
 
 HOME = str(Path("~").expanduser())
 
@@ -74,6 +76,25 @@ def test_home_folder(read: Any, tmp_path: Path):
 def test_hub_ids_and_other_paths_are_as_given(read: Any, source: str, tmp_path: Path):
     assert read({"source": source, "sources": [source]}, tmp_path).sources == (source,)
     assert read({"source": source}, tmp_path).source == source
+
+
+@pytest.mark.parametrize("read", [from_command_line, from_recipe])
+def test_a_blank_path_is_not_the_current_folder(read: Any, tmp_path: Path, capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit):
+        read({"source": "a", "output_dir": ""}, tmp_path)
+    assert "a path expected, got ''" in capsys.readouterr().err
+
+
+def test_options_of_the_scripts_that_may_name_a_local_path():
+    def paths(config_class: type) -> set[str]:
+        found = declarations(config_class).items()
+        return {name for name, (_, declared, kind) in found if declared.is_path or without_none(kind) is Path}
+
+    both = {"pretrained_model_name_or_path", "prompts", "reward_model_path", "output_dir"}
+    training = {"eval_prompts", "resume_from_checkpoint", "logging_dir"}
+    training |= {"prompt_embeds_dir", "quantization_config_path"}
+    assert paths(TrainingConfig) == both | training
+    assert paths(load_script("evaluate_flowbp").EvaluationConfig) == both | {"lora"}
 
 
 @pytest.mark.parametrize(

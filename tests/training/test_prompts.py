@@ -79,7 +79,7 @@ def test_default_column(header: str, expected: str, source) -> None:
 
 
 def test_only_column_of_text_is_the_default(source) -> None:
-    assert load_prompts(source("p.csv", "id,words\n1,a\n2,b\n")) == ["a", "b"]
+    assert load_prompts(source("p.jsonl", '{"id": 1, "words": "a"}\n{"id": 2, "words": "b"}\n')) == ["a", "b"]
 
 
 def test_missing_and_blank_rows_are_left_out(source) -> None:

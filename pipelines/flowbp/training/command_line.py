@@ -41,11 +41,23 @@ def json_object(text: str) -> dict[str, Any]:
     return value
 
 
+def path(text: str) -> Path:
+    """The value of an option that is a path: not blank, which would be the current folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"a path expected, got {text!r}; give one or leave the option out")
+    return Path(text)
+
+
 def make_parser(description: str) -> argparse.ArgumentParser:
     """A parser with `--config`, for `add_options` and `parse_args_with_config`."""
     # The names of more than a hundred options would hide what follows.
     usage = "%(prog)s [--config RECIPE] [--OPTION VALUE ...]"
-    parser = argparse.ArgumentParser(usage=usage, description=description, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        usage=usage,
+        description=description,
+        epilog="In options that name files or folders, also in recipes, a leading ~ is the home folder.",
+        allow_abbrev=False,
+    )
     _use_one_line_errors(parser)
     parser.add_argument(
         "--config", help="YAML recipe with values for these options, a path or the name of one that comes with flowbp."
@@ -91,7 +103,7 @@ def add_options(
             more["action"] = "store_true" if default is False else argparse.BooleanOptionalAction
         else:
             item = item_type(kind)
-            more |= {"type": item or kind, "choices": declared.choices}
+            more |= {"type": path if kind is Path else item or kind, "choices": declared.choices}
             if item is not None:
                 more["nargs"] = "+"
                 if isinstance(default, tuple):

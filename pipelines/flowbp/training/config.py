@@ -56,7 +56,7 @@ class TrainingConfig:
     """
 
     # The model, its LoRA, and what makes both fit the memory.
-    pretrained_model_name_or_path: str = _model(MISSING, "Folder or Hub id of the pipeline.")
+    pretrained_model_name_or_path: str = _model(MISSING, "Folder or Hub id of the pipeline.", is_path=True)
     revision: str | None = _model(None, "Branch, tag or commit of the model on the Hub.")
     variant: str | None = _model(None, "Variant of the model files, such as fp16.")
     lora_component: str | None = _model(None, "Which of the pipeline's transformers gets the LoRA.", of_backbone=True)
@@ -159,7 +159,9 @@ class TrainingConfig:
     # Reward, objective and prompts.
     reward: str | None = _reward(None, "Name, weighted sum (a:0.7,b:0.3) or package.module:factory.")
     reward_model_path: tuple[str, ...] = _reward(
-        (), "NAME=FOLDER: folders with the weights of rewards, by the reward's name, in place of the Hub."
+        (),
+        "NAME=FOLDER: folders with the weights of rewards, by the reward's name, in place of the Hub.",
+        is_path=True,
     )
     reward_offload: bool = _reward(False, "Rewards wait on the CPU and visit the GPU in turn.")
     reward_augment: bool = _reward(False, "Shift, blur and noise images a little before an ocr reward.")
@@ -171,7 +173,9 @@ class TrainingConfig:
     )
     loss_scale: float = _reward(1.0, "Factor on the loss.", range=POSITIVE)
     undo_guidance: bool | None = _reward(None, "Divide the loss by the guidance scale. Default: the method's.")
-    prompts: str = _reward(MISSING, ".txt, .jsonl, .csv or .parquet file, or a datasets folder or Hub id.")
+    prompts: str = _reward(
+        MISSING, ".txt, .jsonl, .csv or .parquet file, or a datasets folder or Hub id.", is_path=True
+    )
     prompt_column: str | None = _reward(None, "Column of the prompts. Default: prompt, caption or text.")
     prompt_split: str = _reward("train", "Split of a dataset.")
 
@@ -218,7 +222,7 @@ class TrainingConfig:
     )
     checkpoints_total_limit: int | None = _training(None, "How many checkpoints to keep. Default: all.", range=COUNT)
     resume_from_checkpoint: str | None = _training(
-        None, "latest (the newest whole one), or a checkpoint's name or path."
+        None, "latest (the newest whole one), or a checkpoint's name or path.", is_path=True
     )
     strict_resume: bool = _training(
         False, "Refuse to resume where prompts, rewards, settings or library versions are not those of the checkpoint."
@@ -240,7 +244,7 @@ class TrainingConfig:
     # Evaluation while training.
     eval_reward: str | None = _guard(None, "Held-out reward, as --reward: judges and never trains.")
     eval_prompts: str | None = _guard(
-        None, "Held-out prompts, as --prompts. Default with --eval_reward: the validation prompts."
+        None, "Held-out prompts, as --prompts. Default with --eval_reward: the validation prompts.", is_path=True
     )
     eval_steps: int = _guard(50, "Updates between evaluations.", range=COUNT)
     num_eval_images: int = _guard(2, "Images of each evaluation prompt, always from the same noise.", range=COUNT)
@@ -259,7 +263,7 @@ class TrainingConfig:
     num_validation_images: int = _reports(4, "Images of each, or how many of the first prompts.", range=COUNT)
     validation_steps: int = _reports(50, "Updates between validations.", range=COUNT)
     report_to: str = _reports("tensorboard", "An accelerate tracker, all, or none.")
-    logging_dir: str = _reports("logs", "Folder of the tracker in --output_dir.")
+    logging_dir: str = _reports("logs", "Folder of the tracker in --output_dir.", is_path=True)
     run_name: str | None = _reports(None, "Name of the run in the tracker. Default: the output folder's.")
     tracker_project: str = _reports("flowbp", "Project of the run in the tracker.")
     tracker_group: str | None = _reports(

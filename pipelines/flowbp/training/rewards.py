@@ -49,7 +49,8 @@ def validation_records(config: TrainingConfig, records: list[Record]) -> list[Re
     if config.validation_prompt is None:
         return records[: config.num_validation_images]
     known = {record.prompt: record for record in records}
-    return [known.get(prompt, Record(prompt)) for prompt in config.validation_prompt]
+    # As the prompts of a table, which have no white space around them.
+    return [known.get(prompt, Record(prompt)) for prompt in map(str.strip, config.validation_prompt)]
 
 
 def load_run_rewards(config: TrainingConfig, records: list[Record], reward: Reward | None) -> RunRewards:
@@ -98,14 +99,16 @@ def load_run_rewards(config: TrainingConfig, records: list[Record], reward: Rewa
         training = load_reward(given, of_training, config.reward_offload, augment=True, **texts)
     prompts = [record.prompt for record in records]
     shown = [record.prompt for record in (*validation, *evaluation)]
-    check_prompts(plain, [*prompts, *shown])
+    check_prompts(plain, prompts, config.sizes)
+    # Images of validation and evaluation have the first size.
+    check_prompts(plain, shown, config.sizes[:1])
     held_out = None
     if config.eval_reward is not None:
         takes_texts = "texts" in option_names(config.eval_reward)
         held_out = load_reward(
             config.eval_reward, of_held_out, config.reward_offload, **(texts if takes_texts else {})
         )
-        check_prompts(held_out, shown)
+        check_prompts(held_out, shown, config.sizes[:1])
     count = 1 if config.validation_prompt is None else config.num_validation_images
     repeated = tuple(record for record in validation for _ in range(count))
     return RunRewards(name, training, plain, held_out, repeated, tuple(evaluation))
@@ -129,5 +132,10 @@ def _texts(config: TrainingConfig) -> dict[str, Any]:
         return {}
     texts = load_texts(config.prompts, column, prompt_column=config.prompt_column, split=config.prompt_split)
     if config.eval_prompts is not None:
-        texts |= load_texts(config.eval_prompts, column)
+        for prompt, text in load_texts(config.eval_prompts, column).items():
+            if texts.setdefault(prompt, text) != text:
+                raise ValueError(
+                    f"--reward_text_column {column}: one text expected for the prompt {prompt!r}, got "
+                    f"{texts[prompt]!r} in --prompts and {text!r} in --eval_prompts; change one"
+                )
     return {"texts": texts}
