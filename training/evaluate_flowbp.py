@@ -19,6 +19,7 @@ import hashlib
 import inspect
 import json
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, replace
 from functools import partial
@@ -35,18 +36,20 @@ from huggingface_hub.errors import HfHubHTTPError
 from tqdm.auto import tqdm
 
 from flowbp.inference import call_arguments, saved_class
-from flowbp.judging.images import to_pil
+from flowbp.judging.images import are_finite, to_pil
+from flowbp.judging.lora_files import check_lora_file
 from flowbp.judging.loras import load_loras, scores_by_reward, use_model
 from flowbp.judging.models import EvaluatedModel, evaluated_models, reward_names
 from flowbp.judging.results import write_results
 from flowbp.judging.store import Store
-from flowbp.rewards import load_reward, reward_needs, reward_spec
+from flowbp.rewards import check_prompts, load_reward, reward_needs, reward_spec
 from flowbp.rewards.loading import parse_model_paths
 from flowbp.rewards.ocr import quoted_text
 from flowbp.training.command_line import add_options, make_config, make_parser, parse_args_with_config
-from flowbp.training.model import WEIGHT_DTYPES, freeze, load_pipeline_config, missing_components
+from flowbp.training.model import WEIGHT_DTYPES, freeze, missing_components
 from flowbp.training.options import COUNT, FINITE, NOT_NEGATIVE, POSITIVE, check_options, option
 from flowbp.training.prompts import load_prompts, load_texts
+from flowbp.training.saved_pipeline import SavedPipeline
 from flowbp.training.script import run_script
 from flowbp.training.seeds import derive_seed
 from flowbp.training.setup import PATIENCE
@@ -65,12 +68,13 @@ class EvaluationConfig:
         ValueError: in one line, for a value of another type or outside its range.
     """
 
-    pretrained_model_name_or_path: str = _models(MISSING, "Folder or Hub id of the base pipeline.")
+    pretrained_model_name_or_path: str = _models(MISSING, "Folder or Hub id of the base pipeline.", is_path=True)
     revision: str | None = _models(None, "Branch, tag or commit of the model on the Hub.")
     variant: str | None = _models(None, "Variant of the model files, such as fp16.")
     lora: tuple[str, ...] = _models(
         MISSING,
         "[NAME=]SOURCE: LoRAs, folders, .safetensors files or Hub ids, each with the name that it gets in the tables.",
+        is_path=True,
     )
     lora_component: str = _models("transformer", "Which of the pipeline's transformers the LoRAs are for.")
     lora_scale: tuple[float, ...] = _models(
@@ -106,7 +110,7 @@ class EvaluationConfig:
         None, "JSON object with more arguments of the pipeline's call, such as negative_prompt or true_cfg_scale."
     )
 
-    prompts: str = _data(MISSING, ".txt, .jsonl, .csv or .parquet file, or a datasets folder or Hub id.")
+    prompts: str = _data(MISSING, ".txt, .jsonl, .csv or .parquet file, or a datasets folder or Hub id.", is_path=True)
     prompt_column: str | None = _data(None, "Column of the prompts. Default: prompt, caption or text.")
     prompt_split: str = _data("train", "Split of a dataset.")
     group_column: str | None = _data(None, "Column that groups prompts: one more table by group for each reward.")
@@ -114,7 +118,7 @@ class EvaluationConfig:
     num_images_per_prompt: int = _data(1, "Images of each prompt, from different noise.", range=COUNT)
     seed: int = _data(0, "Seed of the noise.")
     rewards: str = _data(MISSING, "Rewards with commas between them: names or package.module:factory.")
-    reward_model_path: tuple[str, ...] = _data((), "NAME=FOLDER: local copies of rewards' weights.")
+    reward_model_path: tuple[str, ...] = _data((), "NAME=FOLDER: local copies of rewards' weights.", is_path=True)
     reward_offload: bool = _data(False, "Rewards wait on the CPU between uses.")
     reward_text_column: str | None = _data(
         None, "Column of --prompts with the text that ocr looks for. Default: what is quoted."
@@ -155,7 +159,7 @@ class Plan:
 
     Attributes:
         pipeline_class: that the model was saved with.
-        index: its `model_index.json`.
+        saved: the model.
         call: arguments of the pipeline's call beside prompts and noise.
         prompts: in order.
         rewards: names.
@@ -166,7 +170,7 @@ class Plan:
 
     config: EvaluationConfig
     pipeline_class: type[DiffusionPipeline]
-    index: dict[str, Any]
+    saved: SavedPipeline
     call: dict[str, Any]
     prompts: list[str]
     rewards: list[str]
@@ -222,10 +226,8 @@ def make_plan(config: EvaluationConfig) -> Plan:
     Raises:
         ValueError, OSError: in one line.
     """
-    index = load_pipeline_config(
-        DiffusionPipeline, config.pretrained_model_name_or_path, {"revision": config.revision}
-    )
-    found = saved_class(index, config.lora_component)
+    saved = SavedPipeline(DiffusionPipeline, config.pretrained_model_name_or_path, config.revision, config.variant)
+    found = saved_class(saved.index, config.lora_component)
     if max(config.base_for_last) and "callback_on_step_end" not in inspect.signature(found.__call__).parameters:
         raise ValueError(f"--base_for_last: {found.__name__} takes no callback_on_step_end; leave the option out.")
     steps = config.num_inference_steps
@@ -240,7 +242,8 @@ def make_plan(config: EvaluationConfig) -> Plan:
     options, grouped, grouped_rewards = read_prompt_data(config, rewards, prompts)
     models = evaluated_models(config.lora, config.lora_scale, config.base_for_last)
     download_loras(models)
-    return Plan(config, found, index, call, prompts, rewards, options, models, grouped, grouped_rewards)
+    saved.check_folder()
+    return Plan(config, found, saved, call, prompts, rewards, options, models, grouped, grouped_rewards)
 
 
 def read_prompt_data(
@@ -281,12 +284,14 @@ def download_loras(models: Sequence[EvaluatedModel]) -> None:
     """Bring LoRAs of the Hub to its cache."""
     for lora in {model.lora for model in models if model.lora is not None and model.digest is None}:
         try:
-            snapshot_download(lora, allow_patterns="*.safetensors")
+            folder = Path(snapshot_download(lora, allow_patterns="*.safetensors"))
         except (OSError, ValueError, HfHubHTTPError) as error:
             raise ValueError(
                 f"--lora {lora}: no such folder or file, and not found on the Hub or in its cache "
                 f"({type(error).__name__}); give a folder, a .safetensors file or a Hub id."
             ) from error
+        for file in folder.rglob("*.safetensors"):
+            check_lora_file(lora, file)
 
 
 def make_accelerator() -> Accelerator:
@@ -305,28 +310,27 @@ def make_accelerator() -> Accelerator:
     return accelerator
 
 
-def load_pipeline(plan: Plan, device: torch.device) -> tuple[DiffusionPipeline, dict[str, str]]:
-    """The pipeline with all LoRAs, and their adapters' names by source."""
+def load_pipeline(plan: Plan, device: torch.device) -> tuple[DiffusionPipeline, dict[str, str], dict[str, str]]:
+    """The pipeline with all LoRAs, and by source their adapters' names and the remarks of `load_loras`."""
     config = plan.config
-    parts: dict[str, Any] = dict(missing_components(plan.index))
+    parts: dict[str, Any] = dict(missing_components(plan.saved.index))
     if config.flow_shift is not None:
         parts["scheduler"] = FlowMatchEulerDiscreteScheduler(shift=config.flow_shift)
     pipe = plan.pipeline_class.from_pretrained(
-        config.pretrained_model_name_or_path,
+        plan.saved.fetch(),
         trust_remote_code=False,
         use_safetensors=True,
-        revision=config.revision,
         variant=config.variant,
         dtype=WEIGHT_DTYPES[config.mixed_precision],
         **parts,
     )
     pipe.set_progress_bar_config(disable=True)
-    adapters = load_loras(pipe, plan.models, config.lora_component)
+    adapters, remarks = load_loras(pipe, plan.models, config.lora_component)
     if config.offload:
         pipe.enable_model_cpu_offload(device=device)
     else:
         pipe.to(device)
-    return pipe, adapters
+    return pipe, adapters, remarks
 
 
 def draw_and_score(
@@ -338,7 +342,11 @@ def draw_and_score(
 ) -> None:
     """Finish this process' batches."""
     count = plan.config.num_images_per_prompt
-    pipe, adapters = load_pipeline(plan, accelerator.device)
+    pipe, adapters, remarks = load_pipeline(plan, accelerator.device)
+    for source, remark in remarks.items():
+        accelerator.print(f"--lora {source}: {remark}.")
+    if accelerator.is_main_process:
+        store.add_remarks(remarks)
     progress = tqdm(batches, unit="batch", disable=not accelerator.is_main_process)
     current: EvaluatedModel | None = None
     for model, batch in progress:
@@ -356,7 +364,8 @@ def draw_and_score(
         # What a pipeline or reward draws besides the given noise depends on the batch alone.
         torch.manual_seed(plan.seed_of(places[0]))
         images = pipe(prompt=prompts, generator=noise, **arguments)[0].float()
-        store.add(model, batch, to_pil(images), scores_by_reward(reward, plan.rewards, images, prompts))
+        scores = scores_by_reward(reward, plan.rewards, images, prompts)
+        store.add(model, batch, to_pil(images), scores, not_finite=int((~are_finite(images)).sum()))
 
 
 @torch.no_grad()
@@ -367,12 +376,16 @@ def main(argv: list[str] | None = None) -> None:
     model_paths = parse_model_paths(config.reward_model_path)
     accelerator = make_accelerator()
     images = len(plan.prompts) * config.num_images_per_prompt
-    store = Store(
-        config.output_dir, plan.settings(accelerator.device), plan.models, images=images, batch_size=config.batch_size
-    )
+    settings = plan.settings(accelerator.device)
+    store = Store(config.output_dir, settings, plan.models, images, config.batch_size, plan.rewards)
+    if accelerator.is_main_process:
+        for line in store.discard_damaged():
+            print(line, file=sys.stderr)
+    accelerator.wait_for_everyone()
     pending = store.pending()
     if pending:
         reward = load_reward(",".join(plan.rewards), model_paths, config.reward_offload, **plan.options)
+        check_prompts(reward, plan.prompts, [(config.size["height"], config.size["width"])])
         freeze(reward).to(accelerator.device)
     # Batches are the same ones for any number of processes; each process takes its share of those that are left, of
     # which all must have the same list before the first of them finishes one.
@@ -389,7 +402,10 @@ def main(argv: list[str] | None = None) -> None:
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         seeds = [plan.seed_of(place) for place in range(store.images)]
-        print(write_results(store, plan.rewards, plan.prompts, plan.groups, seeds, config.report_images))
+        tables, remarks = write_results(store, plan.prompts, plan.groups, seeds, config.report_images)
+        print(tables)
+        for remark in remarks:
+            print(remark, file=sys.stderr)
         print(f"Scores, tables, report.html and grid.png are in {config.output_dir}")
     accelerator.end_training()
 

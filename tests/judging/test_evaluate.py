@@ -23,13 +23,13 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny_pipelines import tiny_ovis_image_pipeline, tiny_wan_22_pipeline, tiny_wan_pipeline
 from tiny_rewards import GENEVAL_METADATA, tiny_clip, tiny_detector
 from tiny_sd3 import MAX_SEQUENCE_LENGTH, add_random_lora, save_random_lora, tiny_sd3_pipeline
 from training_scripts import ROOT, check_refusal, command_line, environment, load_pipeline, load_script, script_path
 
-from flowbp.judging.images import to_pil
+from flowbp.judging.images import are_finite, to_pil
 from flowbp.judging.loras import scores_by_reward
 
 NAME = "evaluate_flowbp"
@@ -238,6 +238,91 @@ def test_two_processes_write_the_same_as_one(script: ModuleType, arguments: dict
     assert content_of(arguments["output_dir"]) == content_of(alone)
 
 
+# Broken models and files.
+
+
+def test_a_lora_without_finite_images_is_told_and_the_others_are_evaluated(
+    script: ModuleType, arguments: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # At this scale the LoRA's products overflow.
+    words = command_line(arguments, lora_scale=[1, 1e30], batch_size=6)
+    script.main(words)
+    folder, told = arguments["output_dir"], "one × 1e+30: no finite images, so it has no scores"
+    assert all(math.isnan(score) for score in scores_of(folder, "one × 1e+30"))
+    captured = capsys.readouterr()
+    assert told in captured.err and told in captured.out
+    assert told in (folder / "table.md").read_text() and told in (folder / "report.html").read_text()
+    records = {record["model"]: record for record in json.loads((folder / "table.json").read_text())["records"]}
+    assert records["one × 1e+30"]["score"] is None and records["base"]["left_out"] == 0
+    # The same numbers as without it.
+    script.main(command_line(arguments, lora_scale=[1, 0.5], batch_size=6, output_dir=tmp_path / "other"))
+    other = json.loads((tmp_path / "other" / "table.json").read_text())["records"]
+    assert [records["base"], records["one × 1"]] == other[:2]
+
+    # Its batches are finished. What was damaged since then is told and drawn again, and nothing else.
+    before = content_of(folder)
+    images = sorted((folder / "images" / "one_1").glob("*.png"))
+    images[0].write_bytes(images[0].read_bytes()[:-20])
+    times = {path: path.stat().st_mtime_ns for path in folder.glob("scores/*/*.json")}
+    capsys.readouterr()
+    script.main(words)
+    captured = capsys.readouterr()
+    line = "Batch 0 of one × 1 is drawn again: images/one_1/000000.png is missing, empty or cut.\n"
+    assert line in captured.err and "Resuming: 2 of 3 batches" in captured.out
+    assert content_of(folder) == before
+    changed = [path.parent.name for path, time in times.items() if path.stat().st_mtime_ns != time]
+    assert changed == ["one_1"]
+    # A run that names fewer models says so in its tables.
+    script.main(command_line(arguments, lora_scale=[1e30], batch_size=6))
+    assert "- one × 1: not in these tables" in (folder / "table.md").read_text()
+
+
+def test_a_lora_that_fits_in_part_is_told_whenever_the_tables_are_written(
+    script: ModuleType,
+    models: dict[str, Path],
+    arguments: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tensors = load_file(models["two"] / LORA_WEIGHT_NAME_SAFE)
+    # As if it had been trained on a model with more blocks.
+    more = {
+        name.replace("blocks.0.", "blocks.7."): tensor.clone()
+        for name, tensor in tensors.items()
+        if "blocks.0." in name
+    }
+    (tmp_path / "partial").mkdir()
+    save_file({**tensors, **more}, tmp_path / "partial" / LORA_WEIGHT_NAME_SAFE)
+    few = {"num_prompts": 1, "num_images_per_prompt": 1, "lora": [tmp_path / "partial"]}
+    folder, layers = arguments["output_dir"], len(tensors) // 2
+    told = f"partial: only {layers} of its {layers + len(more) // 2} layers fit StableDiffusion3Pipeline."
+    # The second run loads no LoRA.
+    for _ in range(2):
+        script.main(command_line(arguments, **few))
+        captured = capsys.readouterr()
+        assert told in captured.err and f"- {told}" in captured.out
+        assert f"- {told}" in (folder / "table.md").read_text() and told in (folder / "report.html").read_text()
+
+
+def test_an_evaluation_without_any_score_is_an_error(
+    script: ModuleType, arguments: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "silent_reward.py").write_text(
+        "def make_reward():\n    return lambda images, prompts: images.flatten(1).mean(1) * float('nan')\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    few = {"num_prompts": 1, "num_images_per_prompt": 1}
+    message = "got none of any reward; see scores.parquet. silent_reward:make_reward: no image has a score in all"
+    with pytest.raises(ValueError, match=message):
+        script.main(command_line(arguments, **few, rewards="silent_reward:make_reward"))
+    assert scores_of(arguments["output_dir"], "one", "seed")
+    # With another reward, this one is left out.
+    other = {"rewards": "toy_reward:make_reward,silent_reward:make_reward", "output_dir": tmp_path / "other"}
+    script.main(command_line(arguments, **few, **other))
+    text = (tmp_path / "other" / "table.md").read_text()
+    assert "- silent_reward:make_reward: no image has a score in all models; it is left out of the tables." in text
+
+
 # Other pipelines.
 
 
@@ -294,16 +379,29 @@ def test_scores_of_frames_are_averaged_and_checked() -> None:
 
     found = scores_by_reward(reward, ["x"], videos, ["10", "20"])["x"]
     assert found == pytest.approx((videos.mean((1, 2, 3, 4)) + torch.tensor([10.0, 20.0])).tolist())
-    with pytest.raises(ValueError, match="expected 2 finite scores"):
-        scores_by_reward(lambda images, prompts: torch.tensor([1.0, float("inf")]), ["x"], videos[:, 0], ["", ""])
-    with pytest.raises(ValueError, match="expected 2 finite scores"):
-        scores_by_reward(lambda images, prompts: torch.ones(1), ["x"], videos[:, 0], ["", ""])
-    unanswered = scores_by_reward(
-        lambda images, prompts: torch.tensor([1.0, math.nan]), ["x"], videos[:, 0], ["", ""]
-    )["x"]
-    assert unanswered[0] == 1.0 and math.isnan(unanswered[1])
+    for none in (math.nan, math.inf, -math.inf):
+        answer = torch.tensor([1.0, none])
+        unanswered = scores_by_reward(lambda images, prompts, answer=answer: answer, ["x"], videos[:, 0], ["", ""])
+        assert unanswered["x"][0] == 1.0 and math.isnan(unanswered["x"][1])
     with pytest.raises(ValueError, match=r"in \[0, 1\].*from 0.00 to 2.00"):
         scores_by_reward(reward, ["x"], torch.tensor([0.0, 2.0]).expand(1, 3, 2, 2), ["0"])
+
+
+def test_images_that_are_not_finite_have_no_scores_and_rewards_do_not_see_them() -> None:
+    seen = []
+
+    def reward(images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        assert images.isfinite().all() and len(images) == len(prompts)
+        seen.extend(prompts)
+        return images.mean((1, 2, 3))
+
+    images = torch.full((3, 3, 2, 2), 0.5)
+    images[0, 0, 0, 0], images[2, 1] = math.nan, math.inf
+    found = scores_by_reward(reward, ["x"], images, ["a", "b", "c"])["x"]
+    assert found[1] == 0.5 and math.isnan(found[0]) and math.isnan(found[2]) and seen == ["b"]
+    found = scores_by_reward(reward, ["x", "y"], images[:1], ["a"])
+    assert math.isnan(found["x"][0]) and math.isnan(found["y"][0]) and seen == ["b"]
+    assert are_finite(images).tolist() == [False, True, False]
 
 
 def test_geneval_has_a_table_of_its_tasks(script: ModuleType, arguments: dict[str, Any], tmp_path: Path) -> None:

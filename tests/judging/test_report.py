@@ -8,6 +8,7 @@ import base64
 import io
 import json
 import re
+from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -63,10 +64,12 @@ def make_page(
     size: int = 8,
     prompts: list[str] = PROMPTS,
     names: tuple[str, str] = ("lora × 2", "<i>"),
+    remarks: Sequence[str] = (),
 ) -> str:
     """A report of 5 images of three models; the scores `(3, 5)` are by reward."""
     models = [EvaluatedModel("base"), *(EvaluatedModel(name, f"user/lora_{name}", 2.0) for name in names)]
-    store = Store(folder, {"model": "a/model", "seed": 0, "note": "</script>"}, models, images=5, batch_size=5)
+    settings = {"model": "a/model", "seed": 0, "note": "</script>"}
+    store = Store(folder, settings, models, images=5, batch_size=5, rewards=list(scores))
     store.create()
     for model, of_model in zip(models, zip(*scores.values(), strict=True), strict=True):
         images = [Image.new("RGB", (size, size), (40 * place, 7, 0)) for place in range(5)]
@@ -76,7 +79,7 @@ def make_page(
         reward: {model.name: line.reshape(len(prompts), -1) for model, line in zip(models, values, strict=True)}
         for reward, values in scores.items()
     }
-    return report_html(store, summarise(by_model, {}), by_model, prompts, limit)
+    return report_html(store, summarise(by_model, {}), by_model, prompts, limit, remarks)
 
 
 def make_scores() -> dict[str, torch.Tensor]:
@@ -165,6 +168,17 @@ def test_images_without_a_score_say_so_and_do_not_count_as_changes(tmp_path: Pat
     assert changes[PROMPTS[0]]["lora × 2/x"] == 0
     assert "x no score" in page.texts["span"] and len(page.texts["i"]) == 5 * 2 * 2 - 1
     assert "nan" not in " ".join(page.texts["span"] + page.texts["i"])
+
+
+def test_a_model_without_scores_does_not_lead_and_remarks_are_below_the_tables(tmp_path: Path) -> None:
+    scores = make_scores()
+    # The other model loses at every image, which is more than nothing.
+    scores["x"][1], scores["x"][2] = torch.nan, scores["x"][0] - torch.arange(1.0, 6.0)
+    page = Page(make_page(tmp_path, scores, limit=2, remarks=["lora × 2: no finite images, so it has <no> scores."]))
+    assert any("largest gains and losses of <i> in x" in each for each in page.texts["p"])
+    assert page.texts["h3"] == [PROMPTS[0], PROMPTS[4]] and "no scores" in page.texts["td"]
+    assert page.texts["li"] == ["lora × 2: no finite images, so it has <no> scores."]
+    assert not Page(make_page(tmp_path, make_scores())).all("ul")
 
 
 def test_several_images_of_a_prompt_are_numbered(tmp_path: Path) -> None:

@@ -106,6 +106,20 @@ def test_images_without_a_score_are_left_out_everywhere() -> None:
     assert summarise({"judge": {"base": torch.full((2, 1), nan, dtype=torch.float64)}}, {}) == []
 
 
+def test_a_model_without_scores_takes_none_from_the_others() -> None:
+    share = (normal(20, 2) > 0).double()
+    groups = {"x": {"one": list(range(10)), "two": list(range(10, 20))}}
+    whole = summarise({"x": {"base": share, "good": 1 - share}}, groups)
+    found = summarise({"x": {"base": share, "broken": torch.full_like(share, math.nan), "good": 1 - share}}, groups)
+    assert [found[0], found[2]] == whole and whole[0]["share"]
+    broken = {"score": None, "change": None, "win_rate": None, "groups": {}, "overall": None}
+    assert found[1] == {"reward": "x", "model": "broken", "share": True, "left_out": 0, **broken}
+    # Without the base model's scores there is nothing to compare with.
+    base, good = summarise({"x": {"base": torch.full_like(share, math.nan), "good": share}}, {})
+    assert base["score"] is None and good["score"] == whole[0]["score"]
+    assert good["change"] is None and good["win_rate"] is None
+
+
 def test_an_estimate_is_over_prompts_and_leaves_out_images_without_a_score() -> None:
     found = estimate([1.0, 2.0, 3.0, 5.0], 2)
     assert found["mean"] == 2.75 and 1.5 <= found["low"] < 2.75 < found["high"] <= 4.0

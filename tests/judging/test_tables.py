@@ -6,6 +6,7 @@
 
 import csv
 import io
+import math
 import re
 
 import torch
@@ -63,3 +64,27 @@ def test_csv_holds_every_number_of_the_records() -> None:
         line = next(x for x in lines if (x["reward"], x["model"]) == (record["reward"], record["model"]))
         assert float(line["mean"]) == record["score"]["mean"]
         assert [float(line["low"]), float(line["high"])] == record["score"]["interval"]
+
+
+def test_a_model_without_scores_has_a_line_that_says_so() -> None:
+    broken = torch.full((40, 1), math.nan, dtype=torch.float64)
+    scores = {"x": {"base": broken, "good": normal(40, 1)}, "clip": {"base": normal(40, 1), "good": broken}}
+    records = summarise(scores, {"clip": {"a": list(range(20)), "b": list(range(20, 40))}})
+    text = table_markdown(records, ["base: no finite images.", "good: a remark\nof two lines"])
+    assert text.endswith("\n\n- base: no finite images.\n- good: a remark of two lines\n")
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if "|" in line]
+    base, good = [line for line in lines if line[0] == "base"], [line for line in lines if line[0] == "good"]
+    assert base[0][1] == "no scores" != base[0][2] and good[0][2] == "no scores" != good[0][1]
+    # By group, then the change and the win rate, which need the scores of both.
+    assert good[1][1:] == ["no scores"] * 3 and "no scores" not in base[1]
+    assert good[2][1:] == good[3][1:] == ["no scores"] * 2
+    found = list(csv.DictReader(io.StringIO(table_csv(records))))
+    assert [line["mean"] for line in found if (line["reward"], line["model"]) == ("clip", "good")] == [""] * 4
+
+
+def test_names_of_users_stay_in_their_cells() -> None:
+    values = normal(4, 1)
+    text = table_markdown(summarise({"x": {"a|b\nc": values}}, {"x": {"of | two\nlines": [0, 1], "b": [2, 3]}}))
+    lines = [re.split(r"(?<!\\)\|", line)[1:-1] for line in text.splitlines() if line.startswith("|")]
+    assert {len(line) for line in lines[:3]} == {2} and {len(line) for line in lines[3:]} == {4}
+    assert lines[2][0].strip() == r"a\|b c" and lines[3][1].strip() == r"of \| two lines"

@@ -55,6 +55,11 @@ def to_pil(images: torch.Tensor) -> list[Image.Image]:
     return VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(images.nan_to_num()))
 
 
+def are_finite(images: torch.Tensor) -> torch.Tensor:
+    """Which images have neither NaNs nor infinities, `(B,)` bool, for `(B, ...)`."""
+    return images.isfinite().flatten(1).all(1)
+
+
 def frames(images: torch.Tensor, prompts: Sequence[str]) -> tuple[torch.Tensor, Sequence[str]]:
     """The arguments of a reward: images, or all frames of videos, with the prompt of each.
 
@@ -162,7 +167,7 @@ def _measure(images: torch.Tensor, prompt: str, rewards: Mapping[str, torch.nn.M
         of_reward |= {part: [] for part in parts}
         for image in images.split(1):
             # Rewards raise an error for values that are not finite; such an image has no score, as in training.
-            is_finite = bool(image.isfinite().all())
+            is_finite = bool(are_finite(image))
             of_reward[name].append(score_images(reward, image, [prompt]).item() if is_finite else math.nan)
             for part in parts:
                 of_reward[part].append(reward.last_scores[part].mean().item() if is_finite else math.nan)

@@ -4,48 +4,86 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """LoRAs side by side in one pipeline, and the scores of what it makes."""
 
+import math
+import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
-from safetensors import SafetensorError
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
 
 from ..inference import BaseForLast, lora_models
 from ..rewards import WeightedReward
-from .images import frames
+from ..rewards.loading import brief
+from .images import are_finite, frames
 from .models import EvaluatedModel, lora_file
 
 
-def load_loras(pipe: DiffusionPipeline, models: Sequence[EvaluatedModel], component: str) -> dict[str, str]:
-    """Load the LoRAs of all models; returns adapter names by source.
+def load_loras(
+    pipe: DiffusionPipeline, models: Sequence[EvaluatedModel], component: str
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Load the LoRAs of all models.
 
     Args:
         pipe: of the base model.
         models: to evaluate.
         component: name of the transformer that the LoRAs are for.
 
+    Returns:
+        Adapter names by source, and a remark on each source of which only some layers fit the pipeline.
+
     Raises:
         ValueError: for a LoRA that does not fit.
     """
     names: dict[str, str] = {}
+    remarks: dict[str, str] = {}
     for source in dict.fromkeys(model.lora for model in models if model.lora is not None):
         names[source] = name = f"lora_{len(names)}"
-        file = lora_file(source)
-        given = {"weight_name": file.name} if file is not None else {}
-        where = file.parent if file is not None else source
+        # A LoRA of the Hub is in its cache; offline, diffusers finds it there only with the name of its file.
+        file = lora_file(source) or lora_file(snapshot_download(source, allow_patterns="*.safetensors"))
+        given = {"adapter_name": name, "weight_name": file.name, "use_safetensors": True}
         try:
             # As train_flowbp.py saves them: pipelines without a LoRA loader have the LoRA in the transformer itself.
             if hasattr(pipe, "load_lora_weights") and component == "transformer":
-                pipe.load_lora_weights(where, adapter_name=name, use_safetensors=True, **given)
+                pipe.load_lora_weights(file.parent, **given)
             else:
-                part = getattr(pipe, component)
-                part.load_lora_adapter(where, adapter_name=name, prefix=None, use_safetensors=True, **given)
-        except (ValueError, RuntimeError, KeyError, SafetensorError) as error:
-            raise ValueError(f"--lora {source}: does not fit {type(pipe).__name__}: {error}") from error
+                getattr(pipe, component).load_lora_adapter(file.parent, prefix=None, **given)
+        except Exception as error:  # diffusers and peft raise a dozen unrelated types
+            raise ValueError(f"--lora {source}: does not fit {type(pipe).__name__}: {_misfit(error)}.") from error
         # LoRAs of other models are skipped with a warning by diffusers.
         if not any(name in part.peft_config for part in lora_models(pipe)):
             raise ValueError(f"--lora {source}: has no layer of this {type(pipe).__name__}'s transformer.")
-    return names
+        fitting, total = _count_layers(pipe, name), _layers_of(file)
+        if fitting < total:
+            remarks[source] = f"only {fitting} of its {total} layers fit {type(pipe).__name__}"
+    for part in lora_models(pipe):
+        # New layers are in training mode, where a LoRA's dropout would change the images at random.
+        part.eval()
+    return names, remarks
+
+
+def _count_layers(pipe: DiffusionPipeline, adapter: str) -> int:
+    """Layers of a pipeline, its text encoders included, that an adapter was loaded into."""
+    models = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    return sum(f".lora_A.{adapter}." in f".{name}" for part in models for name, _ in part.named_parameters())
+
+
+def _layers_of(file: Path) -> int:
+    """Layers of a LoRA's file, in the names of peft, of kohya's scripts or of diffusers before peft."""
+    with safe_open(file, framework="pt") as tensors:
+        return sum(bool(re.search(r"\.lora_A\.|\.lora_down\.|[._]lora\.down\.", name)) for name in tensors.keys())
+
+
+def _misfit(error: Exception) -> str:
+    """Why a LoRA cannot be loaded. torch's message has a line for each tensor of another shape."""
+    shape = r"torch\.Size\((\[[\d, ]*\])\)"
+    wrong = re.findall(rf"size mismatch for (\S+): .*?{shape}.*?{shape}", str(error))
+    if not wrong:
+        return brief(error)
+    name, found, expected = wrong[0]
+    return f"{len(wrong)} of its tensors have another shape, first {name} with {found}, expected {expected}"
 
 
 def use_model(
@@ -76,7 +114,9 @@ def use_model(
 def scores_by_reward(
     reward: torch.nn.Module, names: Sequence[str], images: torch.Tensor, prompts: Sequence[str]
 ) -> dict[str, list[float]]:
-    """B scores by reward.
+    """B scores by reward; NaN for images that are not finite and for those to which the reward gives no finite score.
+
+    The tables leave such images out and count them.
 
     Args:
         reward: of `load_reward`, for these names.
@@ -85,20 +125,20 @@ def scores_by_reward(
         prompts: B of them.
 
     Raises:
-        ValueError: for images that are not in [0, 1], and for scores that are infinite or of another shape.
+        ValueError: for finite images that are not in [0, 1].
     """
-    if bool(images.isnan().any()):
-        raise ValueError("Expected images in [0, 1], the pipeline made NaN; try another --mixed_precision.")
-    each, texts = frames(images, prompts)
+    found = {name: [math.nan] * len(images) for name in names}
+    # Rewards raise an error for images that are not finite; one model must not stop the evaluation of all.
+    places = are_finite(images).nonzero().flatten().tolist()
+    if not places:
+        return found
+    each, texts = frames(images[places], [prompts[place] for place in places])
     # Of several rewards load_reward makes a sum whose parts can be had alone.
     is_sum = isinstance(reward, WeightedReward) and list(reward.weights) == list(names)
     parts = reward.parts(each, texts) if is_sum else {names[0]: reward(each, texts)}
-    found = {}
     for name, values in parts.items():
-        # NaN is a judge's answer without a score; the tables leave such images out and count them.
-        if values.shape != (len(each),) or bool(values.isinf().any()):
-            raise ValueError(
-                f"reward {name}: expected {len(each)} finite scores, got {tuple(values.shape)}: {values.tolist()}."
-            )
-        found[name] = values.double().unflatten(0, (len(images), -1)).nanmean(1).tolist()
+        # NaN is a judge's answer without a score, and an infinite score is none either.
+        values = values.double().masked_fill(~values.isfinite(), math.nan)
+        for place, score in zip(places, values.unflatten(0, (len(places), -1)).nanmean(1).tolist(), strict=True):
+            found[name][place] = score
     return found

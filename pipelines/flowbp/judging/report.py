@@ -33,6 +33,7 @@ def report_html(
     scores: Mapping[str, Mapping[str, torch.Tensor]],
     prompts: Sequence[str],
     limit: int,
+    remarks: Sequence[str] = (),
 ) -> str:
     """The report as a page that needs no other file.
 
@@ -45,6 +46,7 @@ def report_html(
         scores: as given to `summarise`.
         prompts: P prompts.
         limit: number of images of each model in the report: those whose score changed most.
+        remarks: a line each, below the tables.
     """
     cards = _Cards(store, scores, prompts)
     shown = largest_changes(cards.changes(cards.rewards[0], cards.leader), limit)
@@ -67,6 +69,7 @@ def report_html(
         leader=cards.leader.name,
         cards=[cards.card(place) for place in shown],
         tables=tables(records),
+        remarks=remarks,
         described=_described(store.models),
         settings={
             name: value if isinstance(value, str) else json.dumps(value) for name, value in store.settings.items()
@@ -106,8 +109,12 @@ class _Cards:
             for reward in scores
             for model in self.others
         }
-        gains = {model: statistics.fmean(self.changes(self.rewards[0], model)) for model in self.others}
-        self.leader = max(gains, key=lambda model: gains[model])
+        self.leader = max(self.others, key=self._gain)
+
+    def _gain(self, model: EvaluatedModel) -> float:
+        """The mean change of the first reward; minus infinity for a model without scores, which cannot lead."""
+        changes = [change for change in self._changes[self.rewards[0], model.name] if not math.isnan(change)]
+        return statistics.fmean(changes) if changes else -math.inf
 
     def changes(self, reward: str, model: EvaluatedModel) -> list[float]:
         """By how much each image scores above the base model's; 0 for images without a score."""

@@ -24,58 +24,86 @@ GRID_PROMPTS = 8  # columns of grid.png: the first prompts, not chosen ones
 
 def write_results(
     store: Store,
-    rewards: Sequence[str],
     prompts: Sequence[str],
     groups: Mapping[str, Mapping[str, Sequence[int]]],
     seeds: Sequence[int],
     report_images: int,
-) -> str:
+) -> tuple[str, list[str]]:
     """Write scores.parquet, table.json, table.md, table.csv, report.html and grid.png.
 
     Args:
         store: with all batches finished.
-        rewards: names.
         prompts: all of them, in order.
         groups: `{reward: {group: places of its prompts}}`, of the rewards that have tables by group.
         seeds: of each image's noise.
         report_images: images of each model in the report.
 
     Returns:
-        The tables as Markdown, after a line for each reward that gave no scores.
+        The tables as Markdown, and the remarks below them: a line for each model or reward of which something is
+        missing.
 
     Raises:
         ValueError: no reward gave a score.
+        FileNotFoundError: the folder was removed or renamed.
     """
+    store.require()
     count = len(seeds) // len(prompts)
-    found = {model.name: store.scores(model) for model in store.models}
-    write_parquet(store.folder / "scores.parquet", _columns(store, found, rewards, prompts, groups, seeds))
+    found, not_finite = {}, {}
+    for model in store.models:
+        found[model.name], not_finite[model.name] = store.scores(model)
+    write_parquet(store.folder / "scores.parquet", _columns(store, found, prompts, groups, seeds))
     scores = {
         reward: {
             name: torch.tensor(values[reward], dtype=torch.float64).unflatten(0, (-1, count))
             for name, values in found.items()
         }
-        for reward in rewards
+        for reward in store.rewards
     }
     records = summarise(scores, groups)
-    without = sorted(set(rewards) - {record["reward"] for record in records})
+    scored = {record["reward"]: scores[record["reward"]] for record in records}
+    remarks = _remarks(store, scored, not_finite)
     if not records:
-        raise ValueError("Expected scores, got none from any reward; see scores.parquet.")
-    scores = {reward: values for reward, values in scores.items() if reward not in without}
-    tables = table_markdown(records)
-    content = json.dumps({"settings": store.settings, "records": records}, indent=2) + "\n"
+        raise ValueError(f"Expected scores, got none of any reward; see scores.parquet. {' '.join(remarks)}")
+    tables = table_markdown(records, remarks)
+    content = json.dumps({"settings": store.settings, "records": records, "remarks": remarks}, indent=2) + "\n"
     write_atomically(store.folder / "table.json", content)
     write_atomically(store.folder / "table.md", tables)
     write_atomically(store.folder / "table.csv", table_csv(records))
-    write_atomically(store.folder / "report.html", report_html(store, records, scores, prompts, report_images))
-    _draw_grid(store, found, rewards, prompts, count)
-    lines = [f"{reward} gave no image a score; it is left out of the tables." for reward in without]
-    return "\n".join([*lines, f"\n{len(prompts)} prompts, {count} images of each\n\n{tables}"])
+    report = report_html(store, records, scored, prompts, report_images, remarks)
+    write_atomically(store.folder / "report.html", report)
+    _draw_grid(store, found, list(scored), prompts, count)
+    return f"\n{len(prompts)} prompts, {count} images of each\n\n{tables}", remarks
+
+
+def _remarks(
+    store: Store, scored: Mapping[str, Mapping[str, torch.Tensor]], not_finite: Mapping[str, int]
+) -> list[str]:
+    """What a reader of the tables must know: layers that do not fit, and what is missing and why."""
+    told = []
+    for model in store.models:
+        name, count = model.name, not_finite[model.name]
+        if model.folder in store.remarks:
+            told.append(f"{name}: {store.remarks[model.folder]}.")
+        if count == store.images:
+            remedy = "another --mixed_precision" + (" or a smaller --lora_scale" if model.lora else "")
+            told.append(f"{name}: no finite images, so it has no scores; try {remedy}.")
+        elif count:
+            told.append(f"{name}: {count} of {store.images} images are not finite and have no scores.")
+        silent = [reward for reward, by_model in scored.items() if by_model[name].isnan().all()]
+        told += [f"{name}: no image has a score of {reward}." for reward in silent if count < store.images]
+    told += [
+        f"{reward}: no image has a score in all models; it is left out of the tables."
+        for reward in store.rewards
+        if reward not in scored
+    ]
+    return told + [
+        f"{name}: not in these tables, because this run's options do not name it." for name in store.left_out
+    ]
 
 
 def _columns(
     store: Store,
     found: Mapping[str, Mapping[str, list[float]]],
-    rewards: Sequence[str],
     prompts: Sequence[str],
     groups: Mapping[str, Mapping[str, Sequence[int]]],
     seeds: Sequence[int],
@@ -96,7 +124,9 @@ def _columns(
     if groups:
         group_of = {place: group for group, places in next(iter(groups.values())).items() for place in places}
         columns["group"] = [group_of[place // count] for place in places] * len(models)
-    return columns | {reward: [value for model in models for value in found[model.name][reward]] for reward in rewards}
+    for reward in store.rewards:
+        columns[reward] = [value for model in models for value in found[model.name][reward]]
+    return columns
 
 
 def _draw_grid(

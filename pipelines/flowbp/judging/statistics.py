@@ -89,7 +89,8 @@ def summarise(
 
     Args:
         scores: reward -> model -> `(P, m)` float64 scores; the first model is the base model. An image without a
-            score (NaN) in one model is left out in all models, so that they stay comparable.
+            score (NaN) in one model is left out in all models, so that they stay comparable. Models without any score
+            do not count for this.
         groups: reward -> group -> indices of its prompts, for rewards with a table by group (GenEval's tasks).
 
     Returns:
@@ -97,18 +98,20 @@ def summarise(
         1), `left_out` (number of images left out) and `score`. Models other than the base model also have `change`
         and `win_rate`, relative to the base model's images of the same noise. Rewards with groups also have `groups`,
         by name, and `overall`, the mean of the groups' means, as in GenEval. Each of these values is a dict of `mean`
-        and `interval` (95 %).
+        and `interval` (95 %), or None where a model or the base model has no scores.
 
         A reward for which every image is left out has no records.
     """
     records = []
     for reward, by_model in scores.items():
-        missing = torch.stack([values.isnan() for values in by_model.values()]).any(0)
+        without = [values.isnan() for values in by_model.values()]
+        missing = [of_model for of_model in without if not of_model.all()]
+        missing = torch.stack(missing or without).any(0)
         if bool(missing.all()):
             continue
         by_model = {name: values.masked_fill(missing, math.nan) for name, values in by_model.items()}
         base = next(iter(by_model.values()))
-        is_share = all(bool(((values == 0) | (values == 1) | missing).all()) for values in by_model.values())
+        is_share = all(bool(((values == 0) | (values == 1) | values.isnan()).all()) for values in by_model.values())
         for name, values in by_model.items():
             left_out = int(missing.sum())
             record: dict[str, Any] = {"reward": reward, "model": name, "share": is_share, "left_out": left_out}
@@ -122,16 +125,20 @@ def summarise(
     return records
 
 
-def _mean_and_interval(values: torch.Tensor) -> dict[str, Any]:
+def _mean_and_interval(values: torch.Tensor) -> dict[str, Any] | None:
     values = values[~values.isnan()]
+    if not len(values):
+        return None
     return {"mean": values.mean().item(), "interval": list(interval(values))}
 
 
 def _by_group(values: torch.Tensor, groups: Mapping[str, Sequence[int]]) -> dict[str, Any]:
     parts = {name: values[torch.tensor(indices)] for name, indices in groups.items()}
-    # A group without any score is left out; it is the same one for all models.
+    # A group without any score is left out; it is the same one for all models that have scores.
     parts = {name: part[~part.isnan()] for name, part in parts.items()}
     parts = {name: part for name, part in parts.items() if len(part)}
+    if not parts:
+        return {"groups": {}, "overall": None}
     # Prompts are resampled within their groups, by one generator, so that groups vary independently.
     generator = torch.Generator().manual_seed(0)
     means = torch.stack([_resampled_means(part, DRAWS, generator) for part in parts.values()]).mean(0)

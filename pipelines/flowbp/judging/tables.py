@@ -57,10 +57,10 @@ def tables(records: Sequence[Mapping[str, Any]]) -> list[Table]:
     scores = [column(reward, "score", models) for reward in rewards]
     result = [Table("Score: mean [95 % interval]", heads, [models, *scores])]
     for reward in rewards:
-        groups = found[reward, models[0]].get("groups", {})
-        columns = [
-            _cells([found[reward, model]["groups"][group] for model in models], is_share[reward]) for group in groups
-        ]
+        # A model without scores has no groups.
+        by_model = [found[reward, model].get("groups", {}) for model in models]
+        groups = list(dict.fromkeys(group for of_model in by_model for group in of_model))
+        columns = [_cells([of_model.get(group) for of_model in by_model], is_share[reward]) for group in groups]
         if columns:
             columns = [models, *columns, column(reward, "overall", models)]
             result.append(Table(f"{title[reward]} by group{unit[reward]}", ["", *groups, "overall"], columns))
@@ -73,16 +73,22 @@ def tables(records: Sequence[Mapping[str, Any]]) -> list[Table]:
     return result
 
 
-def _cells(estimates: Sequence[Mapping[str, Any]], is_share: bool, sign: str = "") -> list[str]:
-    """A column of `mean [low, high]`: shares in per cent, others to two digits of the widest interval's half width."""
+def _cells(estimates: Sequence[Mapping[str, Any] | None], is_share: bool, sign: str = "") -> list[str]:
+    """A column of `mean [low, high]`: shares in per cent, others to two digits of the widest interval's half width.
+
+    Where there is no estimate, it says `no scores`.
+    """
     factor, digits = (100, 1) if is_share else (1, 3)
-    halves = [(estimate["interval"][1] - estimate["interval"][0]) / 2 for estimate in estimates]
+    halves = [(estimate["interval"][1] - estimate["interval"][0]) / 2 for estimate in estimates if estimate]
     # The interval of equal values is wide by a rounding error only, which says nothing about digits.
     halves = [half for half in halves if half > 1e-6]
     if not is_share and halves:
         digits = min(max(1 - math.floor(math.log10(max(halves))), 0), 6)
     cells = []
     for estimate in estimates:
+        if estimate is None:
+            cells.append("no scores")
+            continue
         # Adding 0 turns -0.0 into 0.0.
         mean, low, high = (
             f"{round(factor * value, digits) + 0.0:{sign}.{digits}f}"
@@ -92,14 +98,23 @@ def _cells(estimates: Sequence[Mapping[str, Any]], is_share: bool, sign: str = "
     return cells
 
 
-def table_markdown(records: Sequence[Mapping[str, Any]]) -> str:
-    """All tables as Markdown, for records from `summarise`."""
-    return "\n\n".join(f"{table.caption}\n\n{_markdown(table)}" for table in tables(records)) + "\n"
+def table_markdown(records: Sequence[Mapping[str, Any]], remarks: Sequence[str] = ()) -> str:
+    """All tables as Markdown.
+
+    Args:
+        records: from `summarise`.
+        remarks: a line each, below the tables.
+    """
+    parts = [f"{table.caption}\n\n{_markdown(table)}" for table in tables(records)]
+    if remarks:
+        parts.append("\n".join(f"- {' '.join(remark.split())}" for remark in remarks))
+    return "\n\n".join(parts) + "\n"
 
 
 def _markdown(table: Table) -> str:
     """Columns are padded to equal widths, the first to the left and the others to the right."""
-    lines = [[cell.replace("|", r"\|") for cell in line] for line in (table.heads, *table.lines)]
+    # Names of models and groups are the user's.
+    lines = [[" ".join(cell.split()).replace("|", r"\|") for cell in line] for line in (table.heads, *table.lines)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     padded = []
     for first, *others in lines:
@@ -114,7 +129,7 @@ def table_csv(records: Sequence[Mapping[str, Any]]) -> str:
 
     Args:
         records: from `summarise`; a line for each of their measures: `score`, `change`, `win_rate`, `overall` and
-            `group NAME`.
+            `group NAME`. Numbers of models without scores are empty.
     """
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
@@ -123,5 +138,6 @@ def table_csv(records: Sequence[Mapping[str, Any]]) -> str:
         estimates = {name: record[name] for name in ("score", "change", "win_rate", "overall") if name in record}
         estimates |= {f"group {name}": estimate for name, estimate in record.get("groups", {}).items()}
         for name, estimate in estimates.items():
-            writer.writerow([record["reward"], record["model"], name, estimate["mean"], *estimate["interval"]])
+            numbers = ["", "", ""] if estimate is None else [estimate["mean"], *estimate["interval"]]
+            writer.writerow([record["reward"], record["model"], name, *numbers])
     return file.getvalue()
