@@ -20,15 +20,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import diffusers
-import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
-from flowbp.inference import call_arguments, saved_class, usual_size_multiple
+from flowbp.inference import call_arguments, saved_class
 from flowbp.training import Backbone
-from flowbp.training.model import LORA_FILE, freeze, missing_components
-from flowbp.training.prompt_embeds import group_offload_encoder, text_encoders
+from flowbp.training.model import LORA_FILE
 from flowbp.training.prompts import Record
 from flowbp.training.script import run_script, train_from_command_line
 from flowbp.verified_pipelines import VERIFIED_PIPELINES
@@ -52,6 +49,11 @@ class AnyPipeline(Backbone):
         "pipeline_arguments": {},
         "output_dir": Path("flowbp-lora"),
     }
+
+    @property
+    def transformer_name(self) -> str:
+        """Of several transformers, the one that `--lora_component` names."""
+        return self.config.lora_component
 
     # What guidance multiplies by is the pipeline's matter and not known here.
     is_guided = False
@@ -85,15 +87,6 @@ class AnyPipeline(Backbone):
             )
         super().check()
 
-    def size_multiple(self) -> int | None:
-        """Where VAE and transformer say it in the usual way."""
-
-        def config_of(part: str) -> dict[str, Any]:
-            component = getattr(diffusers, self.index.get(part, (None, ""))[1] or "", None)
-            return {} if component is None else component.load_config(self.model, subfolder=part, **self.source)
-
-        return usual_size_multiple(config_of("vae"), config_of(self.config.lora_component))
-
     def prompt_inputs(
         self, accelerator: Accelerator, records: Sequence[Record]
     ) -> Callable[[Sequence[Record]], dict[str, Any]]:
@@ -106,43 +99,11 @@ class AnyPipeline(Backbone):
 
         return inputs
 
-    def load_pipeline(self) -> DiffusionPipeline:
-        """The whole pipeline."""
-        config, parts = self.config, dict(missing_components(self.index))
-        if self.quantization_config is not None:
-            transformer_class = getattr(diffusers, self.index[config.lora_component][1])
-            parts[config.lora_component] = transformer_class.from_pretrained(
-                self.model,
-                subfolder=config.lora_component,
-                quantization_config=self.quantization_config,
-                use_safetensors=True,
-                **self.loading,
-            )
-        if config.flow_shift is not None:
-            parts["scheduler"] = FlowMatchEulerDiscreteScheduler(shift=config.flow_shift)
-        return self.pipeline_class.from_pretrained(
-            self.model, use_safetensors=True, trust_remote_code=False, **parts, **self.loading
-        )
-
-    def transformer(self, pipe: DiffusionPipeline) -> torch.nn.Module:
-        """The part that `--lora_component` names."""
-        return getattr(pipe, self.config.lora_component)
-
-    def place(self, pipe: DiffusionPipeline, device: torch.device) -> None:
-        """Text encoders may stay on the CPU."""
-        transformer, encoders = self.transformer(pipe), text_encoders(pipe)
-        for component in pipe.components.values():
-            if not isinstance(component, torch.nn.Module):
-                continue
-            freeze(component)
-            if self.config.group_offload and any(component is encoder for encoder in encoders):
-                group_offload_encoder(component, device)
-            elif component is not transformer:
-                component.to(device)
-        for module in transformer.modules():
-            # HiDream's experts: their code for evaluation runs without gradients, the other computes the same with.
-            if hasattr(module, "moe_infer"):
-                module.train()
+    def load(self, **components: Any) -> DiffusionPipeline:
+        """With `--flow_shift`, the scheduler that it asks for."""
+        shift = self.config.flow_shift
+        scheduler = {} if shift is None else {"scheduler": FlowMatchEulerDiscreteScheduler(shift=shift)}
+        return super().load(**scheduler, **components)
 
     def call(self, height: int, width: int) -> dict[str, Any]:
         """Size, steps and `--pipeline_arguments`, if the pipeline takes them."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
+from diffusers import FluxPipeline
 
 from flowbp.training import Backbone
 from flowbp.training.backbone import PROMPT_EMBEDS
@@ -31,7 +31,6 @@ class Flux(Backbone):
 
     name = "flux"
     pipeline_class = FluxPipeline
-    transformer_class = FluxTransformer2DModel
     text_components = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     defaults = {
         # The attention and feed-forward layers that diffusers' LoRA script for FLUX.1 trains.
@@ -55,11 +54,6 @@ class Flux(Backbone):
     def guidance_gain(self) -> float:
         """That of true guidance."""
         return self.config.true_cfg_scale if self.is_guided else 1.0
-
-    def size_multiple(self) -> int:
-        """The VAE's reduction times 2, because latents are packed two by two."""
-        vae = AutoencoderKL.load_config(self.model, subfolder="vae", **self.source)
-        return 2 ** len(vae["block_out_channels"])
 
     def encode(self, pipe: FluxPipeline, records: Sequence[Record], device: torch.device) -> Embeds:
         """Embeddings of CLIP (pooled) and T5."""

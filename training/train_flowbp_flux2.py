@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline, Flux2Transformer2DModel
+from diffusers import Flux2KleinPipeline
 
 from flowbp.training import Backbone
 from flowbp.training.backbone import PROMPT_EMBEDS
@@ -33,7 +33,6 @@ class Flux2Klein(Backbone):
 
     name = "flux2"
     pipeline_class = Flux2KleinPipeline
-    transformer_class = Flux2Transformer2DModel
     text_components = ("text_encoder", "tokenizer")
     defaults = {
         # The layers that diffusers' LoRA script for FLUX.2-Klein trains: attention of both kinds of blocks, and the
@@ -53,11 +52,6 @@ class Flux2Klein(Backbone):
     def is_guided(self) -> bool:
         """A distilled model ignores the guidance scale."""
         return self.config.guidance_scale > 1 and not self.index.get("is_distilled", False)
-
-    def size_multiple(self) -> int:
-        """The VAE's reduction times 2, because latents are packed two by two."""
-        vae = AutoencoderKLFlux2.load_config(self.model, subfolder="vae", **self.source)
-        return 2 ** len(vae["block_out_channels"])
 
     def encode(self, pipe: Flux2KleinPipeline, records: Sequence[Record], device: torch.device) -> Embeds:
         """With the pipeline's own choice of the text encoder's layers, as at inference."""

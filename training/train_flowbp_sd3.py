@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 
 from flowbp.training import Backbone
 from flowbp.training.backbone import PROMPT_EMBEDS
-from flowbp.training.model import missing_components
 from flowbp.training.prompt_embeds import Embeds
 from flowbp.training.prompts import Record
 from flowbp.training.script import run_script, train_from_command_line
@@ -32,7 +31,6 @@ class SD3(Backbone):
 
     name = "sd3"
     pipeline_class = StableDiffusion3Pipeline
-    transformer_class = SD3Transformer2DModel
     text_components = tuple("text_encoder tokenizer text_encoder_2 tokenizer_2 text_encoder_3 tokenizer_3".split())
     defaults = {
         # The attention layers that diffusers' LoRA script for SD3 trains.
@@ -48,26 +46,11 @@ class SD3(Backbone):
         "output_dir": Path("sd3-flowbp-lora"),
     }
 
-    def size_multiple(self) -> int:
-        """The VAE's reduction times the transformer's patch size."""
-        vae = AutoencoderKL.load_config(self.model, subfolder="vae", **self.source)
-        transformer = SD3Transformer2DModel.load_config(self.model, subfolder="transformer", **self.source)
-        return 2 ** (len(vae["block_out_channels"]) - 1) * transformer["patch_size"]
-
     def load_text_pipeline(self) -> StableDiffusion3Pipeline:
         """Without T5 the pipeline takes the width of the zeros in its place from the transformer's config."""
-        config = SD3Transformer2DModel.load_config(self.model, subfolder="transformer", **self.source)
         with torch.device("meta"):
-            shape = SD3Transformer2DModel.from_config(config)
-        return StableDiffusion3Pipeline.from_pretrained(
-            self.model,
-            transformer=shape,
-            vae=None,
-            use_safetensors=True,
-            trust_remote_code=False,
-            **missing_components(self.index),
-            **self.loading,
-        )
+            shape = SD3Transformer2DModel.from_config(self.saved.config("transformer"))
+        return self.load(transformer=shape, vae=None)
 
     def encode(self, pipe: StableDiffusion3Pipeline, records: Sequence[Record], device: torch.device) -> Embeds:
         """Embeddings of the conditional branch; those of the unconditional one are the negative prompt's."""

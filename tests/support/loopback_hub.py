@@ -36,6 +36,7 @@ ENDPOINTS = {
     "lfs-verify": ("POST", r"/lfs/([0-9a-f]{64})/verify"),
     "commit": ("POST", r"/api/models/([^/]+/[^/]+)/commit/main"),
     "info": ("GET", r"/api/models/([^/]+/[^/]+)(?:/revision/[^/]+)?"),
+    "tree": ("GET", r"/api/models/([^/]+/[^/]+)/tree/[^/]+"),
     "head": ("HEAD", r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)"),
     "get": ("GET", r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)"),
 }
@@ -199,7 +200,7 @@ class _Handler(BaseHTTPRequestHandler):
             hub.objects[words[0]] = body
             return 200, {}, {}
         token = self.headers.get("Authorization")
-        if token != f"Bearer {GOOD_TOKEN}" and (token is not None or name not in ("info", "head", "get")):
+        if token != f"Bearer {GOOD_TOKEN}" and (token is not None or name not in ("info", "tree", "head", "get")):
             message = "Invalid credentials in Authorization header" if token else "Invalid username or password."
             return 401, {"error": message}, {"X-Error-Message": message}
         if hub.read_only and name in ("create", "auth-check", "preupload", "lfs-batch", "commit"):
@@ -260,6 +261,13 @@ class _Handler(BaseHTTPRequestHandler):
         siblings = [{"rfilename": name} for name in sorted(repository.files)]
         commit = repository.commits[-1] if repository.commits else "0" * 40
         return 200, {"id": words[0], "modelId": words[0], "sha": commit, "siblings": siblings, "private": False}, {}
+
+    def _tree(self, repository: Repository, words: tuple[str, ...], body: bytes) -> tuple[int, Any, dict]:
+        files = [
+            {"type": "file", "path": name, "size": len(data), "oid": repository.object_id(name)}
+            for name, data in sorted(repository.files.items())
+        ]
+        return 200, files, {}
 
     def _get(self, repository: Repository, words: tuple[str, ...], body: bytes) -> tuple[int, Any, dict]:
         _, name = words

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import httpx2
 import torch
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import (
@@ -27,6 +28,9 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError
 
 T = TypeVar("T")
+
+# What the Hub's client raises; HfHubHTTPError is an OSError, the network's own errors are TransportErrors.
+HUB_ERRORS = (OSError, httpx2.TransportError, HFValidationError, EntryNotFoundError, RevisionResolutionError)
 
 # Files of a tokenizer's repository, in the old layout and the new one.
 TOKENIZER_FILES = ("tokenizer*.json", "tokenizer.model", "vocab.*", "merges.txt", "special_tokens_map.json")
@@ -84,8 +88,7 @@ def find_files(source: Source, model_path: Path | None = None) -> Path:
                     source.repo_id, revision=source.revision, allow_patterns=[*source.required, *source.patterns]
                 )
             )
-        except (OSError, HFValidationError, EntryNotFoundError, RevisionResolutionError) as error:
-            # HfHubHTTPError and the network's own errors are OSErrors.
+        except HUB_ERRORS as error:
             raise _missing(source, hub_reason(error)) from error
     absent = [name for name in _expected(source, folder) if not (folder / name).is_file()]
     if absent:
@@ -215,7 +218,7 @@ def hub_reason(error: Exception) -> str:
         return "no such repository, or a private one"
     if isinstance(error, RevisionNotFoundError):
         return "no such revision"
-    if isinstance(error, LocalEntryNotFoundError | RevisionResolutionError):
+    if isinstance(error, LocalEntryNotFoundError | RevisionResolutionError | httpx2.TransportError):
         return "the files are not in the cache and the Hub cannot be reached (offline?)"
     if isinstance(error, HfHubHTTPError):
         return f"the Hub answered {error.response.status_code}"

@@ -10,13 +10,15 @@ from typing import Any, ClassVar
 
 import torch
 from accelerate import Accelerator
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, PipelineQuantizationConfig
 from diffusers.training_utils import _collate_lora_metadata
 
+from ..inference import usual_size_multiple
 from .config import TrainingConfig
-from .model import WEIGHT_DTYPES, freeze, load_pipeline_config, load_quantization_config, missing_components
-from .prompt_embeds import Embeds, prepare_prompt_embeds
+from .model import WEIGHT_DTYPES, freeze, load_quantization_config, missing_components
+from .prompt_embeds import Embeds, group_offload_encoder, prepare_prompt_embeds, text_encoders
 from .prompts import Record
+from .saved_pipeline import SavedPipeline
 
 # What backbones have that encode prompts apart from the pipeline's call.
 PROMPT_EMBEDS = {
@@ -38,10 +40,10 @@ class Backbone:
     Attributes:
         name: whose defaults the options of the methods have, one of `methods.BACKBONES`.
         pipeline_class: of the saved model; `DiffusionPipeline` for any.
-        transformer_class: that is loaded on its own, because it may be quantised.
         text_components: of the pipeline, which the training frees or keeps apart.
         defaults: of the options that depend on the backbone; those that it does not name it does not have.
-        index: the model's `model_index.json`.
+        saved: the pipeline that the config names.
+        index: its `model_index.json`.
         notes: lines for the user, told when the run begins.
 
     Raises:
@@ -50,20 +52,20 @@ class Backbone:
 
     name: ClassVar[str]
     pipeline_class: type[DiffusionPipeline]
-    transformer_class: ClassVar[type[torch.nn.Module]]
     text_components: ClassVar[tuple[str, ...]] = ()
     defaults: ClassVar[Mapping[str, Any]]
 
     def __init__(self, config: TrainingConfig) -> None:
         self.config = config
-        self.model = config.pretrained_model_name_or_path
-        self.source = {"revision": config.revision}
         self.notes: list[str] = []
-        dtype = WEIGHT_DTYPES[config.mixed_precision]
-        self.loading = {"variant": config.variant, "dtype": dtype, **self.source}
-        self.index = load_pipeline_config(self.pipeline_class, self.model, self.source)
+        self.dtype = WEIGHT_DTYPES[config.mixed_precision]
+        self.saved = SavedPipeline(
+            self.pipeline_class, config.pretrained_model_name_or_path, config.revision, config.variant
+        )
+        self.index = self.saved.index
         self.check()
-        self.quantization_config = load_quantization_config(config.quantization_config_path, dtype)
+        self.quantization_config = load_quantization_config(config.quantization_config_path, self.dtype)
+        self.saved.check_folder()
 
     def check(self) -> None:
         """Refuse what configs alone show to be wrong.
@@ -94,22 +96,20 @@ class Backbone:
         """The factor on the conditional branch's gradient, which `undo_guidance` divides the loss by."""
         return self.config.guidance_scale if self.is_guided else 1.0
 
+    @property
+    def transformer_name(self) -> str:
+        """The component that gets the LoRA."""
+        return "transformer"
+
     def size_multiple(self) -> int | None:
-        """What heights and widths must be a multiple of, in pixels; None if it is not known."""
-        return None
+        """What heights and widths must be a multiple of, in pixels; None where the configs do not say it as usual."""
+        return usual_size_multiple(self.saved.config("vae"), self.saved.config(self.transformer_name))
 
     # Prompts.
 
     def load_text_pipeline(self) -> DiffusionPipeline:
         """The pipeline with text encoders and tokenizers alone."""
-        return self.pipeline_class.from_pretrained(
-            self.model,
-            transformer=None,
-            vae=None,
-            use_safetensors=True,
-            trust_remote_code=False,
-            **self.loading,
-        )
+        return self.load(transformer=None, vae=None)
 
     def key(self, record: Record) -> str:
         """What a record's embeddings depend on: the name under which they are kept."""
@@ -142,35 +142,51 @@ class Backbone:
 
     def load_pipeline(self) -> DiffusionPipeline:
         """The pipeline that samples, without its text encoders; on the CPU, but for quantised weights."""
-        transformer = self.transformer_class.from_pretrained(
-            self.model,
-            subfolder="transformer",
-            quantization_config=self.quantization_config,
-            use_safetensors=True,
-            **self.loading,
-        )
-        without = {**missing_components(self.index), **dict.fromkeys(self.text_components)}
+        quantization = None
+        if self.quantization_config is not None:
+            quantization = PipelineQuantizationConfig(quant_mapping={self.transformer_name: self.quantization_config})
+        return self.load(**dict.fromkeys(self.text_components), quantization_config=quantization)
+
+    def load(self, **components: Any) -> DiffusionPipeline:
+        """The saved pipeline, its files checked first.
+
+        Args:
+            components: to use in place of the saved ones, None for those to leave out; options of `from_pretrained`.
+
+        Raises:
+            ValueError, OSError: see `SavedPipeline.fetch`.
+        """
         return self.pipeline_class.from_pretrained(
-            self.model,
-            transformer=transformer,
+            self.saved.fetch(),
+            variant=self.config.variant,
+            dtype=self.dtype,
             use_safetensors=True,
             trust_remote_code=False,
-            **without,
-            **self.loading,
+            **{**missing_components(self.index), **components},
         )
 
     def transformer(self, pipe: DiffusionPipeline) -> torch.nn.Module:
         """The part of the pipeline that gets the LoRA."""
-        return pipe.transformer
+        return getattr(pipe, self.transformer_name)
 
     def place(self, pipe: DiffusionPipeline, device: torch.device) -> None:
-        """Freeze all modules, and move all to the device but the transformer, which may be sharded first."""
-        transformer = self.transformer(pipe)
+        """Freeze all modules, and move all to the device but the transformer, which may be sharded first.
+
+        Text encoders that are still in the pipeline may stay on the CPU.
+        """
+        transformer, encoders = self.transformer(pipe), text_encoders(pipe)
         for component in pipe.components.values():
-            if isinstance(component, torch.nn.Module):
-                freeze(component)
-                if component is not transformer:
-                    component.to(device)
+            if not isinstance(component, torch.nn.Module):
+                continue
+            freeze(component)
+            if self.config.group_offload and any(component is encoder for encoder in encoders):
+                group_offload_encoder(component, device)
+            elif component is not transformer:
+                component.to(device)
+        for module in transformer.modules():
+            # HiDream's experts: their code for evaluation runs without gradients, the other computes the same with.
+            if hasattr(module, "moe_infer"):
+                module.train()
 
     def call(self, height: int, width: int) -> dict[str, Any]:
         """Arguments of every call of the pipeline, in training, evaluation and validation, for images of a size.

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE as LORA_FILE
 from diffusers.quantizers.auto import DiffusersAutoQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
@@ -25,34 +24,11 @@ __all__ = [
     "WEIGHT_DTYPES",
     "add_lora",
     "freeze",
-    "load_pipeline_config",
     "load_quantization_config",
     "missing_components",
 ]
 
 WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-def load_pipeline_config(pipeline: type[DiffusionPipeline], model: str, source: Mapping[str, Any]) -> dict[str, Any]:
-    """The `model_index.json` of a saved pipeline.
-
-    Args:
-        pipeline: its class; `DiffusionPipeline` for any.
-        model: folder or Hub id.
-        source: `revision`.
-
-    Raises:
-        ValueError: for a pipeline of another class.
-        OSError: where there is none.
-    """
-    config = DiffusionPipeline.load_config(model, **source)
-    name = config.get("_class_name") if isinstance(config, Mapping) else None
-    # A list is diffusers' mark of code that comes with the model.
-    if not isinstance(name, str) or (pipeline is not DiffusionPipeline and name != pipeline.__name__):
-        others = "train_flowbp.py takes any pipeline of diffusers that can be recorded"
-        remedy = "choose another model" if pipeline is DiffusionPipeline else others
-        raise ValueError(f"{model}: expected a saved {pipeline.__name__}, got {name}; {remedy}.")
-    return config
 
 
 def missing_components(config: Mapping[str, Any]) -> dict[str, None]:
