@@ -18,6 +18,7 @@ from tiny_sd3 import tiny_sd3_pipeline
 from updates_by_hand import do_update, make_config, make_state
 
 from flowbp.training.checkpoints import CheckpointError, find_checkpoint, write_folder
+from flowbp.training.reports import read_log
 from flowbp.training.saved_state import check_saved_state
 from flowbp.training.state import TrainingState, save_files
 
@@ -250,3 +251,14 @@ def first(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
 def test_a_file_that_was_never_written(written: Path, name: str) -> None:
     expected = f"{name}.safetensors: expected a file, found "
     assert_refused(written, expected, lambda folder: (folder / f"{name}.safetensors").unlink())
+
+
+def test_a_damaged_log_is_no_obstacle(tmp_path: Path) -> None:
+    entries = [{"step": step, "reward": reward, "seconds": 0.5} for step, reward in ((1, 0.5), (2, None), (3, 1.0))]
+    lines = [json.dumps(entry).encode() for entry in entries]
+    wrong = [b"null", b"[1]", b'"step"', b"{}", b'{"step": "1"}', b'{"step": 1, "reward": 2}', b"[" * 100_000]
+    # What a machine without power leaves.
+    wrong += [b"\0" * 99, b"\xff\xfe", lines[0][:20]]
+    (tmp_path / "log.jsonl").write_bytes(b"\n".join([lines[0], *wrong, lines[1], b"", lines[2]]))
+    assert read_log(tmp_path / "log.jsonl", 2) == entries[:2]
+    assert read_log(tmp_path / "absent.jsonl", 2) == []

@@ -8,6 +8,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,14 +50,12 @@ def read_log(path: Path, last: int) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     entries = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        # A killed run leaves a part of a line, a machine without power also bytes that nobody wrote.
+        with suppress(ValueError, TypeError, KeyError, RecursionError):
             entry = json.loads(line)
-        except json.JSONDecodeError:
-            # The line that a killed run was writing.
-            continue
-        if entry["step"] <= last:
-            entries.append(entry)
+            if 0 < entry["step"] <= last and entry["seconds"] >= 0 and "reward" in entry:
+                entries.append(entry)
     return entries
 
 
