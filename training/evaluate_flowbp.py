@@ -349,6 +349,7 @@ def draw_and_score(
         store.add_remarks(remarks)
     progress = tqdm(batches, unit="batch", disable=not accelerator.is_main_process)
     current: EvaluatedModel | None = None
+    told: EvaluatedModel | None = None
     for model, batch in progress:
         if model is not current:
             callback, current = use_model(pipe, model, adapters, plan.config.num_inference_steps), model
@@ -364,8 +365,12 @@ def draw_and_score(
         # What a pipeline or reward draws besides the given noise depends on the batch alone.
         torch.manual_seed(plan.seed_of(places[0]))
         images = pipe(prompt=prompts, generator=noise, **arguments)[0].float()
+        not_finite = int((~are_finite(images)).sum())
+        if not_finite and model is not told:
+            progress.write(f"{model.name}: {not_finite} of {len(prompts)} images are not finite.", file=sys.stderr)
+            told = model
         scores = scores_by_reward(reward, plan.rewards, images, prompts)
-        store.add(model, batch, to_pil(images), scores, not_finite=int((~are_finite(images)).sum()))
+        store.add(model, batch, to_pil(images), scores, not_finite)
 
 
 @torch.no_grad()

@@ -245,17 +245,19 @@ def test_a_lora_without_finite_images_is_told_and_the_others_are_evaluated(
     script: ModuleType, arguments: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # At this scale the LoRA's products overflow.
-    words = command_line(arguments, lora_scale=[1, 1e30], batch_size=6)
+    words = command_line(arguments, lora_scale=[1, 1e30], batch_size=3)
     script.main(words)
     folder, told = arguments["output_dir"], "one × 1e+30: no finite images, so it has no scores"
     assert all(math.isnan(score) for score in scores_of(folder, "one × 1e+30"))
     captured = capsys.readouterr()
     assert told in captured.err and told in captured.out
+    # Once while it draws, too.
+    assert captured.err.count("one × 1e+30: 3 of 3 images are not finite.") == 1
     assert told in (folder / "table.md").read_text() and told in (folder / "report.html").read_text()
     records = {record["model"]: record for record in json.loads((folder / "table.json").read_text())["records"]}
     assert records["one × 1e+30"]["score"] is None and records["base"]["left_out"] == 0
     # The same numbers as without it.
-    script.main(command_line(arguments, lora_scale=[1, 0.5], batch_size=6, output_dir=tmp_path / "other"))
+    script.main(command_line(arguments, lora_scale=[1, 0.5], batch_size=3, output_dir=tmp_path / "other"))
     other = json.loads((tmp_path / "other" / "table.json").read_text())["records"]
     assert [records["base"], records["one × 1"]] == other[:2]
 
@@ -268,12 +270,12 @@ def test_a_lora_without_finite_images_is_told_and_the_others_are_evaluated(
     script.main(words)
     captured = capsys.readouterr()
     line = "Batch 0 of one × 1 is drawn again: images/one_1/000000.png is missing, empty or cut.\n"
-    assert line in captured.err and "Resuming: 2 of 3 batches" in captured.out
+    assert line in captured.err and "Resuming: 5 of 6 batches" in captured.out
     assert content_of(folder) == before
     changed = [path.parent.name for path, time in times.items() if path.stat().st_mtime_ns != time]
     assert changed == ["one_1"]
     # A run that names fewer models says so in its tables.
-    script.main(command_line(arguments, lora_scale=[1e30], batch_size=6))
+    script.main(command_line(arguments, lora_scale=[1e30], batch_size=3))
     assert "- one × 1: not in these tables" in (folder / "table.md").read_text()
 
 
