@@ -2,45 +2,19 @@
 #
 # Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
-"""Seeds, the LoRA, quantisation configs, stages and processes."""
+"""The model of a run: its LoRA, quantisation configs, and the processes that it runs in."""
 
-import argparse
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tiny_sd3 import tiny_sd3_pipeline
+from updates_by_hand import make_config
 
-from flowbp.training.model import add_lora, load_quantization_config, missing_components
-from flowbp.training.seeds import derive_seed, make_generator
+from flowbp.training import TrainingConfig
+from flowbp.training.model import add_lora, freeze, load_quantization_config, missing_components
 from flowbp.training.setup import make_accelerator
-from flowbp.training.stages import StageMeter
-
-
-def test_seeds_are_distinct():
-    seeds = {
-        derive_seed(purpose, seed, update, part, rank)
-        for purpose in ("noise", "surrogate", "copies", "reward")
-        for seed in range(4)
-        for update in range(40)
-        for part in range(4)
-        for rank in range(4)
-    }
-    assert len(seeds) == 4 * 4 * 40 * 4 * 4
-    assert all(0 <= seed < 2**63 for seed in seeds)
-    assert derive_seed("noise", 1, 11) != derive_seed("noise", 11, 1)
-
-
-def test_seeds_never_change():
-    # A resumed run draws what the first one would have drawn, so these are part of the checkpoint format.
-    assert derive_seed("noise", 0, 0) == 828296919176696148
-    assert derive_seed("lora", 7) == 9111166230886480329
-
-
-def test_generators_are_the_seed_s():
-    first, again = make_generator("noise", 3), make_generator("noise", 3)
-    assert torch.equal(torch.randn(4, generator=first), torch.randn(4, generator=again))
-    assert first.initial_seed() == derive_seed("noise", 3) and first.device.type == "cpu"
 
 
 def test_missing_components():
@@ -56,21 +30,23 @@ def test_missing_components():
 # The LoRA.
 
 
-def lora_arguments(**changes: object) -> argparse.Namespace:
+def lora_config(**changes: Any) -> TrainingConfig:
     values = {"rank": 3, "lora_alpha": 6, "lora_layers": "attn.to_q, attn.to_out.0", "seed": 1}
-    return argparse.Namespace(**{**values, **changes})
+    return make_config(Path("run"), **{**values, **changes})
+
+
+def trained_of(transformer: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    return {name: parameter for name, parameter in transformer.named_parameters() if parameter.requires_grad}
 
 
 def test_the_lora_is_float32_on_a_frozen_model_of_another_dtype():
     transformer = tiny_sd3_pipeline(torch.bfloat16).transformer.requires_grad_(False)
     before = {name: parameter.clone() for name, parameter in transformer.named_parameters()}
-    parameters = add_lora(transformer, lora_arguments())
-    named = dict(transformer.named_parameters())
-    trained = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
-    assert [id(parameter) for parameter in parameters] == [id(parameter) for parameter in trained.values()]
+    add_lora(transformer, lora_config())
+    named, trained = dict(transformer.named_parameters()), trained_of(transformer)
     # Two blocks, two layers of each, two matrices of each.
     assert len(trained) == 8 and all(".attn.to_" in name and ".lora_" in name for name in trained)
-    assert all(parameter.dtype == torch.float32 for parameter in parameters)
+    assert all(parameter.dtype == torch.float32 for parameter in trained.values())
     assert all(parameter.abs().max() == 0 for name, parameter in trained.items() if "lora_B" in name)
     frozen = {name.replace(".base_layer", ""): value for name, value in named.items() if name not in trained}
     assert frozen.keys() == before.keys()
@@ -82,7 +58,8 @@ def test_the_lora_s_start_is_the_seed_s():
     def start(seed: int) -> list[torch.Tensor]:
         transformer = tiny_sd3_pipeline(torch.float32).transformer.requires_grad_(False)
         torch.rand(7)  # The global generator's state must not matter.
-        return add_lora(transformer, lora_arguments(seed=seed))
+        add_lora(transformer, lora_config(seed=seed))
+        return list(trained_of(transformer).values())
 
     first, again, other = start(1), start(1), start(2)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
@@ -91,8 +68,14 @@ def test_the_lora_s_start_is_the_seed_s():
 
 def test_layers_that_no_transformer_has_are_refused():
     transformer = tiny_sd3_pipeline(torch.float32).transformer
-    with pytest.raises(ValueError, match="to_nowhere"):
-        add_lora(transformer, lora_arguments(lora_layers="to_nowhere"))
+    with pytest.raises(ValueError, match="--lora_layers to_nowhere: .* Its linear layers are called .*to_q"):
+        add_lora(transformer, lora_config(lora_layers="to_nowhere"))
+
+
+def test_freezing_switches_gradients_and_dropout_off():
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Dropout())
+    assert freeze(module) is module and not module[1].training
+    assert not any(parameter.requires_grad for parameter in module.parameters())
 
 
 # Quantisation configs.
@@ -133,54 +116,22 @@ def test_bitsandbytes_without_a_gpu_is_refused_before_a_model_is_loaded(tmp_path
         load_quantization_config(path, torch.bfloat16)
 
 
-# Pictures and stages.
-
-
-def test_stages_add_up(monkeypatch: pytest.MonkeyPatch):
-    now = [100.0]
-    monkeypatch.setattr("time.perf_counter", lambda: now[0])
-    meter = StageMeter(torch.device("cpu"))
-    for stage, seconds in (("rollout", 2), ("rollout", 1), ("sweep", 4), ("rollout", 8), (None, 16), ("sweep", 32)):
-        meter.mark(stage)
-        now[0] += seconds
-    # The last stage has not ended.
-    assert meter.seconds == {"rollout": 11, "sweep": 4} and meter.peaks == {}
-    lines = meter.table().splitlines()
-    assert [line.split() for line in lines[:4]] == [
-        ["stage", "seconds", "peak", "GiB"],
-        ["rollout", "11.00", "-"],
-        ["sweep", "4.00", "-"],
-        ["update", "15.00"],
-    ]
-    assert lines[4].startswith("peak of the whole process, loading included: ")
-
-
 # Processes.
 
 
-def run_arguments(folder: Path, **changes: object) -> argparse.Namespace:
-    values = {
-        "output_dir": folder / "run",
-        "logging_dir": "logs",
-        "report_to": "none",
-        "dry_run": False,
-        "allow_tf32": False,
-        "hub_model_id": None,
-        "push_to_hub": False,
-    }
-    return argparse.Namespace(**{**values, **changes})
+def test_the_model_is_cast_by_hand_without_autocast(tmp_path: Path):
+    accelerator = make_accelerator(make_config(tmp_path / "run", mixed_precision="fp16"))
+    assert accelerator.mixed_precision == "no" and accelerator.num_processes == 1
 
 
-@pytest.mark.parametrize("dry_run", [False, True])
-def test_the_output_folder_is_made_unless_nothing_is_to_be_written(tmp_path: Path, dry_run: bool):
-    args = run_arguments(tmp_path, dry_run=dry_run)
-    accelerator = make_accelerator(args)
-    assert args.output_dir.exists() == (not dry_run) and accelerator.num_processes == 1
-    assert accelerator.mixed_precision == "no" and args.hub_model_id == "run"
+@pytest.mark.parametrize("allow_tf32", [True, False])
+def test_tf32_is_allowed_where_that_is_asked_for(tmp_path: Path, allow_tf32: bool):
+    make_accelerator(make_config(tmp_path / "run", allow_tf32=allow_tf32))
+    assert torch.backends.cuda.matmul.allow_tf32 == allow_tf32
 
 
 def test_another_number_of_processes_than_were_started_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="expected 2 processes .*accelerate runs 1; on CPUs set ACCELERATE_USE_CPU"):
-        make_accelerator(run_arguments(tmp_path))
+        make_accelerator(make_config(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
