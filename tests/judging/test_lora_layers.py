@@ -1,0 +1,51 @@
+# Copyright 2026 The FlowBP for diffusers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+"""LoRAs of which only some layers fit, or none: what `load_loras` says."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_sd3 import save_random_lora, tiny_sd3_pipeline
+
+from flowbp.judging.loras import load_loras
+from flowbp.judging.models import EvaluatedModel
+from flowbp.publishing.published_files import LORA_FILE
+
+State = dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory: pytest.TempPathFactory) -> State:
+    folder = save_random_lora(tiny_sd3_pipeline(torch.float32), tmp_path_factory.mktemp("lora"), seed=1)
+    return load_file(folder / LORA_FILE)
+
+
+def load(folder: Path, state: State) -> tuple[dict[str, str], dict[str, str]]:
+    save_file(state, folder / LORA_FILE)
+    return load_loras(tiny_sd3_pipeline(torch.float32), [EvaluatedModel("a", str(folder))], "transformer")
+
+
+def test_a_lora_that_fits_needs_no_remark(lora: State, tmp_path: Path):
+    assert load(tmp_path, lora) == ({str(tmp_path): "lora_0"}, {})
+
+
+def test_layers_that_nothing_takes_are_counted(lora: State, tmp_path: Path):
+    renamed = {name.replace(".0.attn.to_k", ".7.attn.to_k"): value for name, value in lora.items()}
+    _, remarks = load(tmp_path, renamed)
+    count = len(lora) // 2
+    assert remarks == {str(tmp_path): f"only {count - 1} of its {count} layers fit StableDiffusion3Pipeline"}
+
+
+def test_another_width_is_one_short_line(lora: State, tmp_path: Path):
+    wide = {name: torch.cat([value, value], 1) if "lora_A" in name else value for name, value in lora.items()}
+    with pytest.raises(
+        ValueError, match=r"of its tensors have another shape, first .*lora_A.* with \[2, 32\]"
+    ) as caught:
+        load(tmp_path, wide)
+    message = str(caught.value)
+    assert message.startswith(f"--lora {tmp_path}: does not fit StableDiffusion3Pipeline: {len(lora) // 2} of its")
+    assert message.endswith("expected [2, 16].") and "\n" not in message
