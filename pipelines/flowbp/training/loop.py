@@ -10,7 +10,6 @@ from contextlib import ExitStack
 import torch
 
 from ..callback import FlowBPCallback
-from ..judging.images import score_images
 from ..rewards import part_means
 from .backbone import Backbone
 from .config import TrainingConfig
@@ -111,7 +110,7 @@ def one_update(run: Run, update: int) -> StageMeter:
                 noise = sample_generators("noise", config.seed, update, places)
                 images.append(run.sampling.images(inputs, noise, run.sampling.size(update, index)))
         out = callback.backward(
-            lambda part, prompts: score_images(run.rewards.training, part.float(), prompts),
+            run.rewards.scoring,
             torch.cat(images),
             [record.prompt for record in records],
             objective=run.objective,

@@ -4,12 +4,13 @@
 # the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
 """The rewards of a run: what trains, what judges, and the prompts of the evaluation."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from ..judging.images import score_images
 from ..rewards import check_prompts, load_reward, option_names, part_names, reward_spec
 from ..rewards.loading import parse_model_paths
 from .config import TrainingConfig
@@ -42,6 +43,16 @@ class RunRewards:
     def __iter__(self) -> Iterator[torch.nn.Module]:
         """The modules."""
         return iter(module for module in (self.training, self.plain, self.held_out) if module is not None)
+
+    @property
+    def scoring(self) -> Callable[[torch.Tensor, Sequence[str]], torch.Tensor]:
+        """The training reward as `FlowBPCallback.backward` takes it, which calls it by its name in errors."""
+
+        def score(images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+            return score_images(self.training, images.float(), prompts)
+
+        score.__qualname__ = self.name
+        return score
 
 
 def validation_records(config: TrainingConfig, records: list[Record]) -> list[Record]:
