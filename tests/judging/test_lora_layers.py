@@ -40,6 +40,19 @@ def test_layers_that_nothing_takes_are_counted(lora: State, tmp_path: Path):
     assert remarks == {str(tmp_path): f"only {count - 1} of its {count} layers fit StableDiffusion3Pipeline"}
 
 
+def test_a_lora_in_the_cache_loads_offline(lora: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "models--user--lora"
+    (repository / "snapshots" / commit).mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    save_file(lora, repository / "snapshots" / commit / LORA_FILE)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    pipe = tiny_sd3_pipeline(torch.float32)
+    assert load_loras(pipe, [EvaluatedModel("a", "user/lora")], "transformer") == ({"user/lora": "lora_0"}, {})
+    assert "lora_0" in pipe.transformer.peft_config
+
+
 def test_another_width_is_one_short_line(lora: State, tmp_path: Path):
     wide = {name: torch.cat([value, value], 1) if "lora_A" in name else value for name, value in lora.items()}
     with pytest.raises(

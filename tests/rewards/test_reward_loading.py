@@ -131,9 +131,13 @@ def test_a_revision_or_name_that_cannot_be(cache):
 
 
 class Hub(BaseHTTPRequestHandler):
-    """Answers as the Hub does for a gated, an absent and a broken repository."""
+    """Answers as the Hub does for a gated, an absent and a broken repository; not at all for one that is cut."""
 
     def do_GET(self):
+        if "/cut/" in self.path:
+            # No answer: the client's error for that is no OSError.
+            self.close_connection = True
+            return
         answers = {"gated": (403, "GatedRepo"), "absent": (401, "RepoNotFound")}
         status, code = next((answer for name, answer in answers.items() if f"/{name}/" in self.path), (500, None))
         self.send_response(status)
@@ -154,6 +158,7 @@ class Hub(BaseHTTPRequestHandler):
         ("gated", "the repository is gated and this account was not given access"),
         ("absent", "no such repository, or a private one"),
         ("broken", "the files are not in the cache and the Hub cannot be reached"),
+        ("cut", "the files are not in the cache and the Hub cannot be reached"),
     ],
 )
 def test_what_the_hub_refuses(tmp_path, repository, reason):
