@@ -325,6 +325,21 @@ def test_an_evaluation_without_any_score_is_an_error(
     assert "- silent_reward:make_reward: no image has a score in all models; it is left out of the tables." in text
 
 
+def test_a_folder_that_goes_away_ends_the_evaluation_and_is_not_made_again(
+    script: ModuleType, arguments: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, moved = arguments["output_dir"], tmp_path / "moved"
+    (tmp_path / "moving_reward.py").write_text(
+        "import pathlib\n\n\ndef make_reward():\n    def score(images, prompts):\n"
+        f"        pathlib.Path({str(folder)!r}).rename({str(moved)!r})\n"
+        "        return images.flatten(1).mean(1)\n\n    return score\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="removed or renamed while the evaluation ran. Move it back"):
+        script.main(command_line(arguments, rewards="moving_reward:make_reward"))
+    assert moved.is_dir() and not folder.exists() and not list(moved.rglob("*.png"))
+
+
 # Other pipelines.
 
 
