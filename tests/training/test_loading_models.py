@@ -342,6 +342,13 @@ def test_folders_of_something_else(file: str, message: str, tmp_path: Path):
         SavedPipeline(DiffusionPipeline, str(tmp_path))
 
 
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path):
+    (tmp_path / "model_index.json").mkdir()
+    with pytest.raises(OSError, match="model_index.json") as caught:
+        SavedPipeline(DiffusionPipeline, str(tmp_path))
+    assert "Hub" not in str(caught.value)
+
+
 # The cache, and the Hub.
 
 

@@ -119,6 +119,9 @@ class SavedPipeline:
         except (FileNotFoundError, EntryNotFoundError) as error:
             raise self._no_file(name, pipeline) from error
         except HUB_ERRORS as error:
+            if self.is_local:
+                # It names the file that may not be read.
+                raise
             raise self._no_model(error) from error
         except ValueError as error:
             raise self._damaged(path, brief(error)) from error
