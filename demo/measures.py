@@ -1,7 +1,5 @@
-# Copyright 2026 The FlowBP for diffusers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
-# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+# Copyright 2026 The FlowBP for diffusers authors
+# SPDX-License-Identifier: Apache-2.0
 """The shares of the demo's table as rewards of the user's own: 1 where a picture is right, 0 where it is not.
 
     PYTHONPATH=demo python training/evaluate_flowbp.py --config demo/evaluate_flowbp.yaml

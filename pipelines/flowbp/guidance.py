@@ -1,7 +1,5 @@
-# Copyright 2026 The FlowBP for diffusers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
-# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+# Copyright 2026 The FlowBP for diffusers authors
+# SPDX-License-Identifier: Apache-2.0
 """Which samples of a step's transformer calls are the unconditional branch of guidance, and so get no gradient.
 
 Guidance is `v = u + s (c - u)` with s > 1, whatever the pipeline's code looks like: of all branches, only the

@@ -1,7 +1,5 @@
-# Copyright 2026 The FlowBP for diffusers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
-# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+# Copyright 2026 The FlowBP for diffusers authors
+# SPDX-License-Identifier: Apache-2.0
 """The method table: each row is a way to backpropagate a reward through a rollout.
 
 A row draws a `Surrogate` (an endpoint, legs and terms; docs/methods.md, section 2) from the scheduler's sigmas and a

@@ -1,7 +1,5 @@
-# Copyright 2026 The FlowBP for diffusers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
-# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+# Copyright 2026 The FlowBP for diffusers authors
+# SPDX-License-Identifier: Apache-2.0
 """No gradient is silently wrong: every violation of the accounting is refused by name, or its gradient is right.
 
 `violations` has the violations and the oracle. Below are errors that must name the cause and the remedy, and record

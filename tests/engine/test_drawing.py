@@ -1,7 +1,5 @@
-# Copyright 2026 The FlowBP for diffusers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
-# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+# Copyright 2026 The FlowBP for diffusers authors
+# SPDX-License-Identifier: Apache-2.0
 """Each drawing rule has the distribution that it claims, keeps to its window, and is the same for the same seed.
 
 Distributions are tested by chi-square on 10^4 draws with a fixed seed. A test fails below a p-value of 1e-4: a right

@@ -1,7 +1,5 @@
-# Copyright 2026 The FlowBP for diffusers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
-# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+# Copyright 2026 The FlowBP for diffusers authors
+# SPDX-License-Identifier: Apache-2.0
 """Recording: the rollout is the user's inference, hooks come off, little is kept, what cannot be proven is refused.
 
 Refusals are provoked with real components that are broken on purpose: schedulers that do not make Euler steps, hooks

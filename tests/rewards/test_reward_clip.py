@@ -1,7 +1,5 @@
-# Copyright 2026 The FlowBP for diffusers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
-# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+# Copyright 2026 The FlowBP for diffusers authors
+# SPDX-License-Identifier: Apache-2.0
 """CLIP score, PickScore, HPSv2.1 and the aesthetic predictor, tiny, against what OpenCLIP computed.
 
 `golden/make_openclip.py` made the vectors: a tiny OpenCLIP model with random weights, scores and image gradients. The

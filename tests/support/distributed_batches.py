@@ -1,7 +1,5 @@
-# Copyright 2026 The FlowBP for diffusers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
-# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+# Copyright 2026 The FlowBP for diffusers authors
+# SPDX-License-Identifier: Apache-2.0
 """What `test_distributed.py` runs in each of two processes: the gradient of one update, split in three ways.
 
 Four samples, each with its prompt and its noise: 1 process x batch 4 x 1 pass, 1 x 1 x 4, and 2 x 2 x 1. All passes

@@ -1,7 +1,5 @@
-# Copyright 2026 The FlowBP for diffusers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
-# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+# Copyright 2026 The FlowBP for diffusers authors
+# SPDX-License-Identifier: Apache-2.0
 """What `test_distributed.py` runs in each of two processes: how far the shared gradient of each row is from the mean.
 
 Every process records its own rollouts, in two passes that add up. With the wrapped (DDP) or sharded (FSDP2)

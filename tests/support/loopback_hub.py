@@ -1,7 +1,5 @@
-# Copyright 2026 The FlowBP for diffusers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
-# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+# Copyright 2026 The FlowBP for diffusers authors
+# SPDX-License-Identifier: Apache-2.0
 """A Hugging Face Hub on 127.0.0.1 for tests with the real client: repositories in memory, faults on demand.
 
 It answers what huggingface-hub 2.4 asks for to create a repository, push to it and load from it. The client reads

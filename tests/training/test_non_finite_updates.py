@@ -1,7 +1,5 @@
-# Copyright 2026 The FlowBP for diffusers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
-# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+# Copyright 2026 The FlowBP for diffusers authors
+# SPDX-License-Identifier: Apache-2.0
 """Updates whose reward, loss or gradient is not finite, through the real script: skipped together, counted, and left.
 
 In one process in the tests' own; in two by torchrun, see `resume_processes.py`, where one of the two goes wrong.

@@ -1,7 +1,5 @@
-# Copyright 2026 The FlowBP for diffusers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
-# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+# Copyright 2026 The FlowBP for diffusers authors
+# SPDX-License-Identifier: Apache-2.0
 """Rewards by name: `load_reward("ocr")`, weighted sums, and the user's own.
 
 A reward is `reward(images (B, 3, H, W) in [0, 1], prompts) -> (B,)`. It is differentiable in the images unless it is a

@@ -1,7 +1,5 @@
-# Copyright 2026 The FlowBP for diffusers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
-# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+# Copyright 2026 The FlowBP for diffusers authors
+# SPDX-License-Identifier: Apache-2.0
 """GenEval (Ghosh et al., arXiv 2310.11513): does an image show the objects, numbers, colours and places asked for?
 
 The rules and thresholds are those of the benchmark's `evaluation/evaluate_images.py` (github.com/djghosh13/geneval):

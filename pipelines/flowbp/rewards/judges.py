@@ -1,7 +1,5 @@
-# Copyright 2026 The FlowBP for diffusers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
-# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+# Copyright 2026 The FlowBP for diffusers authors
+# SPDX-License-Identifier: Apache-2.0
 """Vision-language models that judge images, for evaluation: HPSv3 and UnifiedReward. They give no gradient.
 
 Both are of the Qwen2-VL family. transformers 5.23 builds that family's processor only where torchvision is installed

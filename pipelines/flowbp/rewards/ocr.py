@@ -1,7 +1,5 @@
-# Copyright 2026 The FlowBP for diffusers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
-# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+# Copyright 2026 The FlowBP for diffusers authors
+# SPDX-License-Identifier: Apache-2.0
 """A text recogniser as a reward: how likely is it that the image reads what the prompt quotes?
 
 The recognisers are PP-OCR's mobile models of versions 4 and 5 (PaddlePaddle authors, Apache-2.0), read from the files

@@ -1,7 +1,5 @@
-# Copyright 2026 The FlowBP for diffusers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
-# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+# Copyright 2026 The FlowBP for diffusers authors
+# SPDX-License-Identifier: Apache-2.0
 """The table of rewards: one `RewardSpec` per reward has everything that any other module needs to know about it.
 
 To add a reward, add its spec to `_SPECS` and run `python docs/rewards_table.py --write`. Factories import what they

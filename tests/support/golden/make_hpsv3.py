@@ -1,7 +1,5 @@
-# Copyright 2026 The FlowBP for diffusers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
-# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+# Copyright 2026 The FlowBP for diffusers authors
+# SPDX-License-Identifier: Apache-2.0
 """Makes `hpsv3.json` and `hpsv3.safetensors`: what HPSv3's own code says, on a tiny Qwen2-VL.
 
 The package hpsv3 1.0.0 and the transformers that it pins go into a folder of their own, never into the environment of

@@ -1,7 +1,5 @@
-# Copyright 2026 The FlowBP for diffusers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
-# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+# Copyright 2026 The FlowBP for diffusers authors
+# SPDX-License-Identifier: Apache-2.0
 """Makes `imagereward.json` and `imagereward.safetensors`: what ImageReward's own modules say, on a tiny model.
 
 The package image-reward 1.5 and what it was written for go into a folder of their own, never into the environment
