@@ -1,11 +1,10 @@
-# Copyright 2026 The FlowBP for diffusers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
-# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+# Copyright 2026 The FlowBP for diffusers authors
+# SPDX-License-Identifier: Apache-2.0
 """The folder that a run writes into: of one run at a time, and nothing in it is removed that no run wrote."""
 
 import re
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
@@ -37,6 +36,7 @@ class OutputFolder:
         self.path = path
         # Released by the operating system if the process is killed.
         self._lock = FileLock(path / LOCK, timeout=0)
+        self._is_new = False
 
     def claim(self, is_resumed: bool, overwrite: bool) -> None:
         """Create the folder and lock it, and see that nothing there would be lost.
@@ -48,6 +48,7 @@ class OutputFolder:
         Raises:
             ValueError: another run has the folder, or it holds what this run would replace.
         """
+        self._is_new = not self.path.exists()
         self.path.mkdir(parents=True, exist_ok=True)
         try:
             self._lock.acquire()
@@ -80,8 +81,17 @@ class OutputFolder:
             )
 
     def release(self) -> None:
-        """Let other runs have the folder. The lock's file stays: removing it would let two runs in at once."""
+        """Let other runs have the folder. A new one into which nothing was written is removed.
+
+        Else the lock's file stays: removing it would let two runs in at once.
+        """
+        is_unused = self._is_new and self._lock.is_locked and [path.name for path in self.path.glob("*")] == [LOCK]
         self._lock.release()
+        if is_unused:
+            # A run that has just claimed it finds out in `check`; on Windows it holds the file open.
+            with suppress(OSError):
+                (self.path / LOCK).unlink()
+                self.path.rmdir()
 
     def _found(self) -> list[Path]:
         """What a run would replace or mix with its own."""
