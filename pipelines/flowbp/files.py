@@ -6,6 +6,8 @@ import os
 import stat
 from pathlib import Path
 
+from .file_errors import writing
+
 
 def write_atomically(path: Path, text: str) -> None:
     """Write a text file as UTF-8 so that `path` holds either its old content or all of `text`.
@@ -20,7 +22,7 @@ def write_atomically(path: Path, text: str) -> None:
     """
     partial = path.with_name(path.name + ".partial")
     partial.unlink(missing_ok=True)
-    with partial.open("x", encoding="utf-8", errors="backslashreplace") as file:
+    with writing(path), partial.open("x", encoding="utf-8", errors="backslashreplace") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

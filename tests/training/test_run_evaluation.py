@@ -255,11 +255,12 @@ def test_an_alarm_is_told_and_listed_once(
 
 
 def test_alarms_compare_with_the_rewards_of_the_updates_that_were_not_skipped(start: Callable[..., Judged]):
-    """The training's reward rises only without the skipped update, and the held-out reward falls."""
+    """Those since the last evaluation rise, and the held-out reward falls."""
     run = start(eval_steps=2, max_train_steps=99, num_eval_images=4)
     run.evaluation.before_training()
-    for index in range(1, 4):
-        color = (index / 10, 0.9 - index / 10, 0.5)
+    for index, reward in enumerate((0.9, 0.1, 0.2, 0.3)):
+        assert run.evaluation.alarms == []
+        color = (reward, 0.8 - index / 10, 0.5)
         run.update(color)
         run.update(color, reward=-9.0 if index == 3 else None)
     assert [alarm["name"] for alarm in run.evaluation.alarms] == ["held-out-falls"]

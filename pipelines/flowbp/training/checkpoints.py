@@ -28,6 +28,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 
+from ..file_errors import writing
 from ..files import apply_umask
 
 MANIFEST = "manifest.json"
@@ -161,7 +162,8 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     _delete(partial)
     partial.mkdir(parents=True)
     try:
-        fill(partial)
+        with writing(folder):
+            fill(partial)
         _seal(partial, _next_time(folder.parent))
         if os.path.lexists(folder) and os.path.lexists(replaced):  # a run was killed before it removed the old one
             _remove(replaced if _is_whole(folder) else folder)

@@ -100,7 +100,8 @@ class OutputFolder:
         found = [path for path in found if path.name != "log.jsonl" or path.stat().st_size]
         found += [path for path in sorted(self.path.iterdir()) if CHECKPOINTS.fullmatch(path.name)]
         for folder, names in FOLDERS.items():
-            if (self.path / folder).is_dir():
+            # Links are not followed.
+            if (self.path / folder).is_dir() and not (self.path / folder).is_symlink():
                 found += [path for path in (self.path / folder).iterdir() if names.fullmatch(path.name)]
         return found
 

@@ -69,8 +69,10 @@ def estimate(run: Run, meter: StageMeter) -> str:
     left = config.max_train_steps - run.first_update
     of_update = config.gradient_accumulation_steps * meter.total
     evaluated = len(run.rewards.evaluation) * config.num_eval_images
-    evaluations = 1 + math.ceil(config.max_train_steps / config.eval_steps) if evaluated else 0
-    validations = (config.max_train_steps - 1) // config.validation_steps
+    evaluations = math.ceil(config.max_train_steps / config.eval_steps) - run.first_update // config.eval_steps
+    # The base model's too, which a resumed run has behind it.
+    evaluations = evaluations + (not run.first_update) if evaluated else 0
+    validations = (config.max_train_steps - 1) // config.validation_steps - run.first_update // config.validation_steps
     shown = len(run.rewards.validation)
     images = evaluations * evaluated + (validations + 2) * shown
     # A rollout samples a batch at once, evaluations one image after the other.

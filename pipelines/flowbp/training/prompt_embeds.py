@@ -26,6 +26,7 @@ from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ..file_errors import writing
 from ..files import apply_umask
 from .config import TrainingConfig
 from .prompts import Record
@@ -230,7 +231,8 @@ def write_cache(folder: Path, records: Sequence[Record], encoder: PromptEncoder,
             encoder(of_file[first : first + PROMPTS_PER_BATCH]) for first in range(0, len(of_file), PROMPTS_PER_BATCH)
         ]
         joined = {name: torch.cat([batch[name] for batch in batches]).cpu().contiguous() for name in batches[0]}
-        save_file(joined, partial / f"{start // PROMPTS_PER_FILE:05d}.safetensors")
+        with writing(folder):
+            save_file(joined, partial / f"{start // PROMPTS_PER_FILE:05d}.safetensors")
     apply_umask(partial)
     try:
         partial.rename(folder)

@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
+from ..file_errors import writing
 from ..outputs import BackwardOutput
 from ..surrogate import Surrogate
 from .config import TrainingConfig
@@ -132,7 +133,7 @@ class Reports:
             return entry
         if self.accelerator.is_main_process:
             self.log.append(entry)
-            with self._path.open("a", encoding="utf-8") as file:
+            with writing(self._path), self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(entry) + "\n")
         scalars = {name: value for name, value in entry.items() if isinstance(value, int | float)}
         scalars |= {f"drawn/{place}": step for place, step in enumerate(entry["drawn_steps"])}
@@ -200,7 +201,9 @@ class Reports:
             return
         folder = self.config.output_dir / what
         folder.mkdir(exist_ok=True)
-        image.save(folder / f"{update:06d}.png")
+        path = folder / f"{update:06d}.png"
+        with writing(path):
+            image.save(path)
         for tracker in self.accelerator.trackers:
             if tracker.name == "tensorboard":
                 tracker.writer.add_image(what, np.asarray(image), update, dataformats="HWC")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..file_errors import writing
 from ..files import apply_umask
 from ..judging.figures import before_after, reward_curve
 from ..judging.images import Drawn
@@ -87,9 +88,10 @@ def finish(run: "Run") -> TrainingResult:
         base = evaluation.validate()
     scores = compared_scores(run, selected, base, aligned)
     if accelerator.is_main_process:
-        draw_figures(run, update, base, aligned)
-        write_record(run, {"kind": selected, "update": update}, scores, base, aligned)
-        write_card(config.output_dir)
+        with writing(config.output_dir):
+            draw_figures(run, update, base, aligned)
+            write_record(run, {"kind": selected, "update": update}, scores, base, aligned)
+            write_card(config.output_dir)
         tell_result(run, selected, update, scores)
     accelerator.wait_for_everyone()
     url = None

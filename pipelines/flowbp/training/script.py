@@ -10,6 +10,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from ..checks import RecordingError
+from ..file_errors import message_of
 from ..publishing.push import PushError
 from ..publishing.run_info import one_line, redact_text
 from ..verification import VerificationError
@@ -61,7 +62,7 @@ def run_script(main: Callable[[], None]) -> None:
     except TrainingStopped as stopped:
         code = 128 + stopped.signal_number
     except USER_ERRORS as error:
-        code = f"{Path(sys.argv[0]).name}: error: {one_line(error)}"
+        code = f"{Path(sys.argv[0]).name}: error: {one_line(message_of(error))}"
     except SystemExit as stop:
         code = 0 if stop.code is None else stop.code
     except Exception:

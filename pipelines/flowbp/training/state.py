@@ -226,6 +226,9 @@ class TrainingState:
         self.scaler.load_state_dict(state["scaler"])
         self.update = state["update"]
         self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
+        if self.skipped_in_a_row >= self.config.max_skipped_updates:
+            # The run ended for it; one that resumes gets as many updates again.
+            self.skipped_in_a_row = 0
 
     def _load_optimizer(self, moments: Mapping[str, torch.Tensor], schedule_state: Mapping[str, Any]) -> None:
         by_index: dict[int, dict[str, torch.Tensor]] = {}
