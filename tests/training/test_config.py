@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
@@ -407,11 +406,3 @@ def test_a_row_of_the_user_s_own_has_its_options_everywhere(tmp_path: Path, caps
     assert parse_training_config(Everything, "", words).make_method("sd3") == expected
     described = help_of("sharpness", capsys, "--method", "my_rows:sharp")
     assert described.endswith("100% sharp at 1. Defaults: my_rows:sharp 1.")
-
-
-def test_the_global_generator_is_not_touched(tmp_path: Path):
-    torch.manual_seed(5)
-    expected = torch.rand(3)
-    torch.manual_seed(5)
-    from_command_line(tmp_path).make_method("sd3")
-    assert torch.equal(torch.rand(3), expected)

@@ -5,7 +5,6 @@
 import os
 import signal
 import sys
-import threading
 from typing import Any
 
 import pytest
@@ -29,29 +28,6 @@ def test_the_first_signal_is_remembered_and_handlers_come_back(capfd: pytest.Cap
             assert signals.number == signal.SIGTERM
     assert handlers() == before
     assert capfd.readouterr().err.count("stopping after this update or image") == 1
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_second_signal_of_the_same_kind_stops_at_once(number: int):
-    before = handlers()
-    with pytest.raises(KeyboardInterrupt), StopSignals():
-        os.kill(os.getpid(), number)
-        os.kill(os.getpid(), number)
-        pytest.fail("the second signal was swallowed")
-    assert handlers() == before
-
-
-def test_another_thread_leaves_the_handlers_alone():
-    before, found = handlers(), []
-
-    def enter() -> None:
-        with StopSignals() as signals:
-            found.append((signals.number, handlers()))
-
-    thread = threading.Thread(target=enter)
-    thread.start()
-    thread.join()
-    assert found == [(0, before)]
 
 
 def fail(error: BaseException) -> None:
