@@ -3,8 +3,8 @@
 """When a run writes a checkpoint, what is in it, and how a run resumes."""
 
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +158,27 @@ class Checkpointer:
         self.console.tell(str(stopped))
         self.accelerator.end_training()
         raise stopped
+
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        """The updates and the results of a run: signals and errors inside lose no whole update.
+
+        Raises:
+            TrainingStopped: after a signal.
+            TrainingError: where something inside called `sys.exit`, whose code may be 0.
+        """
+        try:
+            with self.signals:
+                yield
+        except JudgingStopped:
+            self.stop()
+        except (TrainingStopped, KeyboardInterrupt):
+            raise
+        except BaseException as error:
+            self.rescue()
+            if isinstance(error, SystemExit):
+                raise TrainingError(f"the reward or a library called sys.exit({error.code})") from error
+            raise
 
     def rescue(self) -> None:
         """After an error: write the state of the last whole update if no checkpoint has it. By this process alone."""

@@ -17,9 +17,7 @@ from .results import TrainingResult, finish
 from .rewards import Reward
 from .seeds import make_generator, sample_generators, seed_rewards
 from .setup import Run, prepare
-from .signals import JudgingStopped, TrainingStopped
 from .stages import StageMeter
-from .state import TrainingError
 
 
 def train(
@@ -44,7 +42,7 @@ def train(
         ValueError, OSError: in one line, for what does not fit; before any model is loaded if it can be known then.
         RecordingError: for a pipeline whose gradient would be wrong.
         TrainingError: for a run that cannot continue.
-        TrainingStopped: after SIGTERM or SIGINT; the update was finished and a checkpoint written.
+        TrainingStopped: after a signal; the update was finished and a checkpoint written.
         PushError: where pushing failed for good; everything else is there.
     """
     with ExitStack() as closing:
@@ -52,30 +50,15 @@ def train(
         tell_plan(run)
         if run.config.dry_run:
             return print_estimate(run, one_update(run, run.first_update))
-        try:
-            with run.signals:
-                return all_updates(run)
-        except JudgingStopped:
-            run.checkpoints.stop()
-        except (TrainingStopped, KeyboardInterrupt):
-            raise
-        except BaseException as error:
-            run.checkpoints.rescue()
-            if isinstance(error, SystemExit):
-                raise TrainingError(f"the reward or a library called sys.exit({error.code})") from error
-            raise
-
-
-def all_updates(run: Run) -> TrainingResult:
-    """Judge the base model, then update by update, then the results."""
-    run.evaluation.before_training()
-    for update in run.console.updates(run.first_update, run.config.max_train_steps):
-        if run.evaluation.must_stop:
-            run.console.tell(f"Stopped by an alarm after update {update}, as --stop_on_alarm says.")
-            break
-        one_update(run, update)
-        run.checkpoints.judge_and_write()
-    return finish(run)
+        with run.checkpoints.guard():
+            run.evaluation.before_training()
+            for update in run.console.updates(run.first_update, run.config.max_train_steps):
+                if run.evaluation.must_stop:
+                    run.console.tell(f"Stopped by an alarm after update {update}, as --stop_on_alarm says.")
+                    break
+                one_update(run, update)
+                run.checkpoints.judge_and_write()
+            return finish(run)
 
 
 def one_update(run: Run, update: int) -> StageMeter:
