@@ -4,7 +4,8 @@
 
     RANK=0 WORLD_SIZE=2 ... python tests/support/watched_processes.py STOPPED
 
-STOPPED is the process that stops itself, or "none": then process 1 ends three seconds before process 0.
+STOPPED is the process that stops itself, or "none": then process 1 ends three seconds before process 0. With "prompts"
+each process has read another file of prompts.
 """
 
 import os
@@ -14,12 +15,16 @@ import time
 
 from accelerate import Accelerator
 
+from flowbp.training.ingredients import check_same_prompts
+from flowbp.training.prompts import Record
 from flowbp.training.watch import ProcessWatch
 
 
 def main() -> None:
     """Meet, watch, and wait for one another."""
     stopped, accelerator = sys.argv[1], Accelerator(cpu=True)
+    if stopped == "prompts":
+        check_same_prompts(accelerator, [Record(f"of process {accelerator.process_index}")])
     accelerator.wait_for_everyone()
     with ProcessWatch(accelerator, limit_minutes=3 / 60, interval=0.1, silence=1.0):
         time.sleep(0.5)

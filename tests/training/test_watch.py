@@ -1,6 +1,6 @@
 # Copyright 2026 The FlowBP for diffusers authors
 # SPDX-License-Identifier: Apache-2.0
-"""Processes that wait for another one say so, and end."""
+"""Processes that wait for another one say so, and end; processes that have different prompts are refused."""
 
 import socket
 import subprocess
@@ -55,6 +55,13 @@ def test_a_process_that_is_done_is_not_waited_for():
     printed = [process.communicate(timeout=120)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], printed
     assert not any("flowbp: " in text for text in printed)
+
+
+def test_processes_with_different_prompts_are_refused():
+    processes = start("prompts")
+    printed = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [1, 1]
+    assert all("process 1 read other prompts than process 0" in text for text in printed)
 
 
 def test_one_process_watches_nothing():
