@@ -50,11 +50,11 @@ def factory_leaves():
 @pytest.fixture
 def module(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
     """The name of a user's module of rewards."""
-    (tmp_path / "users_rewards.py").write_text(MODULE)
+    (tmp_path / "failing_rewards.py").write_text(MODULE)
     (tmp_path / "leaves_at_once.py").write_text("import sys\nsys.exit(0)\n")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "users_rewards", raising=False)
-    return "users_rewards"
+    monkeypatch.delitem(sys.modules, "failing_rewards", raising=False)
+    return "failing_rewards"
 
 
 def images(requires_grad: bool = False) -> torch.Tensor:
@@ -110,7 +110,10 @@ def test_sys_exit_is_an_error(module: str, form: str):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("users_rewards:factory_leaves", "reward 'users_rewards:factory_leaves': its factory raised SystemExit: 0"),
+        (
+            "failing_rewards:factory_leaves",
+            "reward 'failing_rewards:factory_leaves': its factory raised SystemExit: 0",
+        ),
         ("leaves_at_once:make", "reward 'leaves_at_once:make': expected an importable .*, got SystemExit: 0"),
     ],
 )

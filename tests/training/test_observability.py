@@ -446,7 +446,8 @@ def test_no_secret_is_told_when_a_run_fails(
     monkeypatch.setattr(sys, "argv", [str(script_path(NAME)), *words])
     with pytest.raises(SystemExit) as caught:
         runpy.run_path(str(script_path(NAME)), run_name="__main__")
-    assert caught.value.code == f"{NAME}.py: error: cannot log in with [redacted] to [redacted]"
+    told = "It was raised by the reward 'test_observability:make_telling_reward'."
+    assert caught.value.code == f"{NAME}.py: error: cannot log in with [redacted] to [redacted] {told}"
     printed = capfd.readouterr()
     assert leaks(folder, printed.out, printed.err) == []
     assert any(path.is_file() for path in folder.rglob("*"))

@@ -48,7 +48,9 @@ class StopSignals:
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():
             numbers = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
-            wanted = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+            # A shell ignores SIGINT for commands in the background, where it still asks a run to stop.
+            is_kept = {number for number in numbers if signal.getsignal(number) is signal.SIG_IGN} - {signal.SIGINT}
+            wanted = [number for number in numbers if number not in is_kept]
             self._before = {number: signal.signal(number, self._remember) for number in wanted}
         return self
 
