@@ -508,7 +508,7 @@ def test_a_draw_reads_no_number_off_a_tensor_alone(name: str, step_sampling: str
     assert reads.count == 0
 
 
-# A new row and a new option. test_arguments.py has their command line.
+# A new row and a new option. test_config.py has their command line.
 
 
 def draw_nothing(sigmas: Any, options: Any, generator: Any) -> Surrogate:

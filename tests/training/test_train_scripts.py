@@ -124,7 +124,7 @@ def test_two_updates(
     assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-2"]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["draft-lv", "flowbp-lagrange"])
 @rows(*BACKBONES)
 def test_accelerate_launch(backbone: TrainedBackbone, arguments: dict[str, Any], model: Path, method: str):
     output = arguments["output_dir"]
