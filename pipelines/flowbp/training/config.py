@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from accelerate.tracking import get_available_trackers
 
@@ -26,9 +26,6 @@ from .command_line import (
 )
 from .options import COUNT, FINITE, NORM, NOT_NEGATIVE, POSITIVE, SHARE, check_options, declarations, option
 
-if TYPE_CHECKING:
-    from .backbone import Backbone
-
 # Those of diffusers' schedules that need no further options.
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 PAPER = "the paper's public code"
@@ -42,6 +39,14 @@ _reward = partial(option, group="reward and prompts")
 _training = partial(option, group="training")
 _guard = partial(option, group="guard: evaluation on held-out prompts and rewards while training")
 _reports = partial(option, group="reports")
+
+
+class HasDefaults(Protocol):
+    """A `Backbone` class, as far as options are concerned; see there."""
+
+    __name__: str
+    name: str
+    defaults: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -326,7 +331,7 @@ class TrainingConfig:
         count = max(len(heights), len(widths))
         return tuple(zip(heights * (count // len(heights)), widths * (count // len(widths)), strict=True))
 
-    def settle(self, backbone: "type[Backbone]") -> "TrainingConfig":
+    def settle(self, backbone: HasDefaults) -> "TrainingConfig":
         """The config with the backbone's defaults, and with what depends on other options or on accelerate.
 
         Raises:
@@ -415,7 +420,7 @@ def _text(default: Any) -> str:
 
 
 def parse_training_config(
-    backbone: "type[Backbone]", description: str, argv: list[str] | None = None, recipes: Path | None = None
+    backbone: HasDefaults, description: str, argv: list[str] | None = None, recipes: Path | None = None
 ) -> TrainingConfig:
     """The config of a command line and of the recipe that its `--config` names, with the backbone's defaults.
 
