@@ -46,6 +46,15 @@ def start(transformer: torch.nn.Module, tmp_path: Path) -> Any:
     return make
 
 
+def test_tags_and_groups_that_no_tracker_takes_are_told(transformer: torch.nn.Module, tmp_path: Path):
+    (tmp_path / "run").mkdir()
+    config = make_config(tmp_path / "run", report_to="tensorboard", tracker_tags=("a",), tracker_group="g")
+    remarks = Reports(config, make_state(transformer, config).accelerator, ()).begin([])
+    assert remarks == [
+        f"--tracker_{option} has no effect: tensorboard takes no {option}." for option in ("group", "tags")
+    ]
+
+
 def surrogate() -> Surrogate:
     method = get_method("leapalign", alpha=0.5)
     return method.draw(torch.linspace(1, 0, STEPS + 1), torch.Generator().manual_seed(0))

@@ -90,7 +90,7 @@ def estimate(run: Run, meter: StageMeter) -> str:
         f"  images       {images} x {of_image:.2f} s = {duration(of_images)}: {evaluations} evaluations of "
         f"{evaluated}, {validations} validations of {shown}, {2 * shown} at the end",
         f"  in all       {duration(seconds)}, without loading and rewards of images",
-        f"  checkpoints  about {count} of {size(copies * lora)}, {_checkpoint_times(run)}; {kept} are kept: "
+        f"  checkpoints  about {count} of {size(copies * lora)}, {_checkpoint_times(run)}; {kept} kept: "
         f"{size(kept * copies * lora)} (--checkpoints_total_limit)",
         f"  at the end   the LoRA, {size(lora)}, its card, run.json and images in {config.output_dir}",
     ]

@@ -77,19 +77,25 @@ class Reports:
         self.log: list[dict[str, Any]] = []
         self._path = config.output_dir / "log.jsonl"
 
-    def begin(self, earlier: list[dict[str, Any]]) -> None:
-        """Start the trackers, and the log with an earlier run's entries."""
-        config = self.config
+    def begin(self, earlier: list[dict[str, Any]]) -> list[str]:
+        """Start the trackers, and the log with an earlier run's entries; returns remarks on options without effect."""
+        config, arguments = self.config, self._tracker_arguments()
         if config.dry_run:
-            return
+            return []
         self.accelerator.init_trackers(
-            config.tracker_project, tracker_settings(config.settings()), init_kwargs=self._tracker_arguments()
+            config.tracker_project, tracker_settings(config.settings()), init_kwargs=arguments
         )
         if self.accelerator.is_main_process:
             self.log = earlier
             partial = self._path.with_suffix(".partial")
             partial.write_text("".join(json.dumps(entry) + "\n" for entry in self.log), encoding="utf-8")
             os.replace(partial, self._path)
+        trackers = [tracker.name for tracker in self.accelerator.trackers]
+        return [
+            f"--tracker_{option} has no effect: {' and '.join(trackers) or 'no tracker'} takes no {option}."
+            for option in ("group", "tags")
+            if vars(config)[f"tracker_{option}"] and not any(option in arguments.get(name, {}) for name in trackers)
+        ]
 
     def _tracker_arguments(self) -> dict[str, dict[str, Any]]:
         """Name, group and tags, by the names that each tracker has for them."""

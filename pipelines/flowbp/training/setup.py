@@ -141,7 +141,9 @@ def prepare(
     made_of = ingredients(config, records, rewards.evaluation, reward)
     checkpoints = Checkpointer(config, accelerator, state, evaluation, console, save_lora, signals, folder, made_of)
     resumed = checkpoints.resume()
-    reports.begin([] if resumed is None else read_log(resumed.parent / "log.jsonl", state.update))
+    earlier = [] if resumed is None else read_log(resumed.parent / "log.jsonl", state.update)
+    for remark in reports.begin(earlier):
+        console.tell(remark)
     return Run(
         config=config,
         script=None if command is None else Path(command[0]).name,
