@@ -21,7 +21,6 @@ from tiny_pipelines import tiny_flux_pipeline
 from tiny_sd3 import MAX_SEQUENCE_LENGTH, tiny_sd3_pipeline
 from training_scripts import SHARED_ARGUMENTS, command_line, log_of, lora_of, same, script_path, write_prompts
 
-from flowbp.training.checkpoints import checkpoints
 from flowbp.training.distributed import (
     all_ranks_max,
     check_distributed,
@@ -158,7 +157,16 @@ def test_the_script_trains_the_same_however_its_batch_is_split(tmp_path: Path) -
 ONE_OVERDUE = """
 import os, sys
 from training_scripts import load_script
+from flowbp.training import checkpointing
 from flowbp.training.script import run_script
+
+write_folder = checkpointing.write_folder
+
+def noted(folder, fill):
+    write_folder(folder, fill)
+    (folder.parent / f"wrote-{folder.name}").touch()
+
+checkpointing.write_folder = noted
 
 minutes = "1e-6" if os.environ["RANK"] == "1" else "1000"
 run_script(lambda: load_script("train_flowbp_sd3").main([*sys.argv[1:], "--checkpointing_minutes", minutes]))
@@ -180,7 +188,10 @@ def test_processes_agree_on_an_overdue_checkpoint(tmp_path: Path) -> None:
     }
     done = run([*TORCHRUN, str(tmp_path / "one_overdue.py"), *command_line(arguments)], {})
     assert done.returncode == 0, done.stderr[-3000:]
-    assert [path.name for path in checkpoints(tmp_path / "run")] == ["checkpoint-1", "checkpoint-2"]
+    assert sorted(path.name for path in (tmp_path / "run").glob("wrote-*")) == [
+        "wrote-checkpoint-1",
+        "wrote-checkpoint-2",
+    ]
 
 
 # A thread of the process group is still busy, in Python, when all work is done.

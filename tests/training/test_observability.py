@@ -366,7 +366,7 @@ def test_a_dry_run_estimates_the_whole_run(
     assert f"{images} x {of_image:.2f} s" in lines["images"]
     assert "5 evaluations of 8, 2 validations of 2, 4 at the end" in lines["images"]
     assert f"{(100 * of_update + images * of_image) // 3600:.0f} h" in lines["in"]
-    assert "2 kept" in lines["checkpoints"] and not (tmp_path / "run").exists()
+    assert "at most 2 of" in lines["checkpoints"] and not (tmp_path / "run").exists()
 
 
 # Secrets.

@@ -42,7 +42,7 @@ from training_scripts import (
 )
 from watched_updates import watch_updates
 
-from flowbp.training import checkpoints
+from flowbp.training import checkpointing, checkpoints
 from flowbp.training.signals import TrainingStopped
 
 UPDATES = 6
@@ -436,11 +436,23 @@ def test_a_signal_stops_two_processes_together(
 
 @pytest.mark.parametrize(("minutes", "expected"), [(0.0001, [1, 2, 3]), (None, [3])])
 def test_a_checkpoint_is_written_after_so_many_minutes(
-    script: ModuleType, arguments: dict[str, Any], minutes: float | None, expected: list[int]
+    script: ModuleType,
+    arguments: dict[str, Any],
+    minutes: float | None,
+    expected: list[int],
+    monkeypatch: pytest.MonkeyPatch,
 ):
+    written, write_folder = [], checkpointing.write_folder
+
+    def noted(folder: Path, fill: Any) -> None:
+        write_folder(folder, fill)
+        written.append(folder.name)
+
+    monkeypatch.setattr(checkpointing, "write_folder", noted)
     script.main(command_line(arguments, checkpointing_steps=100, checkpointing_minutes=minutes, max_train_steps=3))
-    found = [path.name for path in checkpoints.checkpoints(arguments["output_dir"])]
-    assert found == [f"checkpoint-{update}" for update in expected]
+    assert written == [f"checkpoint-{update}" for update in expected]
+    # One that the steps did not ask for is kept until the next one is there.
+    assert [path.name for path in checkpoints.checkpoints(arguments["output_dir"])] == ["checkpoint-3"]
 
 
 # Damage.

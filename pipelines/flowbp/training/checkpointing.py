@@ -16,6 +16,7 @@ from .checkpoints import (
     CheckpointError,
     find_checkpoint,
     read_json,
+    remove,
     rotate,
     save_tensors,
     write_folder,
@@ -77,6 +78,8 @@ class Checkpointer:
         self.save_lora = save_lora
         self._last = time.monotonic()
         self._written = 0
+        # The last checkpoint, where the steps did not ask for it; the next one takes its place.
+        self._extra: Path | None = None
 
     @property
     def is_overdue(self) -> bool:
@@ -109,6 +112,8 @@ class Checkpointer:
         self.state.load(folder, state["training"])
         self.evaluation.load(folder, state["evaluation"])
         self._written = self.state.update
+        if folder.parent.resolve() == config.output_dir.resolve() and self.state.update % config.checkpointing_steps:
+            self._extra = config.output_dir / folder.name
         if other:
             self.console.tell(f"{where}: other settings than that run's: {'; '.join(other)}.")
         if self.state.update >= config.max_train_steps:
@@ -242,7 +247,13 @@ class Checkpointer:
         return fill
 
     def _write_folder(self, fill: Callable[[Path], None]) -> None:
-        write_folder(self.config.output_dir / f"checkpoint-{self.state.update}", fill)
+        update = self.state.update
+        folder = self.config.output_dir / f"checkpoint-{update}"
+        write_folder(folder, fill)
+        if self._extra not in (None, folder) and self._extra.is_dir():
+            remove(self._extra)
+        is_asked_for = update % self.config.checkpointing_steps == 0 or update == self.config.max_train_steps
+        self._extra = None if is_asked_for else folder
         if self.config.checkpoints_total_limit is not None:
             rotate(self.config.output_dir, self.config.checkpoints_total_limit)
 

@@ -166,7 +166,7 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
             fill(partial)
         _seal(partial, _next_time(folder.parent))
         if os.path.lexists(folder) and os.path.lexists(replaced):  # a run was killed before it removed the old one
-            _remove(replaced if _is_whole(folder) else folder)
+            remove(replaced if _is_whole(folder) else folder)
         if os.path.lexists(folder):
             os.rename(folder, replaced)
             _flush_folder(folder.parent)
@@ -178,7 +178,7 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
             raise OSError(f"{folder}: not written: {error}") from error
         raise
     if os.path.lexists(replaced):
-        _remove(replaced)
+        remove(replaced)
 
 
 def current(folder: Path) -> Path:
@@ -302,7 +302,7 @@ def rotate(output_dir: Path, limit: int) -> None:
     kept = 0
     for folder in reversed(checkpoints(output_dir)):
         if kept == limit:
-            _remove(folder)
+            remove(folder)
         elif _is_whole(folder):
             kept += 1
 
@@ -321,7 +321,7 @@ def clean(output_dir: Path) -> None:
         if leftover[1] != "replaced":
             _delete(path)
         elif _is_whole(path.with_suffix("")):
-            _remove(path)
+            remove(path)
 
 
 def _beside(folder: Path, suffix: str) -> Path:
@@ -454,8 +454,8 @@ def _flush_folder(path: Path) -> None:
             raise
 
 
-def _remove(folder: Path) -> None:
-    """Delete a folder so that no reader ever takes what is left of it for a damaged checkpoint."""
+def remove(folder: Path) -> None:
+    """Delete a checkpoint so that no reader ever takes what is left of it for a damaged one."""
     removed = _beside(folder.with_suffix("") if folder.suffix == ".replaced" else folder, "removed")
     _delete(removed)
     os.rename(folder, removed)

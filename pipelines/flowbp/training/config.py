@@ -220,7 +220,8 @@ class TrainingConfig:
     )
     checkpointing_minutes: float = _training(
         15.0,
-        "Minutes after which a checkpoint is written even where --checkpointing_steps asks for none.",
+        "Minutes after which a checkpoint is written even where --checkpointing_steps asks for none; the next one "
+        "replaces it.",
         range=POSITIVE,
     )
     checkpoints_total_limit: int | None = _training(None, "How many checkpoints to keep. Default: all.", range=COUNT)

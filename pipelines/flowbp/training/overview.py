@@ -36,7 +36,7 @@ def tell_plan(run: Run) -> None:
         ),
         ("prompts", f"{len(run.state.sampler.prompts)} for training, {judged}"),
         ("updates", f"{config.max_train_steps}{resumed}"),
-        ("written to", f"{config.output_dir}: a checkpoint {_checkpoint_times(run)}; LoRA and card at the end"),
+        ("written to", f"{config.output_dir}: checkpoints {_checkpoint_times(run)}"),
     ]
     model = f"{type(run.sampling.pipe).__name__} ({config.pretrained_model_name_or_path})"
     run.console.tell(table(f"{run.title} on {model}", lines))
@@ -81,8 +81,8 @@ def estimate(run: Run, meter: StageMeter) -> str:
     seconds = left * of_update + of_images
     lora = sum(parameter.numel() * parameter.element_size() for parameter in run.state.parameters)
     copies = 4 + config.use_ema + (config.eval_reward is not None)
-    by_steps = math.ceil(left / config.checkpointing_steps)
-    count = by_steps + math.floor(seconds / 60 / config.checkpointing_minutes)
+    # One more is kept for a while: see `_checkpoint_times`.
+    count = math.ceil(left / config.checkpointing_steps) + 1
     kept = count if config.checkpoints_total_limit is None else min(count, config.checkpoints_total_limit)
     lines = [
         "The whole run, estimated from this update (which is the first: it also checks every active step):",
@@ -90,8 +90,8 @@ def estimate(run: Run, meter: StageMeter) -> str:
         f"  images       {images} x {of_image:.2f} s = {duration(of_images)}: {evaluations} evaluations of "
         f"{evaluated}, {validations} validations of {shown}, {2 * shown} at the end",
         f"  in all       {duration(seconds)}, without loading and rewards of images",
-        f"  checkpoints  about {count} of {size(copies * lora)}, {_checkpoint_times(run)}; {kept} kept: "
-        f"{size(kept * copies * lora)} (--checkpoints_total_limit)",
+        f"  checkpoints  at most {kept} of {size(copies * lora)} at a time: {size(kept * copies * lora)}, "
+        f"{_checkpoint_times(run)} (--checkpoints_total_limit)",
         f"  at the end   the LoRA, {size(lora)}, its card, run.json and images in {config.output_dir}",
     ]
     return "\n".join(lines)
@@ -100,4 +100,7 @@ def estimate(run: Run, meter: StageMeter) -> str:
 def _checkpoint_times(run: Run) -> str:
     config = run.config
     steps, minutes = config.checkpointing_steps, config.checkpointing_minutes
-    return f"every {steps} updates, after {minutes:g} minutes without one, and at the end"
+    return (
+        f"every {steps} updates and at the end; between them, after {minutes:g} minutes and before evaluations, one "
+        "that the next one replaces"
+    )
