@@ -4,6 +4,7 @@
 
 import hashlib
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -216,6 +217,18 @@ def test_a_second_start_is_refused_and_changes_nothing(config: TrainingConfig):
     assert content_of(config.output_dir) == before
 
 
+def test_what_a_run_left_that_was_killed_before_its_first_checkpoint_is_no_obstacle(config: TrainingConfig):
+    config = changed(config, max_train_steps=2)
+    train(config, SD3)
+    for path in config.output_dir.iterdir():
+        if path.name not in ("log.jsonl", "evaluation", "validation", LOCK):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert len(list((config.output_dir / "evaluation").iterdir())) == 2
+    train(changed(config, max_train_steps=1, eval_reward=None), SD3)
+    assert checkpoints_of(config.output_dir) == ["checkpoint-1"]
+    assert not list((config.output_dir / "evaluation").iterdir())
+
+
 def test_overwriting_removes_what_a_run_wrote_and_nothing_else(config: TrainingConfig):
     config = changed(config, max_train_steps=2)
     train(config, SD3)
@@ -227,6 +240,14 @@ def test_overwriting_removes_what_a_run_wrote_and_nothing_else(config: TrainingC
     assert {name: (config.output_dir / name).read_text() for name in mine} == mine
     assert checkpoints_of(config.output_dir) == ["checkpoint-1"]
     assert not (config.output_dir / "best").exists() and not list((config.output_dir / "evaluation").iterdir())
+
+
+def test_a_log_that_no_run_wrote_is_refused(config: TrainingConfig):
+    config.output_dir.mkdir()
+    (config.output_dir / "log.jsonl").write_text('{"mine": 1}\n')
+    with pytest.raises(ValueError, match="holds an earlier run"):
+        train(config, SD3)
+    assert (config.output_dir / "log.jsonl").read_text() == '{"mine": 1}\n'
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

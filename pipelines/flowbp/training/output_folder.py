@@ -95,9 +95,7 @@ class OutputFolder:
 
     def _found(self) -> list[Path]:
         """What a run would replace or mix with its own."""
-        # A run that was stopped before its first update leaves an empty log.
         found = [self.path / name for name in FILES if (self.path / name).exists()]
-        found = [path for path in found if path.name != "log.jsonl" or path.stat().st_size]
         found += [path for path in sorted(self.path.iterdir()) if CHECKPOINTS.fullmatch(path.name)]
         for folder, names in FOLDERS.items():
             # Links are not followed.
@@ -117,7 +115,11 @@ class OutputFolder:
                 f"--output_dir {self.path}: {foreign[0].name} in this folder was not written by a run; move it, or "
                 "choose another folder."
             )
-        if found and not overwrite:
+        # What a run leaves that was killed before its first checkpoint; there is nothing to resume.
+        is_left_over = all(_is_log(path) or path.parent.name in ("evaluation", "validation") for path in found)
+        if is_left_over:
+            self._remove()
+        elif not overwrite:
             names = ", ".join(str(path.relative_to(self.path)) for path in found[:3])
             more = f" and {len(found) - 3} more" if len(found) > 3 else ""
             raise ValueError(
@@ -132,3 +134,12 @@ class OutputFolder:
                 shutil.rmtree(path)
             else:
                 path.unlink()
+
+
+def _is_log(path: Path) -> bool:
+    """Whether a file is a run's log, maybe with a line that was cut; not one of the same name that no run wrote."""
+    if path.name != "log.jsonl":
+        return False
+    with path.open("rb") as file:
+        start = file.read(8)
+    return b'{"step":'.startswith(start)
