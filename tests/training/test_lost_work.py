@@ -324,6 +324,8 @@ def test_other_prompts_are_told_or_refused(
 
 def test_the_end_of_a_schedule_is_told(stopped: TrainingConfig, capsys: pytest.CaptureFixture[str]):
     train(resumed(stopped, max_train_steps=3), SD3)
+    # The result of the run before is kept.
+    assert checkpoints_of(stopped.output_dir) == ["checkpoint-2", "checkpoint-3"]
     assert "--max_train_steps of the schedule was 2, is 3" in capsys.readouterr().err
 
 

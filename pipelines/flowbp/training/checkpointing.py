@@ -78,7 +78,8 @@ class Checkpointer:
         self.save_lora = save_lora
         self._last = time.monotonic()
         self._written = 0
-        # The last checkpoint, where the steps did not ask for it; the next one takes its place.
+        # The last checkpoint of this run, where the steps did not ask for it; the next one takes its place. One that
+        # a run resumes from stays: that run's end or other steps may have asked for it.
         self._extra: Path | None = None
 
     @property
@@ -112,8 +113,6 @@ class Checkpointer:
         self.state.load(folder, state["training"])
         self.evaluation.load(folder, state["evaluation"])
         self._written = self.state.update
-        if folder.parent.resolve() == config.output_dir.resolve() and self.state.update % config.checkpointing_steps:
-            self._extra = config.output_dir / folder.name
         if other:
             self.console.tell(f"{where}: other settings than that run's: {'; '.join(other)}.")
         if self.state.update >= config.max_train_steps:
