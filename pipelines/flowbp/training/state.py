@@ -17,6 +17,7 @@ from ..outputs import BackwardOutput
 from .checkpoints import CheckpointError, load_tensors, save_tensors
 from .config import TrainingConfig
 from .distributed import all_ranks_max, clip_gradients, full_lora, full_tensor, full_tensors, like, load_lora
+from .optimizers import make_optimizer
 from .prompts import PromptSampler, Record
 
 
@@ -67,13 +68,7 @@ class TrainingState:
         self.accelerator = accelerator
         self.transformer = transformer
         self.parameters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self.parameters,
-            lr=config.learning_rate,
-            betas=(config.adam_beta1, config.adam_beta2),
-            weight_decay=config.adam_weight_decay,
-            eps=config.adam_epsilon,
-        )
+        self.optimizer = make_optimizer(config, self.parameters)
         self.lr_scheduler = get_scheduler(
             config.lr_scheduler,
             self.optimizer,
