@@ -37,7 +37,7 @@ from flowbp.inference import call_arguments, saved_class
 from flowbp.judging.images import are_finite, to_pil
 from flowbp.judging.lora_files import check_lora_file
 from flowbp.judging.loras import load_loras, scores_by_reward, use_model
-from flowbp.judging.models import EvaluatedModel, evaluated_models, reward_names
+from flowbp.judging.models import BASE, EvaluatedModel, Line, evaluated_lines, reward_names
 from flowbp.judging.results import write_results
 from flowbp.judging.store import Store
 from flowbp.rewards import check_prompts, load_reward, reward_needs, reward_spec
@@ -71,9 +71,11 @@ class EvaluationConfig:
     variant: str | None = _models(None, "Variant of the model files, such as fp16.")
     lora: tuple[str, ...] = _models(
         MISSING,
-        "[NAME=]SOURCE: LoRAs, folders, .safetensors files or Hub ids, each with the name that it gets in the tables.",
+        "[NAME=]SOURCE: LoRAs, folders, .safetensors files or Hub ids, each with the name that it gets in the tables. "
+        "NAME=SOURCE,SOURCE: LoRAs of one method with different seeds, which get one line.",
         is_path=True,
     )
+    against: str = _models(BASE, "Line of the tables that the others are compared with.")
     lora_component: str = _models("transformer", "Which of the pipeline's transformers the LoRAs are for.")
     lora_scale: tuple[float, ...] = _models(
         (1.0,), "Factors on each LoRA, a line of the tables for each.", range=FINITE
@@ -162,7 +164,8 @@ class Plan:
         prompts: in order.
         rewards: names.
         options: of the rewards.
-        models: to evaluate.
+        lines: of the tables.
+        models: to evaluate, those of all lines.
         groups: `{reward: {group: places of its prompts}}`.
     """
 
@@ -173,9 +176,14 @@ class Plan:
     prompts: list[str]
     rewards: list[str]
     options: dict[str, Any]
-    models: list[EvaluatedModel]
+    lines: list[Line]
     grouped: dict[str, str]
     grouped_rewards: list[str]
+
+    @property
+    def models(self) -> list[EvaluatedModel]:
+        """The models of all lines."""
+        return [model for line in self.lines for model in line.models]
 
     @property
     def groups(self) -> dict[str, dict[str, list[int]]]:
@@ -224,6 +232,20 @@ def make_plan(config: EvaluationConfig) -> Plan:
     Raises:
         ValueError, OSError: in one line.
     """
+    lines = evaluated_lines(config.lora, config.lora_scale, config.base_for_last)
+    names = [line.name for line in lines]
+    if config.against not in names:
+        raise ValueError(f"--against {config.against}: expected a line of the tables; choose from {', '.join(names)}.")
+    download_loras([model for line in lines for model in line.models])
+    return plan_lines(config, lines)
+
+
+def plan_lines(config: EvaluationConfig, lines: list[Line]) -> Plan:
+    """The plan for these lines, which `compare_flowbp.py` makes before there are any.
+
+    Raises:
+        ValueError, OSError: in one line.
+    """
     saved = SavedPipeline(DiffusionPipeline, config.pretrained_model_name_or_path, config.revision, config.variant)
     found = saved_class(saved.index, config.lora_component)
     if max(config.base_for_last) and "callback_on_step_end" not in inspect.signature(found.__call__).parameters:
@@ -238,10 +260,8 @@ def make_plan(config: EvaluationConfig) -> Plan:
     prompts = prompts[: config.num_prompts]
     rewards = reward_names(config.rewards)
     options, grouped, grouped_rewards = read_prompt_data(config, rewards, prompts)
-    models = evaluated_models(config.lora, config.lora_scale, config.base_for_last)
-    download_loras(models)
     saved.check_folder()
-    return Plan(config, found, saved, call, prompts, rewards, options, models, grouped, grouped_rewards)
+    return Plan(config, found, saved, call, prompts, rewards, options, lines, grouped, grouped_rewards)
 
 
 def read_prompt_data(
@@ -405,7 +425,9 @@ def main(argv: list[str] | None = None) -> None:
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         seeds = [plan.seed_of(place) for place in range(store.images)]
-        tables, remarks = write_results(store, plan.prompts, plan.groups, seeds, config.report_images)
+        tables, remarks = write_results(
+            store, plan.lines, config.against, plan.prompts, plan.groups, seeds, config.report_images
+        )
         print(tables)
         for remark in remarks:
             print(remark, file=sys.stderr)

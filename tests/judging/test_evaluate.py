@@ -177,6 +177,36 @@ def test_the_last_steps_of_the_base_model(
     assert [image.tobytes() for image in images] == [Image.open(folder / path).tobytes() for path in paths]
 
 
+def test_seeds_are_one_line_and_any_line_is_compared_with(
+    script: ModuleType, models: dict[str, Path], arguments: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    loras = [f"one={models['one']}", f"seeds={models['one']},{models['two']}"]
+    with pytest.raises(ValueError, match="--against two: expected a line of the tables; choose from base, one, seeds"):
+        script.main(command_line(arguments, lora=loras, against="two"))
+    script.main(command_line(arguments, lora=loras, against="one", num_images_per_prompt=1))
+    folder = arguments["output_dir"]
+    content = json.loads((folder / "table.json").read_text())
+    assert content["lines"] == {"base": ["base"], "one": ["one"], "seeds": ["seeds one", "seeds two"]}
+    records = {record["model"]: record for record in content["records"]}
+    assert [*records] == ["base", "one", "seeds"] and records["seeds"]["seeds"] == 2
+    each = [scores_of(folder, name) for name in ("seeds one", "seeds two")]
+    assert each[0] == scores_of(folder, "one")
+    mean = sum(map(sum, each)) / 6 - sum(scores_of(folder, "one")) / 3
+    assert records["seeds"]["change"]["mean"] == pytest.approx(mean) and "change" not in records["one"]
+    assert len(content["pairs"]) == 6
+    table = pyarrow.parquet.read_table(folder / "scores.parquet").to_pylist()
+    assert {line["line"] for line in table if line["model"].startswith("seeds")} == {"seeds"}
+    printed, report = capsys.readouterr().out, (folder / "report.html").read_text()
+    for text in ("Change against one, same noise", "seeds (2 seeds)", "make_reward: line minus column, same noise"):
+        assert text in printed and text in report
+    assert "Changes against one are in brackets" in report and '<option value="base">' in report
+    # Another reference needs no new images.
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("images/*/*.png")}
+    script.main(command_line(arguments, lora=loras, against="seeds", num_images_per_prompt=1))
+    assert before == {path: path.stat().st_mtime_ns for path in folder.glob("images/*/*.png")}
+    assert "Change against seeds (2 seeds), same noise" in (folder / "table.md").read_text()
+
+
 # Stopping and starting again, processes.
 
 
@@ -513,7 +543,7 @@ def test_the_demo_s_table_by_this_script(
     records = json.loads((tmp_path / "run" / "table.json").read_text())["records"]
     assert len(records) == 2 * len(expected) == 8
     for row, base, aligned in zip(expected, records[::2], records[1::2], strict=True):
-        assert (row["base"], row["aligned"]) == (base["score"], aligned["score"])
-        assert row["change"] == aligned["change"]
+        found = {"base": base["score"], "aligned": aligned["score"], "change": aligned["change"]}
+        assert {name: {**row[name], "over": "prompts"} for name in found} == found
     # The random LoRA changed what is compared.
     assert records[1]["change"]["mean"] != 0

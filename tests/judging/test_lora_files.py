@@ -16,7 +16,7 @@ from tiny_sd3 import draw, save_random_lora, tiny_sd3_pipeline
 
 from flowbp.judging.lora_files import check_lora_file
 from flowbp.judging.loras import load_loras
-from flowbp.judging.models import evaluated_models
+from flowbp.judging.models import evaluated_lines
 
 FILE = "pytorch_lora_weights.safetensors"
 # In front of a name that does not match, its time doubles with each letter.
@@ -49,7 +49,7 @@ def changed(lora: Path, folder: Path, **settings: Any) -> Path:
 
 def load(file: Path) -> DiffusionPipeline:
     pipe = tiny_sd3_pipeline(torch.float32)
-    load_loras(pipe, evaluated_models([f"x={file}"], [1.0], [0]), "transformer")
+    load_loras(pipe, evaluated_lines([f"x={file}"], [1.0], [0])[1].models, "transformer")
     return pipe
 
 
@@ -104,7 +104,7 @@ def test_a_lora_without_metadata_is_loaded(lora: Path, tmp_path: Path) -> None:
 def test_settings_of_no_plain_lora_are_refused(lora: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
     file = changed(lora, tmp_path, **settings)
     with pytest.raises(ValueError, match="expected a plain LoRA with finite values, got 'transformer.") as caught:
-        evaluated_models([str(tmp_path)], [1.0], [0])
+        evaluated_lines([str(tmp_path)], [1.0], [0])
     assert str(caught.value).startswith(f"--lora {tmp_path}: ") and "\n" not in str(caught.value)
     assert any(name in str(caught.value) for name in settings) and len(str(caught.value)) < 400, file
 

@@ -6,9 +6,10 @@ import math
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 
-from flowbp.judging.statistics import estimate, interval, summarise, wins
+from flowbp.judging.statistics import estimate, interval, over_seeds, pairwise, summarise, wins
 from flowbp.judging.tables import table_markdown
 
 
@@ -63,7 +64,8 @@ def test_records_are_means_over_prompts_and_paired_changes() -> None:
     record = records["a", "lora"]
     assert record["score"]["mean"] == pytest.approx(better.mean().item())
     assert record["change"]["mean"] == pytest.approx((better - base).mean().item())
-    assert record["win_rate"] == {"mean": 1.0, "interval": [1.0, 1.0]}
+    assert record["win_rate"] == {"mean": 1.0, "interval": [1.0, 1.0], "over": "prompts"}
+    assert record["against"] == "base" and "against" not in records["a", "base"]
     # Pairing by noise: the interval of the change is much narrower than those of the scores.
     width = np.diff(record["change"]["interval"])[0]
     assert tuple(record["change"]["interval"]) == interval((better - base).mean(1))
@@ -76,7 +78,10 @@ def test_groups_have_columns_and_overall_is_the_mean_of_their_means() -> None:
     record, other = summarise({"geneval": {"base": values}, "clip": {"base": values}}, groups)
     assert list(record["groups"]) == ["single_object", "position"] and "groups" not in other
     assert [estimate["mean"] for estimate in record["groups"].values()] == [1.0, 0.0]
-    assert record["overall"] == {"mean": 0.5, "interval": [0.5, 0.5]} and record["score"]["mean"] == 0.6
+    assert (
+        record["overall"] == {"mean": 0.5, "interval": [0.5, 0.5], "over": "prompts"}
+        and record["score"]["mean"] == 0.6
+    )
     places = {"x": {"a": list(range(100)), "b": list(range(100, 300))}}
     noisy = summarise({"x": {"base": normal(300, 1)}}, places)[0]["overall"]
     # Groups of 100 and 200 prompts of standard deviation 1.
@@ -111,7 +116,8 @@ def test_a_model_without_scores_takes_none_from_the_others() -> None:
     found = summarise({"x": {"base": share, "broken": torch.full_like(share, math.nan), "good": 1 - share}}, groups)
     assert [found[0], found[2]] == whole and whole[0]["share"]
     broken = {"score": None, "change": None, "win_rate": None, "groups": {}, "overall": None}
-    assert found[1] == {"reward": "x", "model": "broken", "share": True, "left_out": 0, **broken}
+    broken |= {"share": True, "left_out": 0, "seeds": 0, "against": "base"}
+    assert found[1] == {"reward": "x", "model": "broken", **broken}
     # Without the base model's scores there is nothing to compare with.
     base, good = summarise({"x": {"base": torch.full_like(share, math.nan), "good": share}}, {})
     assert base["score"] is None and good["score"] == whole[0]["score"]
@@ -128,3 +134,97 @@ def test_an_estimate_is_over_prompts_and_leaves_out_images_without_a_score() -> 
     values = normal(400)
     found = estimate(values.tolist(), 1)
     assert (found["low"], found["high"]) == interval(values) and found["mean"] == values.mean().item()
+
+
+# Several seeds of a method.
+
+
+def welch(one: list[float], other: list[float]) -> list[float]:
+    found = scipy.stats.ttest_ind(one, other, equal_var=False).confidence_interval(0.95)
+    return pytest.approx([found.low, found.high], rel=1e-6)
+
+
+def student(values: list[float]) -> list[float]:
+    return pytest.approx(list(scipy.stats.t.interval(0.95, len(values) - 1, np.mean(values), scipy.stats.sem(values))))
+
+
+def seeds_of(*lifts: float) -> list[torch.Tensor]:
+    return [normal(30, 2, seed=place + 1) + lift for place, lift in enumerate(lifts)]
+
+
+def test_an_interval_over_seeds_is_student_s_and_between_two_methods_welch_s() -> None:
+    base = normal(30, 2)
+    scores = {"base": base, **dict(zip("abcde", seeds_of(0.1, 0.3, 0.9, 0.5, 0.6), strict=True))}
+    lines = {"base": ["base"], "three": [*"abc"], "two": [*"de"]}
+    means = {name: values.mean().item() for name, values in scores.items()}
+    three, two = [means[name] for name in "abc"], [means[name] for name in "de"]
+    groups = {"x": {"one": [0, 1], "rest": list(range(2, 30))}}
+    records = {record["model"]: record for record in summarise({"x": scores}, groups, lines)}
+    assert [record["seeds"] for record in records.values()] == [1, 3, 2]
+    # The base model was not trained: its interval is over prompts, and a difference to it varies with the seeds alone.
+    assert records["base"]["score"] == {
+        "mean": pytest.approx(means["base"]), "interval": list(interval(base.mean(1))), "over": "prompts"
+    }  # fmt: skip
+    for name, of_seeds in (("three", three), ("two", two)):
+        assert records[name]["score"]["mean"] == pytest.approx(np.mean(of_seeds))
+        assert records[name]["score"]["over"] == "seeds" and records[name]["score"]["interval"] == student(of_seeds)
+        differences = [value - means["base"] for value in of_seeds]
+        assert records[name]["change"]["interval"] == student(differences)
+        assert records[name]["win_rate"]["over"] == "seeds"
+        group = [scores[seed][:2].mean().item() for seed in lines[name]]
+        assert records[name]["groups"]["one"]["interval"] == student(group)
+        assert records[name]["overall"]["interval"] == student(
+            [(scores[seed][:2].mean().item() + scores[seed][2:].mean().item()) / 2 for seed in lines[name]]
+        )
+    against = {record["model"]: record for record in summarise({"x": scores}, {}, lines, "three")}
+    assert against["two"]["against"] == "three" and "change" not in against["three"]
+    assert against["two"]["change"]["mean"] == pytest.approx(np.mean(two) - np.mean(three))
+    assert against["two"]["change"]["interval"] == welch(two, three)
+    assert against["base"]["change"]["interval"] == student([means["base"] - value for value in three])
+    rates = [wins(scores[one], scores[other]).mean().item() for one in "de" for other in "abc"]
+    assert against["two"]["win_rate"]["mean"] == pytest.approx(np.mean(rates))
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (3, 2), (40, 25)])
+def test_intervals_over_seeds_cover_the_true_difference_as_often_as_they_say(shape: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(1)
+    covered = []
+    for _ in range(400):
+        one = 2 * torch.randn(shape[0], 1, generator=generator, dtype=torch.float64)
+        other = torch.randn(1, shape[1], generator=generator, dtype=torch.float64)
+        low, high = over_seeds(one - (other if shape[1] > 1 else 0))
+        covered.append(low <= 0 <= high)
+    assert 0.91 <= np.mean(covered) <= 0.985
+
+
+def test_intervals_over_seeds_at_their_edges() -> None:
+    assert over_seeds(torch.ones(3, 2, dtype=torch.float64)) == (1.0, 1.0)
+    # Shares stay shares, however few the seeds.
+    share = [(normal(30, 1, seed=seed) > edge).double() for seed, edge in ((1, -2.0), (2, 0.0))]
+    scores = {"base": share[1], "a": share[0], "b": share[1]}
+    record = summarise({"x": scores}, {}, {"base": ["base"], "line": ["a", "b"]})[1]
+    assert record["score"]["interval"] == [0.0, 1.0] and record["win_rate"]["interval"] == [0.0, 1.0]
+    assert record["change"]["interval"][1] > 1
+    # A seed without scores does not count; of a single one that is left the interval is over prompts.
+    broken = torch.full_like(share[0], math.nan)
+    record = summarise({"x": {**scores, "b": broken}}, {}, {"base": ["base"], "line": ["a", "b"]})[1]
+    alone = summarise({"x": {"base": share[1], "line": share[0]}}, {})[1]
+    assert record == alone and record["seeds"] == 1
+
+
+def test_every_two_lines_have_a_paired_difference() -> None:
+    base, one, two, other = normal(30, 2), *seeds_of(0.2, 0.4, 0.1)
+    one = base + 0.01 * one
+    one[3, 1] = math.nan
+    scores = {"x": {"base": base, "one": one, "a": two, "b": other}, "none": {"base": one * math.nan}}
+    lines = {"base": ["base"], "one": ["one"], "seeds": ["a", "b"]}
+    found = {(pair["model"], pair["against"]): pair for pair in pairwise(scores, lines)}
+    assert len(found) == 6 and {pair["reward"] for pair in found.values()} == {"x"}
+    records = {record["model"]: record for record in summarise({"x": scores["x"]}, {}, lines)}
+    for name in ("one", "seeds"):
+        assert found[name, "base"]["difference"]["mean"] == pytest.approx(records[name]["change"]["mean"])
+        assert found[name, "base"]["difference"]["interval"] == pytest.approx(records[name]["change"]["interval"])
+    for (name, against), pair in found.items():
+        there, back = pair["difference"], found[against, name]["difference"]
+        assert there["mean"] == -back["mean"] and there["interval"] == [-back["interval"][1], -back["interval"][0]]
+        assert there["over"] == ("seeds" if "seeds" in (name, against) else "prompts")

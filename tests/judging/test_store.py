@@ -174,7 +174,7 @@ def test_a_folder_that_is_gone_is_told_and_not_made_again(move: Callable[[Path],
     for write_more in (
         lambda: store.add(BASE, 0, [Image.new("RGB", (8, 8))] * 2, {"x": [0.0, 1.0]}),
         lambda: store.add_remarks({LORA.lora: "only 1 of its 2 layers fit"}),
-        lambda: write_results(store, ["p"] * 5, {}, range(5), 5),
+        lambda: write_results(store, [], "base", ["p"] * 5, {}, range(5), 5),
     ):
         with pytest.raises(FileNotFoundError, match="run: .* was removed or renamed while the evaluation ran"):
             write_more()

@@ -9,7 +9,7 @@ import re
 
 import torch
 
-from flowbp.judging.statistics import summarise
+from flowbp.judging.statistics import pairwise, summarise
 from flowbp.judging.tables import table_csv, table_markdown
 
 
@@ -41,7 +41,7 @@ def test_the_table_has_the_paper_s_shape() -> None:
     by_group = parts[2 * captions.index("GenEval by group, %") + 1].splitlines()
     heads = [cell.strip() for cell in by_group[0].strip("|").split("|")]
     assert heads == ["", "single_object", "two_object", "overall"]
-    assert len(captions) == 4
+    assert len(captions) == 5 and captions[-1] == "Intervals are 95 % bootstrap intervals over prompts.\n"
     change = parts[2 * captions.index("Change against the base, same noise") + 1]
     assert "+0.100 [+0.100, +0.100]" in change and "-0.200 [-0.200, -0.200]" in change
 
@@ -86,3 +86,30 @@ def test_names_of_users_stay_in_their_cells() -> None:
     lines = [re.split(r"(?<!\\)\|", line)[1:-1] for line in text.splitlines() if line.startswith("|")]
     assert {len(line) for line in lines[:3]} == {2} and {len(line) for line in lines[3:]} == {4}
     assert lines[2][0].strip() == r"a\|b c" and lines[3][1].strip() == r"of \| two lines"
+
+
+def test_lines_of_seeds_and_pairs_say_what_their_intervals_are() -> None:
+    base = normal(40, 1)
+    scores = {"base": base, "one": base + 0.5, "a": base + 0.25, "b": base + 0.75}
+    lines = {"base": ["base"], "one": ["one"], "both": ["a", "b"]}
+    records, pairs = summarise({"x": scores}, {}, lines, "both"), pairwise({"x": scores}, lines)
+    text = table_markdown(records, [], pairs)
+    assert "Change against both (2 seeds), same noise" in text and "Change against the base" not in text
+    assert "are over seeds (Student's t; Welch's where both have several)" in text
+    matrix = text[text.index("x: line minus column, same noise") :].splitlines()[2:7]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in matrix]
+    assert cells[0] == ["", "base", "one", "both (2 seeds)"]
+    assert cells[2] == ["base", "", "-0.5 [-0.5, -0.5]", "-0.5 [-3.7, +2.7]"]
+    assert [line[place] for place, line in enumerate(cells[2:], 1)] == ["", "", ""]
+    found = {
+        (line["model"], line["measure"], line["against"]): line
+        for line in csv.DictReader(io.StringIO(table_csv(records, pairs)))
+    }
+    assert len(found) == 3 + 2 * 2 + 6
+    # Three decimals for the base's interval over prompts, whatever the seeds' says.
+    values = {"base": 1e-2 * base, "a": base, "b": base + 1}
+    text = table_markdown(summarise({"x": values}, {}, {"base": ["base"], "s": ["a", "b"]}))
+    assert re.search(r"base +\| +-?0\.\d{4} \[", text)
+    assert found["one", "difference", "both"]["over"] == "seeds" == found["both", "score", ""]["over"]
+    assert found["one", "difference", "base"]["over"] == "prompts" and found["both", "score", ""]["seeds"] == "2"
+    assert float(found["one", "difference", "base"]["mean"]) == 0.5

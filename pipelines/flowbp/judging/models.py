@@ -38,32 +38,49 @@ class EvaluatedModel:
 
     @property
     def folder(self) -> str:
-        """The name with only letters, digits, `_`, `.` and `-`, as a folder's name."""
-        return re.sub(r"[^\w.-]+", "_", self.name)
+        """The name as a folder's name."""
+        return folder_name(self.name)
 
 
-def evaluated_models(
-    loras: Sequence[str], scales: Sequence[float], base_for_last: Sequence[int]
-) -> list[EvaluatedModel]:
+@dataclass(frozen=True)
+class Line:
+    """A line of the tables.
+
+    Attributes:
+        name: in tables and in `--against`.
+        models: one, or several whose trainings differ by the seed alone.
+    """
+
+    name: str
+    models: tuple[EvaluatedModel, ...]
+
+
+def folder_name(name: str) -> str:
+    """A name with only letters, digits, `_`, `.` and `-`."""
+    return re.sub(r"[^\w.-]+", "_", name)
+
+
+def evaluated_lines(loras: Sequence[str], scales: Sequence[float], base_for_last: Sequence[int]) -> list[Line]:
     """The base model, then every LoRA at every scale with every number of last steps without it.
 
     Args:
-        loras: each `NAME=SOURCE`, or `SOURCE` alone, whose last part is then the name. A source is a folder, a
-            .safetensors file or a Hub id.
+        loras: each `NAME=SOURCE`, or `SOURCE` alone, whose last part is then the name, or `NAME=SOURCE,SOURCE,...`
+            for several seeds. A source is a folder, a .safetensors file or a Hub id.
         scales: at least one.
         base_for_last: at least one.
 
     Raises:
-        ValueError: a source does not exist or is no plain LoRA, two models have the same folder, or a name cannot be
-            that of a folder.
+        ValueError: a source does not exist or is no plain LoRA, two seeds are the same LoRA, two models have the same
+            folder, or a name cannot be that of a folder.
     """
-    models = [EvaluatedModel(BASE)]
+    lines = [Line(BASE, (EvaluatedModel(BASE),))]
     for given in loras:
-        name, source = _name_and_source(given)
-        file = lora_file(source)
-        if file is not None:
-            check_lora_file(source, file)
-        digest = None if file is None else hashlib.sha256(file.read_bytes()).hexdigest()
+        name, sources = _name_and_sources(given)
+        digests = [_digest(source) for source in sources]
+        labels = _seed_labels(sources)
+        for place, digest in enumerate(digests):
+            if sources[place] in sources[:place] or (digest is not None and digest in digests[:place]):
+                raise ValueError(f"--lora {name}: expected LoRAs of different seeds, got {sources[place]} twice.")
         for scale in scales:
             for last in base_for_last:
                 title = name
@@ -71,28 +88,60 @@ def evaluated_models(
                     title += f" × {scale:g}"
                 if last:
                     title += f", base for last {last}"
-                models.append(EvaluatedModel(title, source, scale, last, digest))
+                each = zip(labels, sources, digests, strict=True)
+                models = [EvaluatedModel(title + label, source, scale, last, digest) for label, source, digest in each]
+                lines.append(Line(title, tuple(models)))
+    _check_names(lines)
+    return lines
+
+
+def _check_names(lines: Sequence[Line]) -> None:
+    names = [model.name for line in lines for model in line.models]
+    # A line of several seeds has a name of its own.
+    names += [line.name for line in lines if len(line.models) > 1]
     # Windows and macOS take names that differ in case for the same one.
-    folders = [model.folder.casefold() for model in models]
-    for model in models:
-        if _NO_FOLDER.fullmatch(model.folder):
+    folders = [folder_name(name).casefold() for name in names]
+    for name in names:
+        if _NO_FOLDER.fullmatch(folder_name(name)):
             raise ValueError(
-                f"--lora: expected a name that folders can have on all systems, got {model.name!r}; choose another in "
+                f"--lora: expected a name that folders can have on all systems, got {name!r}; choose another in "
                 "NAME=SOURCE."
             )
-        if folders.count(model.folder.casefold()) > 1:
-            raise ValueError(f"--lora: expected different names, got {model.name!r} twice; write NAME=SOURCE.")
-    return models
+        if folders.count(folder_name(name).casefold()) > 1:
+            raise ValueError(f"--lora: expected different names, got {name!r} twice; write NAME=SOURCE.")
 
 
-def _name_and_source(given: str) -> tuple[str, str]:
+def _name_and_sources(given: str) -> tuple[str, list[str]]:
     name, equals, source = given.partition("=")
     if not equals:
         source = given
         name = Path(source).resolve().name if Path(source).exists() else source.rpartition("/")[2]
-    if not name or not source:
+    sources = [source] if Path(source).exists() else source.split(",")
+    if not name or not all(sources):
         raise ValueError(f"--lora {given}: expected NAME=SOURCE or SOURCE; write the missing part.")
-    return name, source
+    if len(sources) > 1 and not equals:
+        raise ValueError(f"--lora {given}: expected a name for several seeds; write NAME=SOURCE,SOURCE.")
+    # The option's own check has expanded the first one.
+    return name, [str(Path(each).expanduser()) if each.startswith("~") else each for each in sources]
+
+
+def _seed_labels(sources: Sequence[str]) -> list[str]:
+    """What follows the line's name in those of its models: the sources' last parts, or numbers where these are equal.
+
+    The last parts keep their model when a seed is added.
+    """
+    if len(sources) == 1:
+        return [""]
+    parts = [source.rstrip("/\\").replace("\\", "/").rpartition("/")[2] for source in sources]
+    return [f" {part if len({*parts}) == len(parts) else f'#{place}'}" for place, part in enumerate(parts, 1)]
+
+
+def _digest(source: str) -> str | None:
+    file = lora_file(source)
+    if file is None:
+        return None
+    check_lora_file(source, file)
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def lora_file(source: str) -> Path | None:

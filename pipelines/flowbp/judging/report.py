@@ -18,7 +18,7 @@ from PIL import Image
 from ..rewards import titles
 from .models import EvaluatedModel
 from .store import Store
-from .tables import Table, tables
+from .tables import Table, about_intervals, tables
 
 TEMPLATE = "report.html.jinja"
 EMBEDDED_SIDE = 384
@@ -32,6 +32,8 @@ def report_html(
     prompts: Sequence[str],
     limit: int,
     remarks: Sequence[str] = (),
+    pairs: Sequence[Mapping[str, Any]] = (),
+    reference: Sequence[str] = (),
 ) -> str:
     """The report as a page that needs no other file.
 
@@ -45,8 +47,10 @@ def report_html(
         prompts: P prompts.
         limit: number of images of each model in the report: those whose score changed most.
         remarks: a line each, below the tables.
+        pairs: from `pairwise`.
+        reference: the models of the line that the others are compared with, of seeds their mean; default: the base.
     """
-    cards = _Cards(store, scores, prompts)
+    cards = _Cards(store, scores, prompts, reference or [store.models[0].name])
     shown = largest_changes(cards.changes(cards.rewards[0], cards.leader), limit)
     environment = Environment(
         # The template lies beside this module, in a checkout and in an installed package.
@@ -66,7 +70,10 @@ def report_html(
         models=[model.name for model in cards.others],
         leader=cards.leader.name,
         cards=[cards.card(place) for place in shown],
-        tables=tables(records),
+        tables=tables(records, pairs),
+        about_intervals=about_intervals(records),
+        against=next(record["against"] for record in records if "against" in record),
+        num_loras=len(store.models) - 1,
         remarks=remarks,
         described=_described(store.models),
         settings={
@@ -86,9 +93,15 @@ def largest_changes(changes: Sequence[float], limit: int) -> list[int]:
 class _Cards:
     """What the report shows of one image of every model: a card with its prompt, the images and their scores."""
 
-    def __init__(self, store: Store, scores: Mapping[str, Mapping[str, torch.Tensor]], prompts: Sequence[str]) -> None:
+    def __init__(
+        self,
+        store: Store,
+        scores: Mapping[str, Mapping[str, torch.Tensor]],
+        prompts: Sequence[str],
+        reference: Sequence[str],
+    ) -> None:
         self._store, self._prompts = store, prompts
-        self.base, *self.others = store.models
+        self.others = [model for model in store.models if model.name not in reference]
         self.rewards = list(scores)
         self.titles = titles(self.rewards)
         self.per_prompt = store.images // len(prompts)
@@ -97,13 +110,9 @@ class _Cards:
             for reward in scores
             for model in store.models
         }
+        bases = {reward: sum(scores[reward][name] for name in reference) / len(reference) for reward in scores}
         self._changes = {
-            (reward, model.name): [
-                score - base
-                for score, base in zip(
-                    self._scores[reward, model.name], self._scores[reward, self.base.name], strict=True
-                )
-            ]
+            (reward, model.name): (scores[reward][model.name] - bases[reward]).flatten().tolist()
             for reward in scores
             for model in self.others
         }
@@ -115,7 +124,7 @@ class _Cards:
         return statistics.fmean(changes) if changes else -math.inf
 
     def changes(self, reward: str, model: EvaluatedModel) -> list[float]:
-        """By how much each image scores above the base model's; 0 for images without a score."""
+        """By how much each image scores above the reference's; 0 for images without a score."""
         return [0.0 if math.isnan(change) else change for change in self._changes[reward, model.name]]
 
     def card(self, place: int) -> dict[str, Any]:
@@ -135,7 +144,7 @@ class _Cards:
         scores = []
         for reward in self.rewards:
             value = self._scores[reward, model.name][place]
-            change = math.nan if model is self.base else self._changes[reward, model.name][place]
+            change = self._changes[reward, model.name][place] if model in self.others else math.nan
             scores.append(
                 {
                     "reward": self.titles[reward],

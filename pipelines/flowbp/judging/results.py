@@ -12,16 +12,19 @@ from PIL import Image
 from ..files import write_atomically
 from ..rewards import titles
 from .figures import comparison
+from .models import Line
 from .report import report_html
-from .statistics import summarise
+from .statistics import pairwise, summarise
 from .store import Store, write_parquet
-from .tables import table_csv, table_markdown
+from .tables import MOST_PAIRED_LINES, table_csv, table_markdown
 
 GRID_PROMPTS = 8  # columns of grid.png: the first prompts, not chosen ones
 
 
 def write_results(
     store: Store,
+    lines: Sequence[Line],
+    against: str,
     prompts: Sequence[str],
     groups: Mapping[str, Mapping[str, Sequence[int]]],
     seeds: Sequence[int],
@@ -31,6 +34,8 @@ def write_results(
 
     Args:
         store: with all batches finished.
+        lines: of the tables; their models are those of the store.
+        against: the line that the others are compared with.
         prompts: all of them, in order.
         groups: `{reward: {group: places of its prompts}}`, of the rewards that have tables by group.
         seeds: of each image's noise.
@@ -49,7 +54,8 @@ def write_results(
     found, not_finite = {}, {}
     for model in store.models:
         found[model.name], not_finite[model.name] = store.scores(model)
-    write_parquet(store.folder / "scores.parquet", _columns(store, found, prompts, groups, seeds))
+    line_of = {model.name: line.name for line in lines for model in line.models}
+    write_parquet(store.folder / "scores.parquet", _columns(store, line_of, found, prompts, groups, seeds))
     scores = {
         reward: {
             name: torch.tensor(values[reward], dtype=torch.float64).unflatten(0, (-1, count))
@@ -57,17 +63,19 @@ def write_results(
         }
         for reward in store.rewards
     }
-    records = summarise(scores, groups)
+    names = {line.name: [model.name for model in line.models] for line in lines}
+    records = summarise(scores, groups, names, against)
+    pairs = pairwise(scores, names) if 2 < len(names) <= MOST_PAIRED_LINES else []
     scored = {record["reward"]: scores[record["reward"]] for record in records}
     remarks = _remarks(store, scored, not_finite)
     if not records:
         raise ValueError(f"Expected scores, got none of any reward; see scores.parquet. {' '.join(remarks)}")
-    tables = table_markdown(records, remarks)
-    content = json.dumps({"settings": store.settings, "records": records, "remarks": remarks}, indent=2) + "\n"
-    write_atomically(store.folder / "table.json", content)
+    tables = table_markdown(records, remarks, pairs)
+    content = {"settings": store.settings, "lines": names, "records": records, "pairs": pairs, "remarks": remarks}
+    write_atomically(store.folder / "table.json", json.dumps(content, indent=2) + "\n")
     write_atomically(store.folder / "table.md", tables)
-    write_atomically(store.folder / "table.csv", table_csv(records))
-    report = report_html(store, records, scored, prompts, report_images, remarks)
+    write_atomically(store.folder / "table.csv", table_csv(records, pairs))
+    report = report_html(store, records, scored, prompts, report_images, remarks, pairs, names[against])
     write_atomically(store.folder / "report.html", report)
     _draw_grid(store, found, list(scored), prompts, count)
     return f"\n{len(prompts)} prompts, {count} images of each\n\n{tables}", remarks
@@ -101,6 +109,7 @@ def _remarks(
 
 def _columns(
     store: Store,
+    line_of: Mapping[str, str],
     found: Mapping[str, Mapping[str, list[float]]],
     prompts: Sequence[str],
     groups: Mapping[str, Mapping[str, Sequence[int]]],
@@ -110,6 +119,7 @@ def _columns(
     places, count, models = range(len(seeds)), len(seeds) // len(prompts), store.models
     columns: dict[str, list[Any]] = {
         "model": [model.name for model in models for _ in places],
+        "line": [line_of[model.name] for model in models for _ in places],
         "lora": [model.lora for model in models for _ in places],
         "lora_scale": [model.scale for model in models for _ in places],
         "base_for_last": [model.base_for_last for model in models for _ in places],

@@ -10,6 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..rewards import titles
+from .models import BASE
+
+MOST_PAIRED_LINES = 8
+"""Up to so many lines, the tables have the differences between every two of them."""
 
 
 @dataclass(frozen=True)
@@ -32,15 +36,19 @@ class Table:
         return list(zip(*self.columns, strict=True))
 
 
-def tables(records: Sequence[Mapping[str, Any]]) -> list[Table]:
-    """The tables of an evaluation: scores, scores by group, changes and win rates; a line for each model.
+def tables(records: Sequence[Mapping[str, Any]], pairs: Sequence[Mapping[str, Any]] = ()) -> list[Table]:
+    """The tables of an evaluation: scores, scores by group, changes, win rates, and differences between every two.
 
     Args:
-        records: from `summarise`; at least one.
+        records: from `summarise`; at least one. Each model or group of seeds has a line.
+        pairs: from `pairwise`.
     """
     rewards = list(dict.fromkeys(record["reward"] for record in records))
     models = list(dict.fromkeys(record["model"] for record in records))
     found = {(record["reward"], record["model"]): record for record in records}
+    # Rewards of which some seeds have no scores say so in the remarks.
+    seeds = {model: max(found[reward, model]["seeds"] for reward in rewards) for model in models}
+    named = {model: f"{model} ({count} seeds)" if count > 1 else model for model, count in seeds.items()}
     title = titles(rewards)
     for reward in rewards:
         if left_out := found[reward, models[0]]["left_out"]:
@@ -53,39 +61,70 @@ def tables(records: Sequence[Mapping[str, Any]]) -> list[Table]:
 
     heads = ["", *(title[reward] + unit[reward] for reward in rewards)]
     scores = [column(reward, "score", models) for reward in rewards]
-    result = [Table("Score: mean [95 % interval]", heads, [models, *scores])]
+    result = [Table("Score: mean [95 % interval]", heads, [[*named.values()], *scores])]
     for reward in rewards:
         # A model without scores has no groups.
         by_model = [found[reward, model].get("groups", {}) for model in models]
         groups = list(dict.fromkeys(group for of_model in by_model for group in of_model))
         columns = [_cells([of_model.get(group) for of_model in by_model], is_share[reward]) for group in groups]
         if columns:
-            columns = [models, *columns, column(reward, "overall", models)]
+            columns = [[*named.values()], *columns, column(reward, "overall", models)]
             result.append(Table(f"{title[reward]} by group{unit[reward]}", ["", *groups, "overall"], columns))
-    if others := models[1:]:
+    against = next((record["against"] for record in records if "against" in record), None)
+    if others := [model for model in models if model != against] if against else []:
+        first = [named[model] for model in others]
+        end = f"against {'the base' if against == BASE else named[against]}, same noise"
         changes = [column(reward, "change", others, "+") for reward in rewards]
-        result.append(Table("Change against the base, same noise", heads, [others, *changes]))
+        result.append(Table(f"Change {end}", heads, [first, *changes]))
         rates = [_cells([found[reward, model]["win_rate"] for model in others], True) for reward in rewards]
         heads = ["", *(title[reward] for reward in rewards)]
-        result.append(Table("Win rate against the base, same noise, %", heads, [others, *rates]))
+        result.append(Table(f"Win rate {end}, %", heads, [first, *rates]))
+    differences = {(pair["reward"], pair["model"], pair["against"]): pair["difference"] for pair in pairs}
+    for reward in rewards if pairs else ():
+        cells = [
+            _cells(
+                [differences.get((reward, model, other)) for model in models],
+                is_share[reward],
+                "+",
+                models.index(other),
+            )
+            for other in models
+        ]
+        caption = f"{title[reward]}{unit[reward]}: line minus column, same noise"
+        result.append(Table(caption, ["", *named.values()], [[*named.values()], *cells]))
     return result
 
 
-def _cells(estimates: Sequence[Mapping[str, Any] | None], is_share: bool, sign: str = "") -> list[str]:
+def about_intervals(records: Sequence[Mapping[str, Any]]) -> str:
+    """What the intervals of the tables are."""
+    if all(record["seeds"] <= 1 for record in records):
+        return "Intervals are 95 % bootstrap intervals over prompts."
+    return (
+        "Intervals (95 %) of lines with several seeds, and of differences from or to such lines, are over seeds "
+        "(Student's t; Welch's where both have several); all others are bootstrap intervals over prompts."
+    )
+
+
+def _cells(
+    estimates: Sequence[Mapping[str, Any] | None], is_share: bool, sign: str = "", empty: int | None = None
+) -> list[str]:
     """A column of `mean [low, high]`: shares in per cent, others to two digits of the widest interval's half width.
 
-    Where there is no estimate, it says `no scores`.
+    Where there is no estimate, it says `no scores`; at the place `empty`, nothing.
     """
     factor, digits = (100, 1) if is_share else (1, 3)
-    halves = [(estimate["interval"][1] - estimate["interval"][0]) / 2 for estimate in estimates if estimate]
-    # The interval of equal values is wide by a rounding error only, which says nothing about digits.
-    halves = [half for half in halves if half > 1e-6]
+    found = [estimate for estimate in estimates if estimate]
+    halves = [((each["interval"][1] - each["interval"][0]) / 2, each["over"]) for each in found]
+    # The interval of equal values is wide by a rounding error only, which says nothing about digits. Nor does that of
+    # a few seeds say it for the other lines.
+    halves = [(half, over) for half, over in halves if half > 1e-6]
+    halves = [half for half, over in halves if over == "prompts"] or [half for half, _ in halves]
     if not is_share and halves:
         digits = min(max(1 - math.floor(math.log10(max(halves))), 0), 6)
     cells = []
-    for estimate in estimates:
+    for place, estimate in enumerate(estimates):
         if estimate is None:
-            cells.append("no scores")
+            cells.append("" if place == empty else "no scores")
             continue
         # Adding 0 turns -0.0 into 0.0.
         mean, low, high = (
@@ -96,14 +135,18 @@ def _cells(estimates: Sequence[Mapping[str, Any] | None], is_share: bool, sign: 
     return cells
 
 
-def table_markdown(records: Sequence[Mapping[str, Any]], remarks: Sequence[str] = ()) -> str:
+def table_markdown(
+    records: Sequence[Mapping[str, Any]], remarks: Sequence[str] = (), pairs: Sequence[Mapping[str, Any]] = ()
+) -> str:
     """All tables as Markdown.
 
     Args:
         records: from `summarise`.
         remarks: a line each, below the tables.
+        pairs: from `pairwise`.
     """
-    parts = [f"{table.caption}\n\n{_markdown(table)}" for table in tables(records)]
+    parts = [f"{table.caption}\n\n{_markdown(table)}" for table in tables(records, pairs)]
+    parts.append(about_intervals(records))
     if remarks:
         parts.append("\n".join(f"- {' '.join(remark.split())}" for remark in remarks))
     return "\n\n".join(parts) + "\n"
@@ -122,20 +165,28 @@ def _markdown(table: Table) -> str:
     return "\n".join([padded[0], f"|{'|'.join(rules)}|", *padded[1:]])
 
 
-def table_csv(records: Sequence[Mapping[str, Any]]) -> str:
-    """All numbers as CSV with the columns reward, model, measure, mean, low and high.
+def table_csv(records: Sequence[Mapping[str, Any]], pairs: Sequence[Mapping[str, Any]] = ()) -> str:
+    """All numbers as CSV with the columns reward, model, measure, against, mean, low, high, over and seeds.
 
     Args:
         records: from `summarise`; a line for each of their measures: `score`, `change`, `win_rate`, `overall` and
             `group NAME`. Numbers of models without scores are empty.
+        pairs: from `pairwise`: lines with the measure `difference`.
     """
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["reward", "model", "measure", "mean", "low", "high"])
-    for record in records:
-        estimates = {name: record[name] for name in ("score", "change", "win_rate", "overall") if name in record}
+    writer.writerow(["reward", "model", "measure", "against", "mean", "low", "high", "over", "seeds"])
+    seeds = {(record["reward"], record["model"]): record["seeds"] for record in records}
+    for record in [*records, *pairs]:
+        estimates = {
+            name: record[name] for name in ("score", "change", "win_rate", "overall", "difference") if name in record
+        }
         estimates |= {f"group {name}": estimate for name, estimate in record.get("groups", {}).items()}
         for name, estimate in estimates.items():
-            numbers = ["", "", ""] if estimate is None else [estimate["mean"], *estimate["interval"]]
-            writer.writerow([record["reward"], record["model"], name, *numbers])
+            numbers = ["", "", "", ""]
+            if estimate is not None:
+                numbers = [estimate["mean"], *estimate["interval"], estimate["over"]]
+            against = record["against"] if name in ("change", "win_rate", "difference") else ""
+            key = (record["reward"], record["model"])
+            writer.writerow([*key, name, against, *numbers, seeds[key]])
     return file.getvalue()
