@@ -22,7 +22,7 @@ from torch.utils._pytree import TreeSpec
 _PLAIN = (bool, int, float, str, type(None))
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 # Parts of these packages keep nothing from call to call; their adapters are looked at by name.
-_STATELESS = ("torch", "peft")
+_STATELESS = ("torch", "peft", "flowbp")
 # How many numbers of each trained parameter are compared one by one.
 FINGERPRINT_LENGTH = 1024
 

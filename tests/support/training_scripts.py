@@ -20,7 +20,6 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.models.modeling_utils import ModelMixin
-from peft import set_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -235,27 +234,6 @@ def check_round_trip(
     load_lora(pipe)
     assert torch.equal(images_of(pipe, **call), trained)
     assert (trained - base).abs().max() > 1e-3
-
-
-def check_bfloat16_round_trip(model: Path, output: Path, drawn: list[torch.Tensor], **call: Any) -> None:
-    """As `check_round_trip`, over a bfloat16 base.
-
-    diffusers rounds a LoRA to the dtype of the pipeline that loads it, so the numbers of the file are put back before
-    the comparison that is exact.
-    """
-
-    def load_in_float32(pipe: DiffusionPipeline) -> None:
-        pipe.load_lora_weights(output)
-        rounded = images_of(pipe, **call)
-        assert 0 < (rounded - drawn[-2]).abs().max() < 0.05
-        for name, parameter in pipe.transformer.named_parameters():
-            if "lora_" in name:
-                assert parameter.dtype == torch.bfloat16
-                parameter.data = parameter.data.float()
-        lora = {name.removeprefix("transformer."): tensor for name, tensor in lora_of(output).items()}
-        set_peft_model_state_dict(pipe.transformer, lora, adapter_name=pipe.transformer.active_adapters()[0])
-
-    check_round_trip(model, load_in_float32, drawn, **call)
 
 
 def _no_model(*_: Any, **__: Any) -> None:

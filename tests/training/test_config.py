@@ -31,6 +31,7 @@ OPTIONS = [name for name in DECLARED if name != "method_options"]
 REQUIRED = {"pretrained_model_name_or_path": "m", "prompts": "p.txt", "reward": "ocr"}
 # Options that take no value of their type, and what an option needs beside it.
 VALUES = {"report_to": "none", "method": "draft-k", "reward": "clip", "eval_reward": "clip", "offload": False}
+VALUES |= {"lora_dtype": "base", "attention_backend": "native"}
 NEEDED = {"select": {"eval_reward": "clip"}, "lr_warmup_steps": {"lr_scheduler": "linear"}}
 # A tracker of accelerate's whose package is not installed.
 NOT_INSTALLED = next(str(name) for name in LoggerType if name not in (LoggerType.ALL, *get_available_trackers()))
@@ -151,6 +152,7 @@ def test_without_values_all_three_have_the_defaults(tmp_path: Path):
     config = from_python(tmp_path)
     assert from_command_line(tmp_path) == from_recipe(tmp_path) == config
     settled = {"resolution": (512,), "mixed_precision": "no", "offload": True, "select": "last"}
+    settled["lora_dtype"] = "float32"
     for name, (field, _, _) in DECLARED.items():
         assert getattr(config, name) == {**REQUIRED, **settled}.get(name, field.default), name
 

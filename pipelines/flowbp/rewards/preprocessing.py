@@ -53,11 +53,22 @@ def resize(images: Tensor, height: int, width: int) -> Tensor:
     # shrinks by more than twice as much (pull request 9549 of Pillow).
     height_first = old_height > height and old_height - height > 2 * (old_width - width)
     between = (height, old_width) if height_first else (old_height, width)
+    resize_once = resized_by_products if x.is_cuda and torch.are_deterministic_algorithms_enabled() else _bicubic
     for size in (between, (height, width)):
         if size != x.shape[2:]:
-            x = F.interpolate(x, size, mode="bicubic", align_corners=False, antialias=True)
+            x = resize_once(x, size)
         x = x.clamp(0, 1)
     return x
+
+
+def _bicubic(images: Tensor, size: tuple[int, int]) -> Tensor:
+    return F.interpolate(images, size, mode="bicubic", align_corners=False, antialias=True)
+
+
+def resized_by_products(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Antialiased bicubic resize as products with its weights: on GPUs the kernel's gradient is not deterministic."""
+    rows, columns = (torch.eye(old).to(images)[None, None] for old in images.shape[2:])
+    return _bicubic(rows, (size[0], rows.shape[-1])) @ images @ _bicubic(columns, (size[1], columns.shape[-1])).mT
 
 
 def resize_short(images: Tensor, size: int) -> Tensor:

@@ -25,6 +25,7 @@ from .command_line import (
     read_recipe,
 )
 from .options import COUNT, FINITE, NORM, NOT_NEGATIVE, POSITIVE, SHARE, check_options, declarations, option
+from .speed import check_attention_backend
 
 # Those of diffusers' schedules that need no further options.
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
@@ -81,6 +82,17 @@ class TrainingConfig:
     )
     gradient_checkpointing: bool = _model(False, "Recompute blocks of transformer and VAE: less memory.")
     group_offload: bool = _model(False, "Text encoders stay on the CPU, their layers visit the GPU.")
+    lora_dtype: str | None = _model(
+        None,
+        "Dtype in which the LoRA's products are computed; its weights and their gradients are float32. Default: the "
+        "base's where that is bfloat16.",
+        choices=("base", "float32"),
+    )
+    compile_blocks: bool = _model(False, "Compile the transformer's repeated blocks (torch.compile, in place).")
+    attention_backend: str | None = _model(None, "Attention of the transformer, as diffusers names its backends.")
+    deterministic: bool = _model(
+        False, "Deterministic kernels on GPUs too: slower, and a resumed run computes the same bits."
+    )
     allow_tf32: bool = _model(False, "Allow TF32 matrix products on Ampere and later GPUs.")
 
     # Prompt embeddings, for pipelines whose encode_prompt a script calls itself.
@@ -311,6 +323,8 @@ class TrainingConfig:
                 raise ValueError(
                     f"--eval_reward {self.eval_reward}: --reward trains {both[0]}; choose one that is held out"
                 )
+        if self.attention_backend is not None:
+            check_attention_backend(self.attention_backend)
         self._check_sizes()
 
     def _check_sizes(self) -> None:
@@ -355,6 +369,13 @@ class TrainingConfig:
                 raise ValueError(
                     f"--mixed_precision must be no, fp16 or bf16, accelerate says {found['mixed_precision']}"
                 )
+        dtype = found.get("mixed_precision", self.mixed_precision)
+        if self.lora_dtype is None:
+            found["lora_dtype"] = "base" if dtype == "bf16" else "float32"
+        elif self.lora_dtype == "base" and dtype == "fp16":
+            raise ValueError(
+                "--lora_dtype base: gradients can vanish in float16; use --mixed_precision bf16, or leave it out"
+            )
         if "offload" in backbone.defaults and self.offload is None:
             found["offload"] = not self.group_offload
         if self.select is None:

@@ -21,6 +21,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from .speed import block_classes
+
 # One process, and accelerate's kinds that wrap a model in DDP.
 DDP_TYPES = tuple(kind for kind in DistributedType if kind == DistributedType.NO or kind.value.startswith("MULTI_"))
 
@@ -150,17 +152,10 @@ def _shard(accelerator: Accelerator, transformer: torch.nn.Module) -> None:
             "training/accelerate_configs/several_gpus.yaml (DDP)."
         )
     plugin = accelerator.state.fsdp_plugin if accelerator.is_fsdp2 else FullyShardedDataParallelPlugin()
-    found = {type(part).__name__ for part in transformer.modules()}
-    # The names that diffusers gives: blocks that must stay on one device are also what is worth gathering at once.
-    own = getattr(transformer, "_no_split_modules", None) or getattr(transformer, "_repeated_blocks", None) or []
-    own = found.intersection(own)
-    names = set(plugin.transformer_cls_names_to_wrap or own)
-    if not names or not names <= found:
-        raise ValueError(
-            f"FSDP2 needs class names of blocks of {type(transformer).__name__}, got "
-            f"{', '.join(sorted(names)) or 'none'}; set fsdp_transformer_layer_cls_to_wrap in accelerate's config"
-            + (f", or leave it away for the model's own: {', '.join(sorted(own))}." if own else ".")
-        )
+    try:
+        names = block_classes(transformer, plugin.transformer_cls_names_to_wrap or ())
+    except ValueError as error:
+        raise ValueError(f"FSDP2: {error} Set fsdp_transformer_layer_cls_to_wrap in accelerate's config.") from error
     settings = {
         "mesh": init_device_mesh(accelerator.device.type, (accelerator.num_processes,)),
         # The root too, against torch's default: outside of a call all parameters are shards, so those of a rollout,

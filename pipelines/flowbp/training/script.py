@@ -65,6 +65,9 @@ def run_script(main: Callable[[], None]) -> None:
         code = f"{Path(sys.argv[0]).name}: error: {one_line(message_of(error))}"
     except SystemExit as stop:
         code = 0 if stop.code is None else stop.code
-    except Exception:
+    except Exception as error:
         code = redact_text(traceback.format_exc())
+        if "does not have a deterministic implementation" in str(error):
+            reason = str(error).partition(", but you set")[0]
+            code = f"{Path(sys.argv[0]).name}: error: --deterministic: {reason}; leave it out."
     leave(code)

@@ -35,6 +35,7 @@ from .rewards import Reward, RunRewards, load_run_rewards
 from .sampling import Sampling
 from .seeds import make_generator
 from .signals import StopSignals
+from .speed import compile_blocks, compute_lora_in_base_dtype, make_deterministic, set_attention_backend
 from .state import TrainingError, TrainingState
 from .watch import ProcessWatch
 
@@ -188,6 +189,8 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
         ),
     )
     check_distributed(accelerator)
+    if config.deterministic:
+        make_deterministic()
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
     return accelerator
 
@@ -247,12 +250,18 @@ def load_model(
     for module in rewards:
         freeze(module).to(accelerator.device)
     transformer = backbone.transformer(pipe)
+    if config.attention_backend is not None:
+        set_attention_backend(transformer, config.attention_backend)
     add_lora(transformer, config)
+    if config.lora_dtype == "base":
+        compute_lora_in_base_dtype(transformer)
     if config.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
         vae = pipe.components.get("vae")
         if vae is not None and vae._supports_gradient_checkpointing:
             vae.enable_gradient_checkpointing()
+    if config.compile_blocks:
+        compile_blocks(transformer)
     wrapped = prepare_transformer(accelerator, transformer)
     return Sampling(config, accelerator, backbone, pipe, inputs), wrapped
 
