@@ -135,14 +135,11 @@ class Replay:
 
 @contextmanager
 def _no_exchange(module: torch.nn.Module) -> Iterator[None]:
-    """Backward passes of this block leave their gradients in the process: in DDP's `no_sync`, or FSDP2's switch."""
-    if is_sharded(module):
-        module.set_requires_gradient_sync(False)
-        try:
-            yield
-        finally:
-            module.set_requires_gradient_sync(True)
-    elif hasattr(module, "no_sync"):
+    """Backward passes of this block leave their gradients in the process, in DDP's `no_sync`.
+
+    FSDP2 exchanges them at every replay: else each process would hold the whole gradient of all that is trained.
+    """
+    if hasattr(module, "no_sync"):
         with module.no_sync():
             yield
     else:

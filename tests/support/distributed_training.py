@@ -19,6 +19,7 @@ from diffusers.training_utils import cast_training_params
 from distributed_gradients import CALL, Exchanges
 from tiny_sd3 import tiny_sd3_pipeline
 from torch.distributed.tensor import DTensor
+from updates_by_hand import save_snapshot
 
 from flowbp import FlowBPCallback, get_method
 from flowbp.callback import BackwardOutput
@@ -33,6 +34,7 @@ from flowbp.training.distributed import (
 )
 from flowbp.training.prompts import Record
 from flowbp.training.state import TrainingState, save_files
+from flowbp.training.trained import LoraWeights
 
 CONFIG = TrainingConfig(
     pretrained_model_name_or_path="tiny",
@@ -61,7 +63,8 @@ class Trained:
         cast_training_params(self.transformer, torch.float32)
         self.transformer.enable_gradient_checkpointing()
         self.wrapped = prepare_transformer(accelerator, self.transformer) if is_sharded else None
-        self.state = TrainingState(CONFIG, accelerator, self.transformer, [Record("a")])
+        trained = LoraWeights(self.transformer, save_snapshot)
+        self.state = TrainingState(CONFIG, accelerator, trained, [Record("a")])
 
     def backward(self, update: int, sample: int, gradient_scale: float = 1.0) -> BackwardOutput:
         """Add the gradient of one sample."""

@@ -3,7 +3,7 @@
 """Updates without rollouts: gradients, and what a backward reports, are set by hand."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,12 @@ import torch
 
 from flowbp.outputs import BackwardOutput
 from flowbp.training import Backbone, TrainingConfig
+from flowbp.training.checkpoints import save_tensors
 from flowbp.training.model import add_lora
 from flowbp.training.prompts import Record
 from flowbp.training.setup import make_accelerator
 from flowbp.training.state import Step, TrainingState
+from flowbp.training.trained import LoraWeights
 
 STEPS = 6
 RECORDS = [Record(f"prompt {number}") for number in range(5)]
@@ -38,7 +40,12 @@ def make_state(transformer: torch.nn.Module, config: TrainingConfig) -> Training
     """The state of a run that has not begun, of a copy of a transformer."""
     transformer = copy.deepcopy(transformer).requires_grad_(False)
     add_lora(transformer, config)
-    return TrainingState(config, make_accelerator(config), transformer, RECORDS)
+    return TrainingState(config, make_accelerator(config), LoraWeights(transformer, save_snapshot), RECORDS)
+
+
+def save_snapshot(folder: Path, snapshot: Mapping[str, torch.Tensor]) -> None:
+    """A LoRA's file in a checkpoint."""
+    save_tensors(folder / "saved.safetensors", snapshot)
 
 
 def backward_output(reward: float = 0.5, loss: float = -0.5) -> BackwardOutput:

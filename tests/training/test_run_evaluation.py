@@ -95,11 +95,8 @@ class Judged:
         self.console = Console(accelerator)
         reports = Reports(config, accelerator, [])
         self.evaluation = Evaluation(
-            config, accelerator, self.state, rewards, sampling, self.console, reports, self.save_lora, self.signals
+            config, accelerator, self.state, rewards, sampling, self.console, reports, self.signals
         )
-
-    def save_lora(self, folder: Path, lora: dict[str, torch.Tensor]) -> None:
-        save_tensors(folder / "saved.safetensors", lora)
 
     def update(self, color: Sequence[float] = (0.5, 0.5, 0.5), norm: float = 1.0, reward: float | None = None) -> None:
         """An update whose images will have a color, judged if that is due; a reward of its own makes it skipped."""
@@ -117,8 +114,8 @@ class Judged:
     def resumed(self, start: Callable[..., "Judged"], folder: Path, **values: Any) -> "Judged":
         """Another run, with this one's state."""
         folder.mkdir()
-        if self.evaluation.best_lora is not None:
-            save_tensors(folder / "best.safetensors", self.evaluation.best_lora)
+        if self.evaluation.best_weights is not None:
+            save_tensors(folder / "best.safetensors", self.evaluation.best_weights)
         other = start(**values)
         other.state.update = self.state.update
         other.evaluation.load(folder, self.evaluation.state_dict())
@@ -187,7 +184,7 @@ def test_what_is_judged_is_the_average(start: Callable[..., Judged]):
         run.update()
     assert is_same(run.sampling.seen, run.state.average)
     assert not is_same(lora_of_state(run.state), run.sampling.seen)
-    assert is_same(run.evaluation.best_lora, run.state.result())
+    assert is_same(run.evaluation.best_weights, run.state.result())
 
 
 # The best LoRA.
@@ -198,13 +195,13 @@ def test_the_best_lora_is_that_of_the_highest_held_out_reward(start: Callable[..
     # The base model's own score, which is the highest of all, is not a LoRA's.
     run.sampling.color = (0.1, 0.9, 0.1)
     run.evaluation.before_training()
-    assert run.evaluation.best_lora is None and not (tmp_path / "run" / "best").exists()
+    assert run.evaluation.best_weights is None and not (tmp_path / "run" / "best").exists()
     loras = []
     for held_out in (0.2, 0.5, 0.5, 0.4):
         run.update((0.9, held_out, 0.0))
         loras.append(full_lora(run.state.transformer))
     # Of two equal ones the first.
-    assert is_same(run.evaluation.best_lora, loras[1]) and run.evaluation.found["best"]["update"] == 2
+    assert is_same(run.evaluation.best_weights, loras[1]) and run.evaluation.found["best"]["update"] == 2
     check_folder(tmp_path / "run" / "best")
     assert is_same(load_tensors(tmp_path / "run" / "best" / "saved.safetensors"), loras[1])
     assert read_json(tmp_path / "run" / "best" / "evaluation.json") == run.evaluation.found["best"]
@@ -217,7 +214,7 @@ def test_images_that_are_not_finite_have_no_score_and_are_not_the_best(
     run = start(eval_steps=1)
     run.evaluation.before_training()
     run.update((math.nan, 0.9, 0.9))
-    assert run.evaluation.best_lora is None and run.evaluation.history[-1]["mean"] is None
+    assert run.evaluation.best_weights is None and run.evaluation.history[-1]["mean"] is None
     assert run.evaluation.found["last"]["scores"]["red"] == [None] * 4
     printed = capsys.readouterr().err
     assert "Evaluation after update 1: red without a score; base 0.5 | toy_reward:make_held_out_reward" in printed
@@ -230,7 +227,7 @@ def test_without_a_held_out_reward_there_is_no_best_lora(start: Callable[..., Ju
     run.evaluation.before_training()
     run.update((0.9, 0.9, 0.9))
     assert run.evaluation.judge == "red" and run.evaluation.history[-1]["mean"] == pytest.approx(0.9)
-    assert run.evaluation.best_lora is None and "best" not in run.evaluation.found
+    assert run.evaluation.best_weights is None and "best" not in run.evaluation.found
 
 
 # Alarms.
@@ -276,7 +273,7 @@ def test_a_resumed_run_keeps_what_was_found(start: Callable[..., Judged], tmp_pa
         run.update((0.1, held_out, 0.0))
     # The number of updates, and what is only reported, may be another.
     resumed = run.resumed(start, tmp_path / "saved", eval_steps=1, max_train_steps=7, run_name="x")
-    assert is_same(resumed.evaluation.best_lora, run.evaluation.best_lora)
+    assert is_same(resumed.evaluation.best_weights, run.evaluation.best_weights)
     assert resumed.evaluation.state_dict() == run.evaluation.state_dict()
     resumed.evaluation.before_training()
     assert resumed.sampling.count == 0
@@ -317,7 +314,7 @@ def test_scores_of_other_images_are_not_kept(start: Callable[..., Judged], tmp_p
     run.evaluation.before_training()
     run.update()
     resumed = run.resumed(start, tmp_path / "saved", eval_steps=1, **changes)
-    assert resumed.evaluation.found == {} and resumed.evaluation.best_lora is None
+    assert resumed.evaluation.found == {} and resumed.evaluation.best_weights is None
     resumed.evaluation.before_training()
     assert resumed.sampling.is_base and resumed.evaluation.history[0]["update"] == 0
 
@@ -327,7 +324,7 @@ def test_scores_of_other_images_are_not_kept(start: Callable[..., Judged], tmp_p
 
 def checkpointer(run: Judged, **changes: Any) -> Checkpointer:
     config = replace(run.config, **changes)
-    parts = (run.state, run.evaluation, run.console, run.save_lora, run.signals, OutputFolder(config.output_dir))
+    parts = (run.state, run.evaluation, run.console, run.signals, OutputFolder(config.output_dir))
     return Checkpointer(config, run.state.accelerator, *parts, {"prompts": "5 prompts"})
 
 

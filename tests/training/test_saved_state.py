@@ -37,6 +37,7 @@ EVALUATION = {
         "base": {"update": 0, "scores": {"toy": [0.5, None]}},
         "best": {"update": 2, "scores": {"toy": [0.5, 1]}, "score": 0.75},
     },
+    "base_images": None,
     "history": [{"update": 0, **MEAN}, {"update": 2, **MEAN, "low": 0.25, "high": 1.0}],
 }
 Change = Callable[[dict[str, Any]], object]
@@ -55,7 +56,12 @@ def trained_state() -> TrainingState:
 def write(output_dir: Path, number: int, change: Callable[[Path], None] = lambda folder: None) -> Path:
     """A checkpoint, with a change made before its manifest is written."""
     state = trained_state()
-    content = {"format": 2, "settings": {"lora_alpha": 4}, "ingredients": {}, "training": state.state_dict()}
+    content = {
+        "format": 3,
+        "settings": {"lora_alpha": 4, "train": "lora"},
+        "ingredients": {},
+        "training": state.state_dict(),
+    }
 
     def fill(folder: Path) -> None:
         tensors = state.tensors()
@@ -110,7 +116,7 @@ def test_a_parameter_without_a_gradient_has_no_moments(tmp_path: Path) -> None:
 
 
 def test_another_format_is_for_resuming_to_refuse(tmp_path: Path) -> None:
-    check_saved_state(write(tmp_path, 1, lambda folder: (folder / "state.json").write_text('{"format": 3}') and None))
+    check_saved_state(write(tmp_path, 1, lambda folder: (folder / "state.json").write_text('{"format": 2}') and None))
 
 
 def remove(content: dict[str, Any], *names: str) -> None:
@@ -190,7 +196,7 @@ def test_a_state_with_wrong_values(written: Path, change: Change, expected: str)
 
 
 @pytest.mark.parametrize(
-    "content", ["[]", "null", "[" * 100_000, '{"format": 2, "settings": ' + "[" * 900 + "]" * 900]
+    "content", ["[]", "null", "[" * 100_000, '{"format": 3, "settings": ' + "[" * 900 + "]" * 900]
 )
 def test_a_state_that_is_none(written: Path, content: str) -> None:
     assert_refused(

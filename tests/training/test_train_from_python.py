@@ -75,7 +75,7 @@ def test_the_result_has_paths_log_and_scores(configure: Callable[..., TrainingCo
     config = configure(eval_reward=HELD_OUT, eval_steps=1)
     result = train(config, SD3, reward=redness)
     assert isinstance(result, TrainingResult)
-    assert result.output_dir == config.output_dir and result.lora == config.output_dir / LORA_FILE
+    assert result.output_dir == config.output_dir and result.weights == config.output_dir / LORA_FILE
     check_run(config.output_dir)
     assert result.log == log_of(config.output_dir)
     assert (result.selected, result.alarms, result.url) == ("best", [], None) and result.update in (1, 2)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
+TRANSFORMER_FOLDER = "transformer"
 TEXT_FILES = ("README.md", "run.json")
 PUBLISHED_FILES = (*TEXT_FILES, LORA_FILE, "before_after.png", "reward_curve.png")
 PUBLISHED_IMAGES = re.compile(r"[0-9]+_(?:base|lora)\.png")

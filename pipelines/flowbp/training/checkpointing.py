@@ -8,9 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
-from torch.distributed.tensor import DTensor
 
 from .checkpoints import (
     CheckpointError,
@@ -20,15 +18,17 @@ from .checkpoints import (
     rotate,
     save_tensors,
     write_folder,
+    write_folder_together,
     write_json,
 )
 from .config import TrainingConfig
 from .console import Console
-from .distributed import all_ranks_max
-from .evaluation import Evaluation, SaveLora
+from .distributed import all_ranks_max, uses_fsdp2
+from .evaluation import Evaluation
 from .ingredients import changes
 from .output_folder import RESCUE, OutputFolder
 from .saved_state import check_saved_state
+from .shards import write_shards
 from .signals import JudgingStopped, StopSignals, TrainingStopped
 from .state import TrainingError, TrainingState, save_files
 
@@ -49,7 +49,6 @@ class Checkpointer:
         accelerator: of the run.
         state, evaluation: what a checkpoint holds.
         console: of the run.
-        save_lora: see `Evaluation`.
         signals: that end the run.
         folder: of the run.
         ingredients: of the run.
@@ -62,7 +61,6 @@ class Checkpointer:
         state: TrainingState,
         evaluation: Evaluation,
         console: Console,
-        save_lora: SaveLora,
         signals: StopSignals,
         folder: OutputFolder,
         ingredients: Mapping[str, Any],
@@ -75,7 +73,6 @@ class Checkpointer:
         self.state = state
         self.evaluation = evaluation
         self.console = console
-        self.save_lora = save_lora
         self._last = time.monotonic()
         self._written = 0
         # The last checkpoint of this run, where the steps did not ask for it; the next one takes its place. One that
@@ -102,9 +99,11 @@ class Checkpointer:
         )
         where = f"--resume_from_checkpoint {folder}"
         state = read_json(folder / "state.json")
-        if state.get("format") != 2:
+        if state.get("format") != 3:
             raise CheckpointError(f"{where}: written by another version of flowbp; resume with that version.")
         before, now = state["settings"], self._course()
+        if before["train"] != now["train"]:
+            raise CheckpointError(f"{where}: use the --train of that run, {before['train']}.")
         if before["lora_alpha"] != now["lora_alpha"]:
             raise CheckpointError(f"{where}: use the --lora_alpha of that run, {before['lora_alpha']}.")
         other = [f"--{change}" for change in changes(before, now)] + changes(state["ingredients"], self.ingredients)
@@ -187,8 +186,13 @@ class Checkpointer:
     def rescue(self) -> None:
         """After an error: write the state of the last whole update if no checkpoint has it. By this process alone."""
         config, state = self.config, self.state
-        is_sharded = any(isinstance(parameter, DTensor) for parameter in state.parameters)
-        if config.dry_run or is_sharded or not state.is_whole or state.update in (0, self._written):
+        if (
+            config.dry_run
+            or uses_fsdp2(self.accelerator)
+            or config.train == "full"
+            or not state.is_whole
+            or state.update in (0, self._written)
+        ):
             return
         mark = config.output_dir / RESCUE
         try:
@@ -196,7 +200,7 @@ class Checkpointer:
             # Of several processes the first one that fails writes.
             mark.open("x").close()
             try:
-                self._write_folder(self._files())
+                self._write_lora(self._lora_files())
             finally:
                 mark.unlink()
             self.console.tell(
@@ -216,39 +220,71 @@ class Checkpointer:
         Raises:
             FileNotFoundError: the output folder is gone.
         """
-        fill = self._files()
-        if self.accelerator.is_main_process:
-            self.folder.check()
-            self._write_folder(fill)
+        if self.config.train == "full":
+            self._write_shards()
+        else:
+            fill = self._lora_files()
+            if self.accelerator.is_main_process:
+                self.folder.check()
+                self._write_lora(fill)
         self.accelerator.wait_for_everyone()
         self._written = self.state.update
         self._last = time.monotonic()
 
-    def _files(self) -> Callable[[Path], None]:
-        """What fills a checkpoint's folder. Collective, where parameters are sharded."""
+    def _lora_files(self) -> Callable[[Path], None]:
+        """What fills the folder of a LoRA's checkpoint. Collective, where parameters are sharded."""
         tensors, result = self.state.tensors(), self.state.result()
-        content = {
-            "format": 2,
-            "settings": self._course(),
-            "ingredients": self.ingredients,
-            "training": self.state.state_dict(),
-            "evaluation": self.evaluation.state_dict(),
-        }
-        best: dict[str, torch.Tensor] | None = self.evaluation.best_lora
+        best, trained = self.evaluation.best_weights, self.state.trained
 
         def fill(folder: Path) -> None:
             save_files(folder, tensors)
             if best is not None:
                 save_tensors(folder / "best.safetensors", best)
-            write_json(folder / "state.json", content)
-            self.save_lora(folder, result)
+            self._write_state(folder)
+            trained.save(folder, result)
 
         return fill
 
-    def _write_folder(self, fill: Callable[[Path], None]) -> None:
-        update = self.state.update
-        folder = self.config.output_dir / f"checkpoint-{update}"
-        write_folder(folder, fill)
+    def _write_lora(self, fill: Callable[[Path], None]) -> None:
+        write_folder(self._path, fill)
+        self._make_room()
+
+    def _write_shards(self) -> None:
+        """Write a checkpoint of all weights. Collective."""
+        tensors = self.state.shards()
+        if self.evaluation.best_weights is not None:
+            tensors |= {f"best.{name}": each for name, each in self.evaluation.best_weights.items()}
+
+        def fill(folder: Path) -> None:
+            if self.accelerator.is_main_process:
+                self.folder.check()
+                self._write_state(folder)
+                self.evaluation.save_base_images(folder)
+                save_tensors(folder / "steps.safetensors", self.state.steps())
+
+        write_folder_together(
+            self.accelerator, self._path, fill, lambda folder: write_shards(self.accelerator, folder, tensors)
+        )
+        if self.accelerator.is_main_process:
+            self._make_room()
+
+    def _write_state(self, folder: Path) -> None:
+        content = {
+            "format": 3,
+            "settings": self._course(),
+            "ingredients": self.ingredients,
+            "training": self.state.state_dict(),
+            "evaluation": self.evaluation.state_dict(),
+        }
+        write_json(folder / "state.json", content)
+
+    @property
+    def _path(self) -> Path:
+        return self.config.output_dir / f"checkpoint-{self.state.update}"
+
+    def _make_room(self) -> None:
+        """Remove what the new checkpoint replaces."""
+        update, folder = self.state.update, self._path
         if self._extra not in (None, folder) and self._extra.is_dir():
             remove(self._extra)
         is_asked_for = update % self.config.checkpointing_steps == 0 or update == self.config.max_train_steps

@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoint folders that are whole or not there: safetensors and JSON under a manifest of hashes.
 
-A folder is filled under another name, flushed to the disk and renamed. Names, for `checkpoint-N` and `best`:
+A folder is filled under another name, flushed to the disk and renamed. Names, for `checkpoint-N`, `best` and
+`transformer`:
 
 - `NAME`: written completely;
 - `NAME.partial`: being written; no reader looks at it;
@@ -19,23 +20,28 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 
 from ..file_errors import writing
 from ..files import apply_umask
+from ..publishing.published_files import TRANSFORMER_FOLDER
+from .distributed import all_ranks_max
 
 MANIFEST = "manifest.json"
 LARGEST_JSON = 64 * 2**20
 """Bytes. A run's state has a few MB at most; parsed, JSON takes up to 20 times its size in memory."""
 _CHECKPOINT = re.compile(r"checkpoint-[0-9]+")
-_LEFTOVER = re.compile(r"(?:checkpoint-[0-9]+|best)\.(partial|removed|replaced)")
+_LEFTOVER = re.compile(rf"(?:checkpoint-[0-9]+|best|{TRANSFORMER_FOLDER})\.(partial|removed|replaced)")
 
 
 class CheckpointError(ValueError):
@@ -158,13 +164,68 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
         OSError: where the disk does not take it. What `fill` raises goes on too. The older folders are untouched then.
         CheckpointError: where `fill` left something else than files.
     """
+    with _replacing(folder) as partial:
+        with writing(folder):
+            fill(partial)
+        _seal(partial, _next_time(folder.parent))
+
+
+def write_folder_together(
+    accelerator: Accelerator, folder: Path, fill: Callable[[Path], None], fill_together: Callable[[Path], None]
+) -> None:
+    """Write a checkpoint folder with files of all processes, as `write_folder` does. Collective.
+
+    Args:
+        accelerator: of the run.
+        folder: see `write_folder`; on a disk that all processes share.
+        fill: writes the files of the main process.
+        fill_together: collective; writes a file of each process, and raises in all of them if it fails in one.
+
+    Raises:
+        OSError, CheckpointError: in every process, where one of them could not write.
+    """
+    is_main = accelerator.is_main_process
+    with ExitStack() as stack:
+        with _agreed(accelerator, folder):
+            partial = stack.enter_context(_replacing(folder)) if is_main else _beside(folder, "partial")
+            if is_main:
+                fill(partial)
+        fill_together(partial)
+        with _agreed(accelerator, folder):
+            # Read again from the machine's memory, by the process that wrote it.
+            own = partial.glob(f"shard-{accelerator.process_index + 1:05d}-*")
+            hashes = [(path.name, _sha256(path)) for path in own]
+        found = dict(gather_object(hashes))
+        with _agreed(accelerator, folder):
+            if is_main:
+                _seal(partial, _next_time(folder.parent), found)
+            stack.close()
+
+
+@contextmanager
+def _agreed(accelerator: Accelerator, folder: Path) -> Iterator[None]:
+    """Raise in all processes where the block raises in one of them. Collective."""
+    failure: Exception | None = None
+    try:
+        with writing(folder):
+            yield
+    except Exception as error:
+        failure = error
+    has_failed = all_ranks_max(accelerator, [float(failure is not None)])[0]
+    if failure is not None:
+        raise failure
+    if has_failed:
+        raise CheckpointError(f"{folder}: not written: another process could not write its part; see its message.")
+
+
+@contextmanager
+def _replacing(folder: Path) -> Iterator[Path]:
+    """A folder to fill and seal, which then takes the place of `folder`; removed after an error."""
     partial, replaced = _beside(folder, "partial"), _beside(folder, "replaced")
     _delete(partial)
     partial.mkdir(parents=True)
     try:
-        with writing(folder):
-            fill(partial)
-        _seal(partial, _next_time(folder.parent))
+        yield partial
         if os.path.lexists(folder) and os.path.lexists(replaced):  # a run was killed before it removed the old one
             remove(replaced if _is_whole(folder) else folder)
         if os.path.lexists(folder):
@@ -308,7 +369,7 @@ def rotate(output_dir: Path, limit: int) -> None:
 
 
 def clean(output_dir: Path) -> None:
-    """Remove what killed runs left behind of `checkpoint-N` and `best`; nothing else, and no links.
+    """Remove what killed runs left behind of `checkpoint-N`, `best` and `transformer`; nothing else, and no links.
 
     `NAME.partial` and `NAME.removed` go, and `NAME.replaced` where `NAME` is whole.
     """
@@ -328,8 +389,9 @@ def _beside(folder: Path, suffix: str) -> Path:
     return folder.parent / f"{folder.name}.{suffix}"
 
 
-def _seal(folder: Path, written: datetime) -> None:
-    """Flush a folder's files to the disk and describe them in its manifest."""
+def _seal(folder: Path, written: datetime, hashes: Mapping[str, str] | None = None) -> None:
+    """Flush a folder's files to the disk and describe them in its manifest; some hashes may be known."""
+    known = hashes or {}
     files = {}
     for path in sorted(folder.iterdir()):
         if path.name == MANIFEST or _kind(path) != "a file":
@@ -338,7 +400,7 @@ def _seal(folder: Path, written: datetime) -> None:
                 "write it elsewhere."
             )
         _flush(path)
-        files[path.name] = {"sha256": _sha256(path), "size": path.stat().st_size}
+        files[path.name] = {"sha256": known.get(path.name) or _sha256(path), "size": path.stat().st_size}
     apply_umask(folder)
     content = {"format": 1, "written": written.isoformat(timespec="microseconds"), "files": files}
     write_json(folder / MANIFEST, {**content, "sha256": _sha256_of(content)})

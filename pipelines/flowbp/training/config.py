@@ -63,7 +63,12 @@ class TrainingConfig:
     pretrained_model_name_or_path: str = _model(MISSING, "Folder or Hub id of the pipeline.", is_path=True)
     revision: str | None = _model(None, "Branch, tag or commit of the model on the Hub.")
     variant: str | None = _model(None, "Variant of the model files, such as fp16.")
-    lora_component: str | None = _model(None, "Which of the pipeline's transformers gets the LoRA.", of_backbone=True)
+    train: str = _model(
+        "lora",
+        "What is trained: a LoRA, or all weights of the transformer (full), which FSDP2 shards over the processes.",
+        choices=("lora", "full"),
+    )
+    lora_component: str | None = _model(None, "Which of the pipeline's transformers is trained.", of_backbone=True)
     rank: int = _model(4, "Rank of the LoRA.", range=COUNT, source="diffusers' LoRA scripts")
     lora_alpha: int = _model(4, "Scale of the LoRA: its update is multiplied by lora_alpha / rank.", range=COUNT)
     lora_layers: str | None = _model(
@@ -203,7 +208,11 @@ class TrainingConfig:
     train_batch_size: int = _training(4, "Prompts per process and micro-batch.", range=COUNT)
     gradient_accumulation_steps: int = _training(1, "Micro-batches per update.", range=COUNT)
     max_train_steps: int = _training(300, "Updates.", range=COUNT, source=PAPER)
-    learning_rate: float = _training(1e-4, "Learning rate after warm-up.", range=POSITIVE)
+    learning_rate: float | None = _training(
+        None,
+        "Learning rate after warm-up. Default: 1e-4 for a LoRA, 1e-5, the paper's, with --train full.",
+        range=POSITIVE,
+    )
     lr_scheduler: str = _training("constant", "Schedule of the learning rate.", choices=LR_SCHEDULERS)
     lr_warmup_steps: int = _training(0, "Updates of warm-up.", range=NOT_NEGATIVE)
     lr_num_cycles: int = _training(1, "Restarts of cosine_with_restarts.", range=COUNT)
@@ -216,6 +225,9 @@ class TrainingConfig:
     use_ema: bool = _training(False, "Validate, evaluate and save an average of the LoRA over the updates.")
     ema_decay: float = _training(
         0.995, "Decay of that average, constant from the first update.", range=SHARE, source=PAPER
+    )
+    offload_ema: bool = _training(
+        False, "Keep the average of --train full on the CPU: 4 bytes of GPU memory less for each parameter."
     )
     velocity_anchor: float = _training(
         0.0,
@@ -293,6 +305,10 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
+        if self.train == "full":
+            self._check_full()
+        elif self.offload_ema:
+            raise ValueError("--offload_ema needs --train full: the average of a LoRA is small; leave it out")
         if self.lr_warmup_steps and self.lr_scheduler == "constant":
             raise ValueError(
                 "--lr_warmup_steps has no effect with --lr_scheduler constant; choose constant_with_warmup"
@@ -346,6 +362,22 @@ class TrainingConfig:
         count = max(len(heights), len(widths))
         return tuple(zip(heights * (count // len(heights)), widths * (count // len(widths)), strict=True))
 
+    def _check_full(self) -> None:
+        """Refuse what does not go with `--train full`."""
+        declared = declarations(type(self))
+        refused = {
+            **dict.fromkeys(("rank", "lora_alpha", "lora_dtype"), "is an option of a LoRA"),
+            "quantization_config_path": "leaves weights that cannot be trained",
+            "velocity_anchor": "compares with the base model, which is gone after the first update",
+        }
+        for name, reason in refused.items():
+            if getattr(self, name) != declared[name][0].default:
+                raise ValueError(f"--{name} {reason}; leave it out, or train a LoRA (--train lora)")
+        if self.mixed_precision == "fp16":
+            raise ValueError("--mixed_precision fp16: --train full computes in bf16 or float32; choose bf16 or no")
+        if self.offload_ema and not self.use_ema:
+            raise ValueError("--offload_ema has no effect without --use_ema; add --use_ema or leave it out")
+
     def settle(self, backbone: HasDefaults) -> "TrainingConfig":
         """The config with the backbone's defaults, and with what depends on other options or on accelerate.
 
@@ -359,6 +391,10 @@ class TrainingConfig:
                     found[name] = backbone.defaults[name]
             elif declared.of_backbone and getattr(self, name) != field.default:
                 raise ValueError(f"--{name}: {backbone.__name__} does not have this option; leave it out")
+        if self.train == "full":
+            if self.lora_layers not in (None, backbone.defaults["lora_layers"]):
+                raise ValueError("--lora_layers is an option of a LoRA; leave it out, or train a LoRA (--train lora)")
+            found["lora_layers"] = None
         if self.height is not None or self.width is not None:
             found["height"], found["width"] = zip(*self.sizes, strict=True)
         elif self.resolution is None:
@@ -370,7 +406,7 @@ class TrainingConfig:
                     f"--mixed_precision must be no, fp16 or bf16, accelerate says {found['mixed_precision']}"
                 )
         dtype = found.get("mixed_precision", self.mixed_precision)
-        if self.lora_dtype is None:
+        if self.lora_dtype is None and self.train == "lora":
             found["lora_dtype"] = "base" if dtype == "bf16" else "float32"
         elif self.lora_dtype == "base" and dtype == "fp16":
             raise ValueError(
@@ -378,6 +414,8 @@ class TrainingConfig:
             )
         if "offload" in backbone.defaults and self.offload is None:
             found["offload"] = not self.group_offload
+        if self.learning_rate is None:
+            found["learning_rate"] = 1e-5 if self.train == "full" else 1e-4
         if self.select is None:
             found["select"] = "last" if self.eval_reward is None else "best"
         return replace(self, **found)

@@ -3,8 +3,9 @@
 """Several processes: which kinds are supported, the transformer that the sweep calls, and tensors in shards.
 
 Two kinds, both through accelerate: DDP, every process has the whole transformer; FSDP2, every process has a shard of
-each parameter, as a DTensor, and gathers a block while it computes it. With FSDP2 every call of the transformer, and
-every function here that says *collective*, must be made by all processes, in the same order.
+each parameter, as a DTensor, and gathers a block while it computes it. `--train full` is FSDP2 with one process too.
+With FSDP2 every call of the transformer, and every function here that says *collective*, must be made by all
+processes, in the same order.
 """
 
 import atexit
@@ -14,11 +15,12 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .speed import block_classes
@@ -143,8 +145,56 @@ def prepare_transformer(accelerator: Accelerator, transformer: torch.nn.Module) 
     return wrapped
 
 
-def _shard(accelerator: Accelerator, transformer: torch.nn.Module) -> None:
-    """FSDP2 by torch's own call: accelerate's needs an optimizer, does nothing on the CPU and keeps the root whole."""
+def check_full(accelerator: Accelerator) -> None:
+    """Refuse processes that do not share the weights of `--train full`.
+
+    Raises:
+        ValueError: for several processes without FSDP2.
+    """
+    if accelerator.num_processes > 1 and not uses_fsdp2(accelerator):
+        raise ValueError(
+            f"--train full: expected FSDP2 for {accelerator.num_processes} processes, got DDP, in which each would "
+            "hold all weights and moments; launch with training/accelerate_configs/fsdp2_full.yaml."
+        )
+
+
+def shard_all_weights(accelerator: Accelerator, transformer: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Train all weights: float32 shards, computed in a pipeline's dtype, so that images are those of the pipeline.
+
+    Args:
+        accelerator: that `check_full` has passed.
+        transformer: of the pipeline in `dtype`; not on the GPU yet, since its blocks go there one by one.
+        dtype: of the computation.
+
+    Raises:
+        ValueError: where a part of the pipeline's transformer is computed in another dtype, and see
+            `prepare_transformer`.
+    """
+    if other := [name for name, each in transformer.named_parameters() if each.dtype != dtype]:
+        raise ValueError(
+            f"--train full computes all of {type(transformer).__name__} in {dtype}, expected no parts that diffusers "
+            f"keeps in float32, got {len(other)} such as {other[0]}; use --mixed_precision no."
+        )
+    if not dist.is_initialized():
+        backend = "nccl" if accelerator.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    # Pipelines cast inputs to what the transformer says, and diffusers looks at the parameters for it.
+    own = type(transformer)
+    transformer.__class__ = type(
+        own.__name__, (own,), {"dtype": property(lambda _: dtype), "__module__": own.__module__}
+    )
+    transformer.requires_grad_(True)
+    _shard(accelerator, transformer, dtype)
+
+
+def _shard(accelerator: Accelerator, transformer: torch.nn.Module, dtype: torch.dtype | None = None) -> None:
+    """FSDP2 by torch's own call: accelerate's needs an optimizer, does nothing on the CPU and keeps the root whole.
+
+    Args:
+        accelerator: of the run.
+        transformer: to shard.
+        dtype: that float32 shards are computed in; None leaves all dtypes as they are.
+    """
     quantizer = getattr(transformer, "hf_quantizer", None)
     if quantizer is not None or not all(parameter.is_floating_point() for parameter in transformer.parameters()):
         raise ValueError(
@@ -162,9 +212,20 @@ def _shard(accelerator: Accelerator, transformer: torch.nn.Module) -> None:
         # of a replay, of the optimizer and of a checkpoint are the same.
         "reshard_after_forward": True,
     }
-    for part in reversed([part for part in transformer.modules() if type(part).__name__ in names]):
+    if dtype not in (None, torch.float32):
+        # Inputs stay as the pipeline gives them: torch would round timesteps too.
+        settings["mp_policy"] = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for part in (*reversed([each for each in transformer.modules() if type(each).__name__ in names]), transformer):
+        if dtype is not None:
+            for parameter in part.parameters():
+                if not isinstance(parameter, DTensor):
+                    parameter.data = parameter.data.to(accelerator.device, torch.float32)
         fully_shard(part, **settings)
-    fully_shard(transformer, **settings)
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This process' shard of a sharded tensor, which shares its memory; a plain tensor unchanged."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,32 +1,33 @@
 # Copyright 2026 The FlowBP for diffusers authors
 # SPDX-License-Identifier: Apache-2.0
-"""Judging a run while it trains: evaluation images, the guard's alarms, the best LoRA, and validation images."""
+"""Judging a run while it trains: evaluation images, the guard's alarms, the best weights, and validation images."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from PIL import Image
 
 from ..judging.figures import validation_strip
 from ..judging.guard import MIN_IMAGES, Alarm, Guard, Measurement
 from ..judging.images import Drawn
 from ..judging.statistics import estimate
-from ..observers import adapters_off
 from ..rewards import part_names
-from .checkpoints import load_tensors, write_folder, write_json
+from .checkpoints import write_folder, write_json
 from .config import TrainingConfig
 from .console import Console
-from .distributed import all_ranks_max, full_lora
+from .distributed import all_ranks_max
 from .prompts import Record
 from .reports import Reports, finite
 from .rewards import RunRewards
 from .sampling import Sampling
 from .signals import JudgingStopped, StopSignals
 from .state import TrainingState
+from .trained import FullWeights, LoraWeights
 
 # What an evaluation's images depend on beside prompt, noise and LoRA.
 OF_IMAGES = (
@@ -34,7 +35,6 @@ OF_IMAGES = (
     "width num_frames num_inference_steps guidance_scale true_cfg_scale negative_prompt sigmas flow_shift "
     "max_sequence_length pipeline_arguments"
 ).split()
-SaveLora = Callable[[Path, Mapping[str, torch.Tensor]], None]
 
 
 class Evaluation:
@@ -43,17 +43,16 @@ class Evaluation:
     Args:
         config: of the run.
         accelerator: of the run.
-        state: whose LoRA is judged.
+        state: whose weights are judged.
         rewards: of the run; the plain and the held-out one judge.
         sampling: of the run's pipeline.
         console, reports: of the run.
-        save_lora: `save_lora(folder, tensors)`, as the pipeline's users load it.
         signals: that stop the drawing between images.
 
     Attributes:
         found: `{"base", "last", "best"}`: each with its update and the scores of every evaluation image.
         history: `update`, `mean`, `low` and `high` (95 % interval) of each evaluation, by the reward `judge`.
-        best_lora: the LoRA of `found["best"]`, on the CPU.
+        best_weights: a snapshot of what is trained, of `found["best"]`.
         alarms: that the guard raised.
         is_pending: whether what is due after the last update was not made yet.
     """
@@ -67,7 +66,6 @@ class Evaluation:
         sampling: Sampling,
         console: Console,
         reports: Reports,
-        save_lora: SaveLora,
         signals: StopSignals,
     ) -> None:
         self.signals = signals
@@ -78,7 +76,6 @@ class Evaluation:
         self.sampling = sampling
         self.console = console
         self.reports = reports
-        self.save_lora = save_lora
         self.judges = {rewards.name: rewards.plain}
         if rewards.held_out is not None:
             self.judges[config.eval_reward] = rewards.held_out
@@ -86,7 +83,8 @@ class Evaluation:
         self.guard = Guard()
         self.found: dict[str, dict[str, Any]] = {}
         self.history: list[dict[str, Any]] = []
-        self.best_lora: dict[str, torch.Tensor] | None = None
+        self.best_weights: dict[str, torch.Tensor] | None = None
+        self._base: Drawn | None = None
         self.alarms: list[dict[str, Any]] = []
         self.is_pending = False
         self._training_rewards: list[float] = []
@@ -110,8 +108,11 @@ class Evaluation:
     def before_training(self) -> None:
         """Judge the base model, and make up for what a stopped run had left out."""
         if self.rewards.evaluation and "base" not in self.found:
-            with adapters_off(self.state.transformer):
+            with self.state.trained.left_out():
                 self.evaluate(0)
+        if isinstance(self.state.trained, FullWeights):
+            # The base model is gone after the first update.
+            self.base_images()
         if self.is_pending:
             self.judge_update()
 
@@ -154,8 +155,15 @@ class Evaluation:
         """Images of the validation's records and their rewards, always from the same noise."""
         return self._draw("validation", self.rewards.validation, 1)
 
+    def base_images(self) -> Drawn:
+        """What `validate` draws of the base model."""
+        if self._base is None:
+            with self.state.trained.left_out():
+                self._base = self.validate()
+        return self._base
+
     def evaluate(self, update: int) -> None:
-        """Score the evaluation images, ask the guard, and keep the LoRA if it is the best so far."""
+        """Score the evaluation images, ask the guard, and keep the weights if they are the best so far."""
         config = self.config
         drawn = self._draw("evaluation", self.rewards.evaluation, config.num_eval_images)
         found = {"update": update, "scores": {name: finite(values) for name, values in drawn.scores.items()}}
@@ -181,20 +189,21 @@ class Evaluation:
             best = self.found.get("best")
             if mean is not None and (best is None or mean > best["score"]):
                 self.found["best"] = {**found, "score": mean}
-                self.best_lora = {name: tensor.cpu() for name, tensor in full_lora(self.state.transformer).items()}
+                self.best_weights = self.state.trained.snapshot()
                 self.write_best()
         self._log("evaluation", update, drawn, self.rewards.evaluation, config.num_eval_images)
         self._tell_scores(update)
         self._raise(self.guard.evaluate(measurement))
 
     def write_best(self) -> None:
-        """Write the best LoRA and its scores into the folder `best`."""
+        """Write the best LoRA and its scores into the folder `best`; of all weights, checkpoints have the best."""
+        trained = self.state.trained
 
         def fill(folder: Path) -> None:
-            self.save_lora(folder, self.best_lora)
+            trained.save(folder, self.best_weights)
             write_json(folder / "evaluation.json", self.found["best"])
 
-        if self.accelerator.is_main_process:
+        if self.accelerator.is_main_process and isinstance(trained, LoraWeights):
             write_folder(self.config.output_dir / "best", fill)
 
     def _draw(self, purpose: str, records: Sequence[Record], count: int) -> Drawn:
@@ -253,7 +262,7 @@ class Evaluation:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs, but for `best_lora`."""
+        """What a resumed run needs, but for `best_weights` and the base's images."""
         return {
             "made_with": self._made_with(),
             "is_pending": self.is_pending,
@@ -262,7 +271,21 @@ class Evaluation:
             "alarms": self.alarms,
             "found": self.found,
             "history": self.history,
+            "base_images": None if self._base is None else self._of_base_images() | {"scores": self._base.scores},
         }
+
+    def _of_base_images(self) -> dict[str, Any]:
+        """What the validation's images are of."""
+        given = self.config.settings()
+        return {
+            "prompts": [record.prompt for record in self.rewards.validation],
+            "made_with": {name: given[name] for name in OF_IMAGES},
+        }
+
+    def save_base_images(self, folder: Path) -> None:
+        """Write the base's images, if a resumed run cannot draw them again, into a checkpoint's folder."""
+        for place, image in enumerate(self._base.images if self._base is not None else ()):
+            image.save(folder / f"base_{place}.png")
 
     def load(self, folder: Path, state: Mapping[str, Any]) -> None:
         """Continue from a checkpoint; scores of other images or rewards are of no use and are left out."""
@@ -271,8 +294,13 @@ class Evaluation:
         if state["made_with"] == self._made_with():
             self.guard.load_state_dict(state["guard"])
             self.found, self.history = state["found"], state["history"]
-            if (folder / "best.safetensors").is_file():
-                self.best_lora = load_tensors(folder / "best.safetensors")
+            self.best_weights = self.state.load_best(folder, "best" in self.found)
+        kept = state["base_images"]
+        if kept is not None and self._of_base_images().items() <= kept.items() and [*kept["scores"]] == [*self.judges]:
+            images = [Image.open(folder / f"base_{place}.png") for place in range(len(kept["prompts"]))]
+            for image in images:
+                image.load()
+            self._base = Drawn(images, kept["scores"], *[math.nan] * 3, None)
 
 
 def _with_interval(score: Mapping[str, float | None]) -> str:

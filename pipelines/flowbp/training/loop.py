@@ -26,7 +26,7 @@ def train(
     reward: Reward | None = None,
     command: Sequence[str] | None = None,
 ) -> TrainingResult | None:
-    """Train a LoRA with the gradient of a reward.
+    """Train a LoRA, or all weights, with the gradient of a reward.
 
     Args:
         config: the options.
@@ -79,7 +79,8 @@ def one_update(run: Run, update: int) -> StageMeter:
             strict=config.strict or update == run.first_update,
             on_stage=meter.mark,
             velocity_anchor=config.velocity_anchor,
-            measure_gradients=True,
+            # Norms are of whole gradients, of which there are only shards when all weights are trained.
+            measure_gradients=config.train == "lora",
         )
         seed_rewards(config.seed, update, places)
         meter.mark("encode")

@@ -10,6 +10,7 @@ from pathlib import Path
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from filelock import FileLock, Timeout
 
+from ..publishing.published_files import TRANSFORMER_FOLDER
 from .checkpoints import MANIFEST
 
 LOCK = ".flowbp.lock"
@@ -22,7 +23,7 @@ FOLDERS = {
     "validation": re.compile(r"[0-9]{6}\.png"),
     "evaluation": re.compile(r"[0-9]{6}\.png"),
 }
-CHECKPOINTS = re.compile(r"(?:checkpoint-[0-9]+|best)(?:\.replaced)?")
+CHECKPOINTS = re.compile(rf"(?:checkpoint-[0-9]+|best|{TRANSFORMER_FOLDER})(?:\.replaced)?")
 
 
 class OutputFolder:

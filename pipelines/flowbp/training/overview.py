@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from .config import TrainingConfig
 from .console import duration, size, table
 from .setup import Run
 from .stages import StageMeter
@@ -28,7 +29,7 @@ def tell_plan(run: Run) -> None:
     resumed = f", of which {run.first_update} are done" if run.first_update else ""
     lines = [
         ("reward", run.rewards.name),
-        ("trained", f"{trained:,} parameters in float32 ({trained / whole:.1%}), LoRA of rank {config.rank}"),
+        ("trained", f"{trained:,} parameters in float32 ({trained / whole:.1%}), {_what_is_trained(config)}"),
         (
             "batch",
             f"{math.prod(batch)} samples per update = {' x '.join(map(str, batch))} (batch, micro-batches, processes) "
@@ -40,6 +41,10 @@ def tell_plan(run: Run) -> None:
     ]
     model = f"{type(run.sampling.pipe).__name__} ({config.pretrained_model_name_or_path})"
     run.console.tell(table(f"{run.title} on {model}", lines))
+
+
+def _what_is_trained(config: TrainingConfig) -> str:
+    return "all weights, in shards (FSDP2)" if config.train == "full" else f"LoRA of rank {config.rank}"
 
 
 def tell_update(run: Run, step: Step, entry: Mapping[str, Any]) -> None:

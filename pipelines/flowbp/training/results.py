@@ -2,31 +2,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """The end of a run: the LoRA that is chosen, closing images, run.json, the card, and the push."""
 
-import os
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from ..file_errors import writing
-from ..files import apply_umask
 from ..judging.figures import before_after, reward_curve
 from ..judging.images import Drawn
 from ..judging.statistics import estimate
-from ..observers import adapters_off
 from ..publishing.model_card import write_card
 from ..publishing.push import push_folder
 from ..publishing.run_info import git_commit, hardware, versions, write_run_json
-from .checkpoints import check_finite
 from .console import duration, table
-from .distributed import full_lora, load_lora
-from .model import LORA_FILE
 from .reports import finite
+from .trained import TRANSFORMER_FOLDER, LoraWeights
 
 if TYPE_CHECKING:
     from .setup import Run
@@ -38,8 +30,8 @@ class TrainingResult:
 
     Attributes:
         output_dir: folder of everything that was written.
-        lora: file of the LoRA.
-        update: that the LoRA is of.
+        weights: file of the LoRA, or folder of the transformer with `train="full"`.
+        update: that they are of.
         selected: "best" by the held-out reward, or "last".
         log: an entry for each update, as in log.jsonl; empty in processes but the main one.
         scores: by reward: `role` ("trained" or "held out"), and `base`, `lora` and `difference`, each with the `mean`
@@ -49,7 +41,7 @@ class TrainingResult:
     """
 
     output_dir: Path
-    lora: Path
+    weights: Path
     update: int
     selected: str
     log: list[dict[str, Any]]
@@ -59,7 +51,7 @@ class TrainingResult:
 
 
 def finish(run: "Run") -> TrainingResult:
-    """Choose the final LoRA, save it, draw the closing images, write run.json and the card, and push. Collective.
+    """Choose the final weights, save them, draw the closing images, write run.json and the card, and push. Collective.
 
     Raises:
         PushError: where pushing failed for good; everything is in the output folder.
@@ -67,25 +59,21 @@ def finish(run: "Run") -> TrainingResult:
     config, accelerator, state, evaluation = run.config, run.accelerator, run.state, run.evaluation
     result = state.result()
     if accelerator.is_main_process:
-        # Before anything is drawn or scored, which may fail.
         run.folder.check()
-        save_result(run, result)
+    # Before anything is drawn or scored, which may fail.
+    state.trained.write(accelerator, config.output_dir, result)
     if run.rewards.evaluation and evaluation.found.get("last", {}).get("update") != state.update:
         with state.averaged():
             evaluation.evaluate(state.update)
-    selected = "best" if config.select == "best" and evaluation.best_lora is not None else "last"
+    selected = "best" if config.select == "best" and evaluation.best_weights is not None else "last"
     if selected == "best":
-        load_lora(state.transformer, evaluation.best_lora)
+        result = evaluation.best_weights
         evaluation.write_best()
-    else:
-        load_lora(state.transformer, result)
+        state.trained.write(accelerator, config.output_dir, result)
+    state.trained.restore(result)
     update = evaluation.found["best"]["update"] if selected == "best" else state.update
-    lora = full_lora(state.transformer)
-    if selected == "best" and accelerator.is_main_process:
-        save_result(run, lora)
     aligned = evaluation.validate()
-    with adapters_off(state.transformer):
-        base = evaluation.validate()
+    base = evaluation.base_images()
     scores = compared_scores(run, selected, base, aligned)
     if accelerator.is_main_process:
         with writing(config.output_dir):
@@ -101,26 +89,10 @@ def finish(run: "Run") -> TrainingResult:
             run.console.print(f"Pushed to {url}")
     finally:
         accelerator.end_training()
-    file = config.output_dir / LORA_FILE
-    return TrainingResult(config.output_dir, file, update, selected, run.reports.log, scores, evaluation.alarms, url)
-
-
-def save_result(run: "Run", lora: Mapping[str, torch.Tensor]) -> None:
-    """Write the LoRA into the output folder; a reader finds the old file or the new one.
-
-    Raises:
-        CheckpointError: it is not finite, and nothing was written.
-    """
-    folder = run.config.output_dir
-    check_finite(folder / LORA_FILE, lora)
-    partial = folder / "lora.partial"
-    # A killed run may have left something there.
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(exist_ok=True)
-    run.save_lora(partial, lora)
-    apply_umask(partial)
-    os.replace(partial / LORA_FILE, folder / LORA_FILE)
-    partial.rmdir()
+    weights = state.trained.path(config.output_dir)
+    return TrainingResult(
+        config.output_dir, weights, update, selected, run.reports.log, scores, evaluation.alarms, url
+    )
 
 
 def compared_scores(run: "Run", selected: str, base: Drawn, aligned: Drawn) -> dict[str, dict[str, Any]]:
@@ -243,7 +215,7 @@ def tell_result(run: "Run", selected: str, update: int, scores: Mapping[str, Map
     name = run.evaluation.judge
     found = scores[name]
     why = f"the best by the held-out reward {name}" if selected == "best" else "the last one"
-    lines = [("LoRA", f"of update {update} of {run.state.update}, {why}")]
+    lines = [(run.state.trained.title, f"of update {update} of {run.state.update}, {why}")]
     if found["difference"]["mean"] is not None:
         interval = ""
         if found["difference"]["low"] is not None:
@@ -256,9 +228,19 @@ def tell_result(run: "Run", selected: str, update: int, scores: Mapping[str, Map
             )
         )
     seconds = sum(entry["seconds"] for entry in run.reports.log)
+    files = f"{run.state.trained.title}, model card, run.json, before_after.png and reward_curve.png"
     lines += [
         ("time", f"{duration(seconds)} in updates, {run.state.skipped} skipped"),
-        ("files", f"LoRA, model card, run.json, before_after.png and reward_curve.png are in {run.config.output_dir}"),
-        ("load", run.backbone.how_to_load(run.config.output_dir)),
+        ("files", f"{files} are in {run.config.output_dir}"),
+        ("load", how_to_load(run)),
     ]
     run.console.print(table("Done", lines))
+
+
+def how_to_load(run: "Run") -> str:
+    """Python that makes the pipeline of the result."""
+    folder, trained = run.config.output_dir, run.state.trained
+    if isinstance(trained, LoraWeights):
+        return run.backbone.how_to_load(folder)
+    load = f'{trained.model_class.__name__}.from_pretrained("{folder}", subfolder="{TRANSFORMER_FOLDER}"'
+    return f"pipe.{trained.component} = {load}, dtype={trained.dtype})"

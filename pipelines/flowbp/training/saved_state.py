@@ -21,7 +21,7 @@ from .checkpoints import check_folder, damaged, load_tensors, read_json
 _MAYBE = (float, None)
 _STATE = {
     "format": int,
-    "settings": {"lora_alpha": float},
+    "settings": {"lora_alpha": float, "train": str},
     "ingredients": dict,
     "training": {
         "update": int,
@@ -44,6 +44,7 @@ _STATE = {
         },
         "alarms": [{"name": str, "update": int, "message": str}],
         "found": {str: {"update": int, "scores": {str: [_MAYBE]}}},
+        "base_images": ({"prompts": [str], "made_with": dict, "scores": {str: [float]}}, None),
         "history": [{"update": int, "mean": _MAYBE, "low": _MAYBE, "high": _MAYBE}],
     },
 }
@@ -76,7 +77,7 @@ def check_saved_state(folder: Path) -> None:
     check_folder(folder)
     path = folder / "state.json"
     state = read_json(path)
-    if isinstance(state, dict) and state.get("format") not in (None, 2):
+    if isinstance(state, dict) and state.get("format") not in (None, 3):
         return
     for expected, found in _misfits(state, _STATE, "state"):
         raise damaged(path, expected, found)
@@ -90,7 +91,23 @@ def check_saved_state(folder: Path) -> None:
     if not training["skipped_in_a_row"] <= training["skipped"] <= training["update"]:
         counts = ", ".join(f"{name} {training[name]}" for name in ("skipped_in_a_row", "skipped", "update"))
         raise damaged(path, "at most as many skipped updates as updates", counts)
+    if state["settings"]["train"] == "full":
+        # Sharded: what is read of them is checked by `read_shards`.
+        check_base_images(folder, state["evaluation"]["base_images"])
+        return
     _check_tensors(folder, training["update"] > training["skipped"], training["has_average"], best is not None)
+
+
+def check_base_images(folder: Path, kept: Mapping[str, Any] | None) -> None:
+    """Check that the base model's images are there, with a score of each."""
+    count = 0 if kept is None else len(kept["prompts"])
+    if (found := len(list(folder.glob("base_*.png")))) != count:
+        raise damaged(folder, f"{count} images of the base model", f"{found}")
+    for name, scores in ({} if kept is None else kept["scores"]).items():
+        if len(scores) != count:
+            raise damaged(
+                folder / "state.json", f"{count} scores of {name} at state.evaluation.base_images", f"{len(scores)}"
+            )
 
 
 def _misfits(value: Any, kind: Any, place: str) -> Iterator[tuple[str, str]]:

@@ -2,10 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Everything that a run needs before its first update: checked first, loaded then."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from .checkpointing import Checkpointer
 from .checkpoints import clean, find_checkpoint
 from .config import TrainingConfig
 from .console import Console
-from .distributed import check_distributed, check_environment, prepare_transformer
+from .distributed import check_distributed, check_environment, check_full, prepare_transformer, shard_all_weights
 from .evaluation import Evaluation
 from .ingredients import check_same_prompts, ingredients
 from .model import add_lora, freeze
@@ -37,6 +38,7 @@ from .seeds import make_generator
 from .signals import StopSignals
 from .speed import compile_blocks, compute_lora_in_base_dtype, make_deterministic, set_attention_backend
 from .state import TrainingError, TrainingState
+from .trained import FullWeights, LoraWeights, TrainedWeights
 from .watch import ProcessWatch
 
 # Processes wait for one another longer than NCCL's 10 minutes: while one encodes all prompts, or scores a last video.
@@ -79,10 +81,6 @@ class Run:
         """The method's name as papers write it."""
         return find_row(self.config.method).title
 
-    def save_lora(self, folder: Path, lora: Mapping[str, torch.Tensor]) -> None:
-        """Write a LoRA into a folder as the pipeline's users load it."""
-        self.backbone.save_lora(folder, lora, self.state.transformer)
-
 
 def prepare(
     config: TrainingConfig,
@@ -117,6 +115,8 @@ def prepare(
     if config.resume_from_checkpoint is not None:
         find_checkpoint(config.output_dir, config.resume_from_checkpoint, tell=lambda message: None)
     accelerator = make_accelerator(config)
+    if config.train == "full":
+        check_full(accelerator)
     folder = claim_folder(config, accelerator, closing)
     closing.enter_context(ProcessWatch(accelerator, config.process_timeout_minutes))
     check_same_prompts(accelerator, records)
@@ -124,23 +124,18 @@ def prepare(
     if config.push_to_hub:
         config = backbone.config = replace(config, hub_model_id=_repository(config, accelerator))
     console = Console(accelerator)
-    sampling, wrapped = load_model(config, accelerator, backbone, rewards, records)
+    sampling, trained, wrapped = load_model(config, accelerator, backbone, rewards, records)
     for note in backbone.notes:
         console.tell(note)
-    transformer = backbone.transformer(sampling.pipe)
     if config.verify:
         verify_call(config, method, sampling, records[:1], console)
-
-    def save_lora(folder: Path, lora: Mapping[str, torch.Tensor]) -> None:
-        backbone.save_lora(folder, lora, transformer)
-
-    state = TrainingState(config, accelerator, transformer, records)
+    state = TrainingState(config, accelerator, trained, records)
     parts = list(rewards.training.weights) if isinstance(rewards.training, WeightedReward) else []
     reports = Reports(config, accelerator, parts)
     signals = StopSignals()
-    evaluation = Evaluation(config, accelerator, state, rewards, sampling, console, reports, save_lora, signals)
+    evaluation = Evaluation(config, accelerator, state, rewards, sampling, console, reports, signals)
     made_of = ingredients(config, records, rewards.evaluation, reward)
-    checkpoints = Checkpointer(config, accelerator, state, evaluation, console, save_lora, signals, folder, made_of)
+    checkpoints = Checkpointer(config, accelerator, state, evaluation, console, signals, folder, made_of)
     resumed = checkpoints.resume()
     earlier = [] if resumed is None else read_log(resumed.parent / "log.jsonl", state.update)
     for remark in reports.begin(earlier):
@@ -237,11 +232,11 @@ def load_model(
     backbone: Backbone,
     rewards: RunRewards,
     records: Sequence[Record],
-) -> tuple[Sampling, torch.nn.Module]:
-    """Text first, which may be freed, then the pipeline with a LoRA on its frozen transformer.
+) -> tuple[Sampling, TrainedWeights, torch.nn.Module]:
+    """Text first, which may be freed, then the pipeline with what is trained of its transformer.
 
     Returns:
-        The sampling, and the transformer that the sweep calls.
+        The sampling, what is trained, and the transformer that the sweep calls.
     """
     inputs = backbone.prompt_inputs(accelerator, [*records, *rewards.evaluation, *rewards.validation])
     pipe: DiffusionPipeline = backbone.load_pipeline()
@@ -252,9 +247,10 @@ def load_model(
     transformer = backbone.transformer(pipe)
     if config.attention_backend is not None:
         set_attention_backend(transformer, config.attention_backend)
-    add_lora(transformer, config)
-    if config.lora_dtype == "base":
-        compute_lora_in_base_dtype(transformer)
+    if config.train == "lora":
+        add_lora(transformer, config)
+        if config.lora_dtype == "base":
+            compute_lora_in_base_dtype(transformer)
     if config.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
         vae = pipe.components.get("vae")
@@ -262,8 +258,14 @@ def load_model(
             vae.enable_gradient_checkpointing()
     if config.compile_blocks:
         compile_blocks(transformer)
+    sampling = Sampling(config, accelerator, backbone, pipe, inputs)
+    if config.train == "full":
+        model_class = type(transformer)
+        shard_all_weights(accelerator, transformer, backbone.dtype)
+        name = backbone.transformer_name
+        return sampling, FullWeights(transformer, model_class, name, backbone.dtype), transformer
     wrapped = prepare_transformer(accelerator, transformer)
-    return Sampling(config, accelerator, backbone, pipe, inputs), wrapped
+    return sampling, LoraWeights(transformer, partial(backbone.save_lora, transformer=transformer)), wrapped
 
 
 def verify_call(

@@ -1,6 +1,6 @@
 # Copyright 2026 The FlowBP for diffusers authors
 # SPDX-License-Identifier: Apache-2.0
-"""What an update changes and a checkpoint holds: LoRA, optimizer, schedule, average, loss scale, prompts' order."""
+"""What an update changes and a checkpoint holds: weights, optimizer, schedule, average, loss scale, prompts' order."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,9 +16,11 @@ from diffusers.optimization import get_scheduler
 from ..outputs import BackwardOutput
 from .checkpoints import CheckpointError, load_tensors, save_tensors
 from .config import TrainingConfig
-from .distributed import all_ranks_max, clip_gradients, full_lora, full_tensor, full_tensors, like, load_lora
+from .distributed import all_ranks_max, clip_gradients, full_lora, full_tensor, full_tensors, like, local
 from .optimizers import make_optimizer
 from .prompts import PromptSampler, Record
+from .shards import read_shards
+from .trained import FullWeights, TrainedWeights
 
 
 class TrainingError(RuntimeError):
@@ -46,7 +48,7 @@ class TrainingState:
     Args:
         config: of the run.
         accelerator: of the run.
-        transformer: with the LoRA, already on its device, wrapped or sharded.
+        trained: of the transformer.
         records: of the training.
 
     Attributes:
@@ -61,14 +63,16 @@ class TrainingState:
         self,
         config: TrainingConfig,
         accelerator: Accelerator,
-        transformer: torch.nn.Module,
+        trained: TrainedWeights,
         records: Sequence[Record],
     ) -> None:
         self.config = config
         self.accelerator = accelerator
-        self.transformer = transformer
-        self.parameters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
-        self.optimizer = make_optimizer(config, self.parameters)
+        self.trained = trained
+        self.transformer = trained.transformer
+        self.parameters = list(trained.parameters.values())
+        # torch's default takes 4 bytes a parameter more while it steps.
+        self.optimizer = make_optimizer(config, self.parameters, foreach=False if config.train == "full" else None)
         self.lr_scheduler = get_scheduler(
             config.lr_scheduler,
             self.optimizer,
@@ -77,7 +81,7 @@ class TrainingState:
             num_cycles=config.lr_num_cycles,
             power=config.lr_power,
         )
-        self.average = [parameter.detach().clone() for parameter in self.parameters] if config.use_ema else None
+        self.average = [self._copy(parameter) for parameter in self.parameters] if config.use_ema else None
         # float16 gradients need a loss scale; it is off for the other dtypes.
         self.scaler = torch.amp.GradScaler(accelerator.device.type, enabled=config.mixed_precision == "fp16")
         self.sampler = PromptSampler(
@@ -103,7 +107,7 @@ class TrainingState:
             outs: of this process' micro-batches.
 
         Raises:
-            TrainingError: where the step made the LoRA itself not finite.
+            TrainingError: where the step made the weights themselves not finite.
         """
         rate = self.lr_scheduler.get_last_lr()[0]
         self.is_whole = False
@@ -119,6 +123,7 @@ class TrainingState:
         else:
             self.skipped_in_a_row = 0
             self.scaler.step(self.optimizer)
+            self.trained.has_changed = True
             self.lr_scheduler.step()
             self._update_average()
         self.scaler.update()
@@ -126,8 +131,8 @@ class TrainingState:
         size = full_tensor(torch.nn.utils.get_total_norm([parameter.detach() for parameter in self.parameters]))
         if not math.isfinite(size.item()):
             raise TrainingError(
-                "The optimizer's step made the LoRA not finite, so it is not saved; lower --learning_rate and resume "
-                "from the last checkpoint."
+                f"The optimizer's step made the {self.trained.title} not finite, so it is not saved; lower "
+                "--learning_rate and resume from the last checkpoint."
             )
         self.is_whole, self._prompts = True, self.sampler.state_dict()
         return Step(norm, rate, was_skipped)
@@ -136,7 +141,7 @@ class TrainingState:
     def _update_average(self) -> None:
         # A constant decay from the first update, as the paper's code; diffusers' EMAModel warms its decay up.
         for average, parameter in zip(self.average or (), self.parameters, strict=False):
-            average.lerp_(parameter, 1 - self.config.ema_decay)
+            local(average).lerp_(local(parameter).to(average.device), 1 - self.config.ema_decay)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -144,22 +149,28 @@ class TrainingState:
         if self.average is None:
             yield
             return
-        before = [parameter.detach().clone() for parameter in self.parameters]
-        self._write(self.average)
+        self._swap()
         try:
             yield
         finally:
-            self._write(before)
+            self._swap()
 
     @torch.no_grad()
-    def _write(self, values: Sequence[torch.Tensor]) -> None:
-        for parameter, value in zip(self.parameters, values, strict=True):
-            parameter.copy_(value)
+    def _swap(self) -> None:
+        """Exchange the last values and the average, one at a time so that no second copy of all is needed."""
+        for average, parameter in zip(self.average or (), self.parameters, strict=True):
+            kept = local(parameter).to(average.device, copy=True)
+            local(parameter).copy_(local(average))
+            local(average).copy_(kept)
+
+    def _copy(self, parameter: torch.Tensor) -> torch.Tensor:
+        device = torch.device("cpu") if self.config.offload_ema else parameter.device
+        return parameter.detach().to(device, copy=True)
 
     def result(self) -> dict[str, torch.Tensor]:
-        """The LoRA that a run would end with now, whole, by peft's names. Collective."""
+        """What a run would end with now, see `TrainedWeights.snapshot`. Collective."""
         with self.averaged():
-            return full_lora(self.transformer)
+            return self.trained.snapshot()
 
     # Checkpoints.
 
@@ -198,12 +209,6 @@ class TrainingState:
             CheckpointError: for a LoRA, precision or average that does not fit.
         """
         where = f"--resume_from_checkpoint {folder}"
-        lora = load_tensors(folder / "lora.safetensors")
-        expected = {name: tensor.shape for name, tensor in full_lora(self.transformer).items()}
-        if {name: tensor.shape for name, tensor in lora.items()} != expected:
-            raise CheckpointError(
-                f"{where}: its LoRA has other layers or another rank; use the --lora_layers and --rank of that run."
-            )
         if bool(state["scaler"]) != self.scaler.is_enabled():
             raise CheckpointError(f"{where}: use the --mixed_precision of that run.")
         if state["has_average"] != (self.average is not None):
@@ -211,11 +216,11 @@ class TrainingState:
                 f"{where}: that run was {'with' if state['has_average'] else 'without'} --use_ema; this one must be "
                 "too."
             )
-        load_lora(self.transformer, lora)
-        self._load_optimizer(load_tensors(folder / "optimizer.safetensors"), state["lr_scheduler"])
-        if self.average is not None:
-            average = load_tensors(folder / "ema.safetensors")
-            self.average = [like(average[str(index)], each) for index, each in enumerate(self.parameters)]
+        if isinstance(self.trained, FullWeights):
+            self._load_shards(folder)
+        else:
+            self._load_lora(folder, where)
+        self._load_schedule(state["lr_scheduler"])
         self.sampler.load_state_dict(state["prompts"])
         self._prompts = self.sampler.state_dict()
         self.scaler.load_state_dict(state["scaler"])
@@ -225,7 +230,62 @@ class TrainingState:
             # The run ended for it; one that resumes gets as many updates again.
             self.skipped_in_a_row = 0
 
-    def _load_optimizer(self, moments: Mapping[str, torch.Tensor], schedule_state: Mapping[str, Any]) -> None:
+    def _load_lora(self, folder: Path, where: str) -> None:
+        lora = load_tensors(folder / "lora.safetensors")
+        expected = {name: tensor.shape for name, tensor in full_lora(self.transformer).items()}
+        if {name: tensor.shape for name, tensor in lora.items()} != expected:
+            raise CheckpointError(
+                f"{where}: its LoRA has other layers or another rank; use the --lora_layers and --rank of that run."
+            )
+        self.trained.restore(lora)
+        self._load_optimizer(load_tensors(folder / "optimizer.safetensors"))
+        if self.average is not None:
+            average = load_tensors(folder / "ema.safetensors")
+            for index, own in enumerate(self.average):
+                local(own).copy_(local(like(average[str(index)], own)))
+
+    def load_best(self, folder: Path, is_kept: bool) -> dict[str, torch.Tensor] | None:
+        """The best snapshot that a checkpoint keeps. Collective.
+
+        Args:
+            folder: of the checkpoint.
+            is_kept: whether it keeps one.
+        """
+        if not is_kept:
+            return None
+        if not isinstance(self.trained, FullWeights):
+            return load_tensors(folder / "best.safetensors")
+        best = self.trained.empty_snapshot()
+        read_shards(self.accelerator, folder, {f"best.{name}": each for name, each in best.items()})
+        return best
+
+    # All weights, in shards.
+
+    def shards(self) -> dict[str, torch.Tensor]:
+        """Sharded tensors by name: weights, moments and average."""
+        found = {f"weights.{name}": each.detach() for name, each in self.trained.parameters.items()}
+        for name, parameter in self.trained.parameters.items():
+            for moment, value in self.optimizer.state[parameter].items():
+                if moment != "step":
+                    found[f"{moment}.{name}"] = value
+        if self.average is not None:
+            found |= {f"ema.{name}": each for name, each in zip(self.trained.parameters, self.average, strict=True)}
+        return found
+
+    def steps(self) -> dict[str, torch.Tensor]:
+        """How often AdamW has moved each parameter, by name; those that have got no gradient yet are left out."""
+        states = {name: self.optimizer.state[parameter] for name, parameter in self.trained.parameters.items()}
+        return {name: state["step"] for name, state in states.items() if state}
+
+    def _load_shards(self, folder: Path) -> None:
+        for name, step in load_tensors(folder / "steps.safetensors").items():
+            parameter = self.trained.parameters[name]
+            moments = {moment: torch.zeros_like(parameter) for moment in ("exp_avg", "exp_avg_sq")}
+            self.optimizer.state[parameter] = {"step": step, **moments}
+        read_shards(self.accelerator, folder, self.shards())
+        self.trained.has_changed = True
+
+    def _load_optimizer(self, moments: Mapping[str, torch.Tensor]) -> None:
         by_index: dict[int, dict[str, torch.Tensor]] = {}
         for key, value in moments.items():
             index, _, name = key.partition(".")
@@ -233,6 +293,8 @@ class TrainingState:
             by_index.setdefault(int(index), {})[name] = like(value, parameter) if value.ndim else value
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": by_index, "param_groups": groups})
+
+    def _load_schedule(self, schedule_state: Mapping[str, Any]) -> None:
         # Where the schedule is comes from the checkpoint, what it multiplies from --learning_rate, which may differ.
         schedule = self.lr_scheduler
         rates = [
