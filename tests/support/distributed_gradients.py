@@ -3,11 +3,17 @@
 """What `test_distributed.py` runs in each of two processes: how far the shared gradient of each row is from the mean.
 
 Every process records its own rollouts, in two passes that add up. With the wrapped (DDP) or sharded (FSDP2)
-transformer the gradient must be the mean of what the processes find alone, whatever the row, and each `backward` may
-exchange gradients once.
+transformer the gradient must be the mean of what the processes find alone, whatever the row. DDP may exchange
+gradients once in each `backward`, FSDP2 at every replay.
+
+    torchrun --nproc_per_node 2 tests/support/distributed_gradients.py [full]
+
+`full`: of all weights, sharded, and without a LoRA.
 """
 
+import gc
 import json
+import sys
 from collections import Counter
 from typing import Any
 
@@ -19,8 +25,16 @@ from tiny_sd3 import MAX_SEQUENCE_LENGTH, tiny_sd3_pipeline
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowbp import FlowBPCallback, get_method
-from flowbp.training.distributed import check_distributed, full_tensor, leave, prepare_transformer
+from flowbp.training.distributed import (
+    check_distributed,
+    full_tensor,
+    leave,
+    local,
+    prepare_transformer,
+    shard_all_weights,
+)
 
+IS_FULL = "full" in sys.argv
 CALL = {
     "num_inference_steps": 6,
     "guidance_scale": 3.0,
@@ -62,10 +76,10 @@ def gradient(
     method: str,
     options: dict[str, Any],
     settings: dict[str, Any],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradient of all LoRA parameters in one vector, of two passes, and the norms of each step of each pass."""
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """The gradient of all trained parameters in one vector, of two passes; the norms of each step; number of terms."""
     parameters = [parameter for parameter in pipe.transformer.parameters() if parameter.requires_grad]
-    norms = []
+    norms, terms = [], 0
     for parameter in parameters:
         parameter.grad = None
     for part in range(2):
@@ -73,7 +87,7 @@ def gradient(
             get_method(method, **options),
             generator=torch.Generator().manual_seed(part),
             noise_generator=torch.Generator().manual_seed(seed),
-            measure_gradients=True,
+            measure_gradients=not IS_FULL,
             **settings,
         )
         with callback.record(pipe):
@@ -88,8 +102,37 @@ def gradient(
             gradient_scale=0.5,
             transformer=transformer,
         )
-        norms += [out.gradient_norms[step] for step in sorted(out.gradient_norms)]
-    return torch.cat([full_tensor(parameter.grad).flatten() for parameter in parameters]), torch.stack(norms)
+        norms += [out.gradient_norms[step] for step in sorted(out.gradient_norms or ())]
+        terms += len(callback.surrogate.terms) * (1 + callback.copies)
+    gradients = [torch.zeros_like(each) if each.grad is None else each.grad for each in parameters]
+    return (
+        torch.cat([full_tensor(each).flatten() for each in gradients]),
+        torch.stack(norms or [torch.ones(())]),
+        terms,
+    )
+
+
+class Held:
+    """Bytes of whole parameters and gradients that are alive when a sharded transformer is called.
+
+    Args:
+        transformer: sharded.
+        others: whose own do not count.
+    """
+
+    def __init__(self, transformer: torch.nn.Module, others: torch.nn.Module) -> None:
+        self.others = list(others.parameters())
+        own = {local(each).shape for each in transformer.parameters()}
+        self.shapes = {each.shape for each in transformer.parameters() if each.ndim > 1} - own
+        self.bytes: list[int] = []
+        transformer.register_forward_pre_hook(self.measure, prepend=True)
+
+    def measure(self, *_: object) -> None:
+        """See the class."""
+        known = {id(each) for parameter in self.others for each in (parameter, parameter.grad)}
+        alive = [each for each in gc.get_objects() if type(each) in (torch.Tensor, torch.nn.Parameter)]
+        whole = [each for each in alive if each.shape in self.shapes and id(each) not in known]
+        self.bytes.append(sum(each.untyped_storage().size() for each in whole))
 
 
 def main() -> None:
@@ -98,19 +141,31 @@ def main() -> None:
     accelerator = Accelerator()
     check_distributed(accelerator)
     rank = accelerator.process_index
-    alone, together = tiny_sd3_pipeline(lora_rank=2), tiny_sd3_pipeline(lora_rank=2)
-    shared = prepare_transformer(accelerator, together.transformer)
+    rank_of_lora = None if IS_FULL else 2
+    alone, together = tiny_sd3_pipeline(lora_rank=rank_of_lora), tiny_sd3_pipeline(lora_rank=rank_of_lora)
+    if IS_FULL:
+        alone.transformer.requires_grad_(True)
+        shard_all_weights(accelerator, together.transformer, torch.float64)
+        shared, held = together.transformer, Held(together.transformer, alone.transformer)
+    else:
+        shared = prepare_transformer(accelerator, together.transformer)
     found = {}
     for method, options, settings in ROWS:
+        if IS_FULL:
+            settings = {name: value for name, value in settings.items() if name != "velocity_anchor"}
+            held.bytes.clear()
         each = [gradient(alone, 100 + number, None, method, options, settings) for number in range(2)]
         mean = (each[0][0] + each[1][0]) / 2
         with Exchanges() as exchanges:
-            result, norms = gradient(together, 100 + rank, shared, method, options, settings)
+            result, norms, terms = gradient(together, 100 + rank, shared, method, options, settings)
         found[method] = {
             "difference": ((result - mean).norm() / mean.norm()).item(),
             "of_norms": ((norms - each[rank][1]).norm() / norms.norm()).item(),
             "apart": ((each[0][0] - each[1][0]).norm() / mean.norm()).item(),
             "exchanges": dict(exchanges.counts),
+            "terms": terms,
+            # Other models have parameters of these shapes, too.
+            "held": max(held.bytes) - held.bytes[0] if IS_FULL else None,
         }
     if rank == 0:
         print(json.dumps(found), flush=True)

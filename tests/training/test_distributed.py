@@ -64,25 +64,30 @@ def printed(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "variables, exchange, number, others",
+    "variables, words, exchange, of_term, others",
     [
         # With nothing else, once DDP has agreed on its buckets in its first backward pass.
-        pytest.param({}, "allreduce_", 2, set(), id="ddp"),
+        pytest.param({}, [], "allreduce_", 0, set(), id="ddp"),
         # One for each of the two blocks that hold a LoRA. The frozen base is gathered for every call.
-        pytest.param(FSDP2, "_reduce_scatter_base_", 4, {"_allgather_base_"}, id="fsdp2"),
+        pytest.param(FSDP2, [], "_reduce_scatter_base_", 2, {"_allgather_base_"}, id="fsdp2"),
+        # And one for the parameters outside of blocks.
+        pytest.param(FSDP2, ["full"], "_reduce_scatter_base_", 3, {"_allgather_base_"}, id="all weights"),
     ],
 )
 def test_gradients_of_two_processes_are_averaged(
-    variables: dict[str, str], exchange: str, number: int, others: set[str]
+    variables: dict[str, str], words: list[str], exchange: str, of_term: int, others: set[str]
 ) -> None:
-    found = printed(run([*TORCHRUN, str(SUPPORT / "distributed_gradients.py")], variables))
+    found = printed(run([*TORCHRUN, str(SUPPORT / "distributed_gradients.py"), *words], variables))
     assert len(found) == 7
     for method, of_method in found.items():
         assert of_method["apart"] > 0.1, method  # the processes have noise of their own
         assert of_method["difference"] < 1e-12, (method, of_method)
         assert of_method["of_norms"] < 1e-12, (method, of_method)
-        # Two calls of `backward`.
-        assert of_method["exchanges"].pop(exchange) == number, (method, of_method)
+        # DDP: once in each of the two calls of `backward`.
+        number = of_method["exchanges"].pop(exchange)
+        assert number == (of_term * of_method["terms"] or 2), (method, of_method)
+        # Between replays no process holds a whole parameter or gradient.
+        assert of_method["held"] in (None, 0), (method, of_method)
     first, *later = found.values()
     assert first["exchanges"].keys() - others <= {"broadcast_"}
     assert all(of_method["exchanges"].keys() == others for of_method in later)

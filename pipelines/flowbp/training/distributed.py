@@ -212,14 +212,14 @@ def _shard(accelerator: Accelerator, transformer: torch.nn.Module, dtype: torch.
         # of a replay, of the optimizer and of a checkpoint are the same.
         "reshard_after_forward": True,
     }
-    if dtype not in (None, torch.float32):
+    if dtype == torch.bfloat16:
         # Inputs stay as the pipeline gives them: torch would round timesteps too.
         settings["mp_policy"] = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for part in (*reversed([each for each in transformer.modules() if type(each).__name__ in names]), transformer):
         if dtype is not None:
             for parameter in part.parameters():
                 if not isinstance(parameter, DTensor):
-                    parameter.data = parameter.data.to(accelerator.device, torch.float32)
+                    parameter.data = parameter.data.to(accelerator.device, torch.promote_types(dtype, torch.float32))
         fully_shard(part, **settings)
 
 
