@@ -31,16 +31,12 @@ OPTIONS = [name for name in DECLARED if name != "method_options"]
 REQUIRED = {"pretrained_model_name_or_path": "m", "prompts": "p.txt", "reward": "ocr"}
 # Options that take no value of their type, and what an option needs beside it.
 VALUES = {"report_to": "none", "method": "draft-k", "reward": "clip", "eval_reward": "clip", "offload": False}
-<<<<<<< HEAD
 VALUES |= {"lora_dtype": "base", "attention_backend": "native"}
-NEEDED = {"select": {"eval_reward": "clip"}, "lr_warmup_steps": {"lr_scheduler": "linear"}}
-=======
 NEEDED = {
     "select": {"eval_reward": "clip"},
     "lr_warmup_steps": {"lr_scheduler": "linear"},
     "offload_ema": {"train": "full", "use_ema": True},
 }
->>>>>>> 1da4990 (Full fine-tuning: all weights in float32 shards (FSDP2), computed in the pipeline's dtype; checkpoints by torch's distributed checkpoint in safetensors)
 # A tracker of accelerate's whose package is not installed.
 NOT_INSTALLED = next(str(name) for name in LoggerType if name not in (LoggerType.ALL, *get_available_trackers()))
 SCRIPTS = ("train_flowbp_sd3", "train_flowbp_flux", "train_flowbp_flux2", "train_flowbp")
@@ -159,12 +155,8 @@ def test_the_command_line_a_recipe_and_python_set_the_same_option(name: str, tmp
 def test_without_values_all_three_have_the_defaults(tmp_path: Path):
     config = from_python(tmp_path)
     assert from_command_line(tmp_path) == from_recipe(tmp_path) == config
-<<<<<<< HEAD
     settled = {"resolution": (512,), "mixed_precision": "no", "offload": True, "select": "last"}
-    settled["lora_dtype"] = "float32"
-=======
-    settled = {"learning_rate": 1e-4, "resolution": (512,), "mixed_precision": "no", "offload": True, "select": "last"}
->>>>>>> 1da4990 (Full fine-tuning: all weights in float32 shards (FSDP2), computed in the pipeline's dtype; checkpoints by torch's distributed checkpoint in safetensors)
+    settled |= {"lora_dtype": "float32", "learning_rate": 1e-4}
     for name, (field, _, _) in DECLARED.items():
         assert getattr(config, name) == {**REQUIRED, **settled}.get(name, field.default), name
 
