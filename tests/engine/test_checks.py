@@ -995,10 +995,11 @@ def replace(monkeypatch: pytest.MonkeyPatch, original: Any, other: Any) -> None:
 
 
 def check_mutant(scenario: Scenario, monkeypatch: pytest.MonkeyPatch, original: Any, other: Any) -> None:
-    """The scenario is refused, and with `other` in the place of a function what was expected becomes of it."""
+    """The scenario is refused in one line, and with `other` in the place of a function becomes what was expected."""
     message, without = scenario.message, scenario.without
     found = outcome(scenario.act)
     assert message in found
+    assert message == RIGHT or ("\n" not in found and found.endswith("."))
     replace(monkeypatch, original, other)
     found = outcome(scenario.act)
     assert message not in found

@@ -1,32 +1,28 @@
 # Copyright 2026 The FlowBP for diffusers authors
 # SPDX-License-Identifier: Apache-2.0
-"""Recording: the rollout is the user's inference, hooks come off, little is kept, what cannot be proven is refused.
+"""Recording: the rollout is the user's inference, hooks come off, little is kept.
 
-Refusals are provoked with real components that are broken on purpose: schedulers that do not make Euler steps, hooks
-on the transformer, dropout, callbacks that alter what they are given.
+`test_checks` has what is refused; here are refusals that depend on how the callback is called.
 """
 
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from diffusers import (
     FlowMatchEulerDiscreteScheduler,
-    FlowMatchHeunDiscreteScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
 from diffusers.training_utils import cast_training_params
 from memory_meters import LiveBytes, SavedBytes
-from peft import LoraConfig
 from tiny_sd3 import MAX_SEQUENCE_LENGTH, tiny_sd3_pipeline
 from torch.utils._pytree import tree_unflatten
 from toy_reward import make_reward
+from violations import Surroundings
 
 from flowbp import FlowBPCallback, Leg, Surrogate, Term, get_method
 from flowbp.checks import RecordingError
@@ -97,18 +93,9 @@ def computations(pipe: StableDiffusion3Pipeline) -> Iterator[list[int]]:
 
 @contextmanager
 def nothing_left_behind(pipe: StableDiffusion3Pipeline) -> Iterator[None]:
-    scheduler_class = type(pipe.scheduler)
-    before = dict(vars(scheduler_class))
-    modules = {name: set(vars(module)) for name, module in pipe.components.items() if module is not None}
-    enabled = torch.is_grad_enabled()
+    surroundings = Surroundings(pipe)
     yield
-    assert dict(vars(scheduler_class)) == before
-    for name, attributes in modules.items():
-        # Running a component may set attributes of its own, never these.
-        added = set(vars(pipe.components[name])) - attributes
-        assert not added & {"forward", "decode", "step", "set_timesteps", "__call__"}
-    assert not vars(pipe)["_interrupt"]
-    assert torch.is_grad_enabled() == enabled
+    assert not surroundings.changes()
 
 
 def raising(error: BaseException, at: int = 2) -> Callable[..., dict[str, Any]]:
@@ -421,10 +408,6 @@ DRIFTED = "of shape (4, 22, 32) changed from step 0 to step 1"
         (altering(latents=lambda latents: latents.mul_(1.01)), ALTERED),
         (altering(prompt_embeds=lambda embeds: 1.01 * embeds), DRIFTED),
         (altering(prompt_embeds=lambda embeds: embeds.mul_(1.01)), DRIFTED),
-        (
-            {"joint_attention_kwargs": {"cache": SimpleNamespace(keys=torch.zeros(2))}},
-            "step 0 passes a SimpleNamespace to the transformer, expected tensors and plain values",
-        ),
     ],
 )
 def test_arguments_of_the_call_that_are_refused(
@@ -434,204 +417,14 @@ def test_arguments_of_the_call_that_are_refused(
         record(pipe, FlowBPCallback(get_method(name), generator=generator()), **changes)
 
 
-def test_stochastic_sampling_is_refused(pipe: StableDiffusion3Pipeline):
-    pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, stochastic_sampling=True)
-    with refused("step 0 of FlowMatchEulerDiscreteScheduler is not latents + (sigmas[i + 1] - sigmas[i])"):
-        record(pipe, sparse())
-
-
-def test_heun_is_refused(pipe: StableDiffusion3Pipeline):
-    pipe.scheduler = FlowMatchHeunDiscreteScheduler(shift=3.0)
-    with pytest.raises(ValueError, match="use a flow-matching Euler schedule"):
-        record(pipe, FlowBPCallback(get_method("flowbp-sparse"), generator=generator()))
-    with refused("FlowMatchHeunDiscreteScheduler is not latents"):
-        record(pipe, FlowBPCallback(Surrogate("sample", (Term(1, -1.0),))))
-
-
-def test_a_scheduler_with_momentum_is_refused(pipe: StableDiffusion3Pipeline):
-    class Momentum(FlowMatchEulerDiscreteScheduler):
-        def step(self, model_output: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            before = getattr(self, "before", None)
-            self.before = model_output
-            if before is not None:
-                model_output = model_output + 0.1 * (model_output - before)
-            return super().step(model_output, *args, **kwargs)
-
-    pipe.scheduler = Momentum(shift=3.0)
-    with refused("step 1 of Momentum is not latents + "):
-        record(pipe, sparse())
-
-
-class Memory:
-    """A guidance plugin on the transformer: adds a share of the previous step's output to this step's."""
-
-    def __init__(self, share: float = 0.2) -> None:
-        self.share = share
-        self.before: torch.Tensor | None = None
-
-    def on_output(self, module: Any, args: Any, kwargs: Any, output: Any) -> Any:
-        if self.before is not None:
-            output = (output[0] + self.share * self.before, *output[1:])
-        self.before = output[0]
-        return output
-
-    def remember(self, module: Any, args: Any, kwargs: Any, output: Any) -> None:
-        self.before = output[0]
-
-    def on_input(self, module: Any, args: Any, kwargs: Any) -> Any:
-        if self.before is not None:
-            embeddings = kwargs["encoder_hidden_states"] + self.share * self.before.mean()
-            kwargs = {**kwargs, "encoder_hidden_states": embeddings}
-        return args, kwargs
-
-
-def test_guidance_with_memory_is_refused(pipe: StableDiffusion3Pipeline):
-    pipe.transformer.register_forward_hook(Memory().on_output, with_kwargs=True)
-    callback, images = recorded(pipe, FlowBPCallback(get_method("full")))
-    with refused("step 5: the transformer called again does not reproduce its recorded output"):
-        callback.backward(REWARD, images, PROMPTS)
-
-
-def test_inputs_that_depend_on_an_earlier_output_are_refused(pipe: StableDiffusion3Pipeline):
-    memory = Memory()
-    pipe.transformer.register_forward_pre_hook(memory.on_input, with_kwargs=True)
-    pipe.transformer.register_forward_hook(memory.remember, with_kwargs=True)
-    callback, images = recorded(pipe, FlowBPCallback(get_method("full")))
-    with refused("step 5: the transformer called again does not reproduce its recorded output"):
-        callback.backward(REWARD, images, PROMPTS)
-
-
-@pytest.mark.parametrize("guidance_scale", [1.0, 3.5])
-def test_dropout_left_on_is_refused(guidance_scale: float):
-    pipe = tiny_sd3_pipeline(torch.float32)
-    pipe.transformer.requires_grad_(False)
-    pipe.transformer.add_adapter(
-        LoraConfig(r=2, lora_dropout=0.5, init_lora_weights=False, target_modules=["to_q", "to_v"])
-    )
-    callback = sparse()
-    pipe.transformer.eval()
-    callback.backward(REWARD, record(pipe, callback, guidance_scale=guidance_scale), PROMPTS)
-    pipe.transformer.train()
-    with refused("the transformer has dropout 0.5 switched on, expected none") as caught:
-        record(pipe, sparse(), guidance_scale=guidance_scale)
-    assert "pipe.transformer.eval()" in str(caught.value)
-
-
-def test_a_transformer_that_is_random_in_another_way_is_refused(pipe: StableDiffusion3Pipeline):
-    noisy = pipe.transformer.proj_out.register_forward_hook(
-        lambda module, args, output: output + 0.1 * torch.randn_like(output)
-    )
-    with refused("the transformer draws random numbers (randn_like) at step 0, so a replay would compute"):
-        record(pipe, sparse(), guidance_scale=1.0)
-    noisy.remove()
-
-
-def test_a_transformer_with_noise_of_its_own_generator_is_refused(pipe: StableDiffusion3Pipeline):
-    own = np.random.default_rng(3)
-    callback = sparse()
-    noisy = pipe.transformer.proj_out.register_forward_hook(
-        lambda module, args, output: output + 0.1 * torch.from_numpy(own.standard_normal(output.shape)).to(output)
-    )
-    images = record(pipe, callback, guidance_scale=1.0)
-    with refused("does not reproduce its recorded output: relative difference"):
-        callback.backward(REWARD, images, PROMPTS)
-    noisy.remove()
-
-
-@pytest.mark.parametrize("output_type", ["np", "pil"])
-def test_post_processing_through_numpy_is_refused(pipe: StableDiffusion3Pipeline, output_type: str):
-    # numpy refuses tensors that require gradients by itself; the user must learn what to do.
-    callback = sparse()
-    with refused('output_type="pt"'):
-        callback.backward(REWARD, record(pipe, callback, output_type=output_type), PROMPTS)
-
-
-def test_parameters_changed_by_an_optimizer_are_refused(pipe: StableDiffusion3Pipeline):
-    callback, images = recorded(pipe)
-    optimizer = torch.optim.SGD(pipe.transformer.parameters(), lr=1e-8)
-    for parameter in pipe.transformer.parameters():
-        parameter.grad = torch.ones_like(parameter)
-    optimizer.step()
-    optimizer.zero_grad()
-    with refused("the transformer's parameters changed after the rollout was recorded; call backward"):
-        callback.backward(REWARD, images, PROMPTS)
-    assert all(parameter.grad is None for parameter in pipe.transformer.parameters())
-
-
-def test_parameters_changed_behind_autograd_are_refused(pipe: StableDiffusion3Pipeline):
-    callback, images = recorded(pipe)
-    for parameter in pipe.transformer.parameters():
-        parameter.data.mul_(1.01)
-    with refused("the transformer's parameters changed after the rollout was recorded, behind autograd's back"):
-        callback.backward(REWARD, images, PROMPTS)
-
-
-def test_backward_without_record_is_refused():
-    callback = sparse()
+def test_backward_without_a_rollout_is_refused(pipe: StableDiffusion3Pipeline):
+    callback, images = sparse(), torch.zeros(2, 3, 8, 8, requires_grad=True)
     with refused("Expected a complete rollout, got none; call the pipeline inside `with callback.record(pipe):`"):
-        callback.backward(torch.zeros(2, requires_grad=True))
-
-
-def test_a_record_block_without_a_pipeline_call_is_refused(pipe: StableDiffusion3Pipeline):
-    callback = sparse()
+        callback.backward(REWARD, images, PROMPTS)
     with callback.record(pipe):
         pass
     with refused("Expected a complete rollout, got none"):
-        callback.backward(REWARD, torch.zeros(2, 3, 8, 8, requires_grad=True), PROMPTS)
-
-
-def test_a_rollout_that_ends_early_is_refused(pipe: StableDiffusion3Pipeline):
-    def interrupt(pipe: Any, step: int, timestep: Any, inputs: dict[str, Any]) -> dict[str, Any]:
-        pipe._interrupt = step >= 2
-        return inputs
-
-    callback = FlowBPCallback(get_method("full"))
-    images = record(pipe, callback, callback_on_step_end=interrupt)
-    with refused("Expected a complete rollout, got none"):
         callback.backward(REWARD, images, PROMPTS)
-
-
-def test_two_pipeline_calls_in_one_block_are_refused(pipe: StableDiffusion3Pipeline):
-    callback = sparse()
-    with (
-        refused("expected 1 pipeline call(s) in one record() block, got one more; open a new block"),
-        callback.record(pipe),
-    ):
-        sample(pipe)
-        sample(pipe)
-
-
-def test_one_record_block_inside_another_is_refused(pipe: StableDiffusion3Pipeline):
-    callback = sparse()
-    with refused("This callback is recording already"), callback.record(pipe), callback.record(pipe):
-        pass
-
-
-def test_inference_mode_is_refused(pipe: StableDiffusion3Pipeline):
-    with refused("the pipeline runs in inference mode; call it without it"), torch.inference_mode():
-        record(pipe, sparse())
-
-
-def test_model_cpu_offload_is_refused(pipe: StableDiffusion3Pipeline):
-    # On a machine without an accelerator the hooks are put on all the same; no model is moved before a call.
-    pipe.enable_model_cpu_offload(device="cuda")
-    with refused("model CPU offload frees the VAE while its gradient is still needed; call pipe.remove_all_hooks()"):
-        record(pipe, sparse())
-    pipe.remove_all_hooks()
-    record(pipe, sparse())
-
-
-def test_no_trainable_parameters_is_refused(pipe: StableDiffusion3Pipeline):
-    pipe.transformer.requires_grad_(False)
-    callback, images = recorded(pipe)
-    with pytest.raises(ValueError, match="has no trainable parameters; add a LoRA adapter"):
-        callback.backward(REWARD, images, PROMPTS)
-
-
-def test_a_pipeline_without_a_transformer_is_refused(pipe: StableDiffusion3Pipeline):
-    pipe.register_modules(transformer=None)
-    with refused("StableDiffusion3Pipeline: expected a scheduler and a component named transformer or unet, got "):
-        record(pipe, sparse())
 
 
 @pytest.mark.parametrize("shape", [(1,), (3,), (2, 1), ()])
@@ -671,56 +464,6 @@ def test_each_image_is_scored_with_its_own_prompt(pipe: StableDiffusion3Pipeline
     assert seen == [PROMPTS[0], PROMPTS[0], PROMPTS[1], PROMPTS[1]]
 
 
-def test_rewards_without_a_gradient_are_refused(pipe: StableDiffusion3Pipeline):
-    callback, images = recorded(pipe)
-    with refused("the rewards of backward(rewards) carry no gradient; score the images that the recorded pipeline"):
-        callback.backward(REWARD(images.detach(), PROMPTS))
-    with refused("carry no gradient"):
-        callback.backward(lambda images, prompts: images.detach().mean((1, 2, 3)), images, PROMPTS)
-
-
-def test_rewards_of_other_images_are_refused(pipe: StableDiffusion3Pipeline):
-    callback = sparse()
-    record(pipe, callback)
-    other = torch.zeros(2, 3, 8, 8, requires_grad=True)
-    with refused("the rewards do not depend on the recorded endpoint"):
-        callback.backward(REWARD(other, PROMPTS))
-    with refused("the rewards do not depend on the recorded endpoint"):
-        callback.backward(REWARD, other * 1.0, PROMPTS)
-
-
-def test_half_of_the_arguments_are_refused(pipe: StableDiffusion3Pipeline):
-    callback, images = recorded(pipe)
-    with pytest.raises(ValueError, match="needs the images and the prompts"):
-        callback.backward(REWARD, images)
-    with pytest.raises(ValueError, match="need no images and prompts"):
-        callback.backward(REWARD(images, PROMPTS), images)
-
-
-def test_an_adjoint_of_another_shape_is_refused(pipe: StableDiffusion3Pipeline):
-    callback = sparse()
-    record(pipe, callback)
-    with pytest.raises(ValueError, match=re.escape("must have the endpoint's shape (2, 4, 4, 4)")):
-        callback.sweep(torch.zeros(1, 4, 4, 4))
-
-
-def test_skip_layer_guidance_needs_both_branches(pipe: StableDiffusion3Pipeline):
-    skipping = {"skip_guidance_layers": [1], "skip_layer_guidance_start": -0.1, "skip_layer_guidance_stop": 0.9}
-    expected = sample(pipe, **skipping)
-    callback = FlowBPCallback(get_method("full"), unconditional_gradient=False)
-    images = record(pipe, callback, **skipping)
-    with refused("unconditional_gradient=False needs exactly one unconditional branch") as caught:
-        callback.backward(REWARD, images, PROMPTS)
-    assert "pass unconditional_gradient=True" in str(caught.value)
-    callback = FlowBPCallback(get_method("full"), unconditional_gradient=True)
-    images = record(pipe, callback, **skipping)
-    assert torch.equal(images, expected)
-    callback.backward(REWARD, images, PROMPTS)
-    assert any(
-        parameter.grad.abs().max() > 0 for parameter in pipe.transformer.parameters() if parameter.grad is not None
-    )
-
-
 def test_without_the_unconditional_gradient_its_branch_is_not_computed(pipe: StableDiffusion3Pipeline):
     for unconditional_gradient, batch in ((False, 2), (True, 4)):
         callback = FlowBPCallback(
@@ -734,33 +477,9 @@ def test_without_the_unconditional_gradient_its_branch_is_not_computed(pipe: Sta
         assert batches == [batch] * 3
 
 
-def test_the_callback_outside_of_record_is_refused(pipe: StableDiffusion3Pipeline):
-    callback = sparse()
-    with refused("called this callback outside of its record() block"):
-        sample(pipe, callback_on_step_end=callback)
-    record(pipe, callback)
-    with refused("called this callback outside of its record() block"):
-        sample(pipe, callback_on_step_end=callback)
-    other = tiny_sd3_pipeline(torch.float32, seed=1)
-    with refused("called this callback outside of its record() block"), callback.record(pipe):
-        sample(other, callback_on_step_end=callback)
-
-
 def test_recording_works_without_being_the_step_callback(pipe: StableDiffusion3Pipeline):
     callback = sparse()
     callback.backward(REWARD, record(pipe, callback, callback_on_step_end=None), PROMPTS)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"method": "flowbp-sparse"}, "`method` must come from get_method() or be a Surrogate, got str"),
-        ({"samples_per_decode": 0}, "`samples_per_decode` must be at least 1 or None, got 0"),
-    ],
-)
-def test_options_of_the_callback(options: dict[str, Any], message: str):
-    with pytest.raises(ValueError, match=re.escape(message)):
-        FlowBPCallback(**{"method": get_method("full"), **options})
 
 
 def test_a_surrogate_for_more_steps_than_the_rollout_has_is_refused(pipe: StableDiffusion3Pipeline):
@@ -929,13 +648,6 @@ def test_the_wrong_number_of_noise_generators_is_refused(pipe: StableDiffusion3P
             sample(pipe)
 
 
-def test_missing_copies_are_refused(pipe: StableDiffusion3Pipeline):
-    callback = FlowBPCallback(get_method("draft-lv", num_noised=2))
-    images = record(pipe, callback)
-    with refused("Expected 3 pipeline calls in the record() block (callback.copies is 2), got 1"):
-        callback.backward(REWARD, images, PROMPTS)
-
-
 # Precision.
 
 
@@ -981,31 +693,6 @@ def test_loss_scale_reaches_the_gradient_before_float16_does() -> None:
     exact, half = gradient(torch.float32, 1.0), gradient(torch.float16, 2.0**16)
     assert exact.norm() > 0
     assert (half - exact).norm() < 0.1 * exact.norm()
-
-
-def test_lora_scale_with_gradient_checkpointing_is_refused() -> None:
-    pipe = tiny_sd3_pipeline(lora_rank=2)
-    pipe.transformer.enable_gradient_checkpointing()
-    callback = FlowBPCallback(get_method("full"))
-    with pytest.raises(RecordingError, match="LoRA scale of 0.5 is set for the forward pass only"):
-        record(pipe, callback, joint_attention_kwargs={"scale": 0.5})
-
-
-def test_sequential_offload_is_refused() -> None:
-    from accelerate import cpu_offload
-
-    pipe = tiny_sd3_pipeline(lora_rank=2)
-    cpu_offload(pipe.transformer, "cpu")
-    with pytest.raises(RecordingError, match="sequential CPU offload"):
-        with FlowBPCallback(get_method("full")).record(pipe):
-            pass
-
-
-def test_a_part_of_the_images_is_refused() -> None:
-    pipe = tiny_sd3_pipeline()
-    callback, images = recorded(pipe, FlowBPCallback(get_method("draft-k")))
-    with pytest.raises(ValueError, match="Expected all 2 images of the record"):
-        callback.backward(lambda x, prompts: x.flatten(1).mean(1), images[:1], ["a"])
 
 
 def test_copies_follow_skip_layer_guidance() -> None:
@@ -1056,17 +743,6 @@ def test_strict_finds_what_the_sweep_does_not_compute(pipe: StableDiffusion3Pipe
         backward(FlowBPCallback(surrogate, strict=True), pipe)
     handle.remove()
     backward(FlowBPCallback(surrogate, strict=True), pipe)
-
-
-def test_a_part_without_gradients_is_refused(pipe: StableDiffusion3Pipeline) -> None:
-    part = pipe.transformer.transformer_blocks[0].ff
-    forward = part.forward
-    part.forward = torch.no_grad()(forward)
-    with pytest.raises(RecordingError, match=r"transformer_blocks.0.ff.* runs without gradients inside"):
-        backward(sparse(), pipe)
-    part.forward = forward
-    backward(sparse(), pipe)
-    assert not pipe.transformer.transformer_blocks[0].ff.net[2]._forward_pre_hooks
 
 
 def test_stages_are_told_in_their_order(pipe: StableDiffusion3Pipeline) -> None:

@@ -22,6 +22,7 @@ from diffusers import (
     FasterCacheConfig,
     FirstBlockCacheConfig,
     FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
     FlowMatchLCMScheduler,
     FluxImg2ImgPipeline,
     FluxInpaintPipeline,
@@ -96,7 +97,9 @@ def test_multistep_and_stochastic_schedulers_are_refused(scheduler: Any, method:
     assert_refused(pipe, METHODS[method](), (found, "use FlowMatchEulerDiscreteScheduler"), prompts=PROMPTS)
 
 
-@pytest.mark.parametrize("scheduler_class", [EulerDiscreteScheduler, EulerAncestralDiscreteScheduler])
+@pytest.mark.parametrize(
+    "scheduler_class", [EulerDiscreteScheduler, EulerAncestralDiscreteScheduler, FlowMatchHeunDiscreteScheduler]
+)
 def test_schedulers_whose_sigmas_are_not_those_of_a_flow_are_refused(scheduler_class: type):
     pipe = loop(PlainLoop)
     pipe.scheduler = scheduler_class()

@@ -2356,6 +2356,7 @@ rule_4(
 )
 rule_4("global hook that scales gradients", sd3(), "right", around=globally_hooked)
 rule_4("activations kept on the CPU", sd3(), "right", around_backward=lambda pipe: torch.autograd.graph.save_on_cpu())
+rule_4("lora_dropout in evaluation mode", adapted(lora(lora_dropout=0.5)), "right")
 rule_4("weight-decomposed LoRA", adapted(LoraConfig(r=2, use_dora=True, target_modules=ATTENTION)), "right")
 rule_4("attention processors with a branch", changed(sd3(), with_branches), "right")
 
@@ -2620,6 +2621,12 @@ conditional(
 )
 rule_6(
     "guides away from two prompts, conditional branch alone", TwoNegatives, options={"unconditional_gradient": False}
+)
+rule_6(
+    "skip-layer guidance, conditional branch alone",
+    sd3(),
+    call=lambda pipe: sd3_call(pipe, **SKIPPING),
+    options={"unconditional_gradient": False},
 )
 for scale in (0.5, 1.0):
     conditional(f"guidance scale of {scale}, conditional branch alone", guided_always, "either", call=guided(scale))
