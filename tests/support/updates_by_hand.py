@@ -26,7 +26,7 @@ class Plain(Backbone):
     """What a config needs to be settled."""
 
     name = "sd3"
-    defaults = {"lora_layers": "attn.to_q", "output_dir": Path("run")}
+    defaults = {"lora_layers": "attn.to_q", "output_dir": Path("run"), "guidance_scale": 3.5}
 
 
 def make_config(output_dir: Path, **values: Any) -> TrainingConfig:

@@ -23,14 +23,12 @@ import pytest
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tiny_sd3 import MAX_SEQUENCE_LENGTH
 from toy_reward import make_reward
 from training_scripts import (
     PROMPTS,
     ROOT,
     SHARED_ARGUMENTS,
-    check_refusal,
     command_line,
     error_of,
     log_of,
@@ -194,52 +192,6 @@ def test_one_active_step_has_the_whole_gradient(flaky: tuple[Path, str]):
         assert not any(name.startswith("gap/") for name in row) and "anchor" not in row
 
 
-def test_the_tracker_has_all_numbers_of_the_log(observed: tuple[Path, list[str], str]):
-    folder = observed[0]
-    scalars, rows = scalars_of(folder), log_of(folder)
-    for row in rows:
-        for name, value in row.items():
-            if name not in ("step", "drawn_steps"):
-                assert scalars[name][row["step"]] == pytest.approx(value, rel=1e-6), name
-        drawn = {name: values for name, values in scalars.items() if name.startswith("drawn/")}
-        assert [drawn[f"drawn/{place}"][row["step"]] for place in range(len(drawn))] == row["drawn_steps"]
-
-
-def test_the_tracker_has_the_spread_of_gaps_and_weights(observed: tuple[Path, list[str], str]):
-    """Of all four samples of an update; the log has the means."""
-    folder = observed[0]
-    events, rows = events_of(folder), log_of(folder)
-    assert sorted(events.Tags()["histograms"]) == ["gap_0", "gap_j", "sample_weight"]
-    found = {
-        name: {event.step: event.histogram_value for event in events.Histograms(name)}
-        for name in events.Tags()["histograms"]
-    }
-    for row in rows:
-        gaps = {int(name.removeprefix("gap/")): row[name] for name in row if name.startswith("gap/")}
-        for name, step in (("gap_j", min(gaps)), ("gap_0", max(gaps))):
-            values = found[name][row["step"]]
-            assert values.num == 4 and values.sum / 4 == pytest.approx(gaps[step], rel=1e-5)
-        assert found["sample_weight"][row["step"]].num == 4
-
-
-def test_the_tracker_has_settings_with_their_types(observed: tuple[Path, list[str], str], script: ModuleType):
-    folder, words, _ = observed
-    found = {}
-    for path in folder.rglob("*tfevents*"):
-        metadata = EventAccumulator(str(path)).Reload().summary_metadata
-        if (start := metadata.get("_hparams_/session_start_info")) is not None:
-            content = HParamsPluginData.FromString(start.plugin_data.content).session_start_info.hparams
-            found = {name: getattr(value, value.WhichOneof("kind")) for name, value in content.items()}
-    # Those that are None are left out, lists and mappings are JSON.
-    for name, value in parse_config(script, words).settings().items():
-        if value is None:
-            assert name not in found
-        elif isinstance(value, bool | int | float | str):
-            assert found[name] == value and isinstance(found[name], str) == isinstance(value, str), name
-        else:
-            assert json.loads(found[name]) == value, name
-
-
 def test_validation_strips_are_files_and_in_the_tracker(observed: tuple[Path, list[str], str]):
     folder = observed[0]
     events, scalars = events_of(folder), scalars_of(folder)
@@ -269,13 +221,6 @@ def test_a_skipped_update_is_seen_everywhere(flaky: tuple[Path, str]):
     run = json.loads((folder / "run.json").read_text())
     assert run["updates"] == 3 and run["skipped_updates"] == 1
     assert all(tensor.isfinite().all() for tensor in lora_of(folder).values())
-
-
-def test_a_tracker_that_is_not_there_is_refused(
-    shared: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    arguments = {**shared, "output_dir": tmp_path / "run", "report_to": "tensorbord"}
-    check_refusal(NAME, arguments, "--report_to tensorbord: expected all, none or an installed", monkeypatch, capsys)
 
 
 # At the end.

@@ -304,6 +304,7 @@ def test_a_resumed_run_makes_up_for_what_was_due(start: Callable[..., Judged], t
     [
         {"num_eval_images": 3},
         {"num_inference_steps": 9},
+        {"guidance_scale": 1.5},
         {"seed": 1},
         {"evaluated": (Record("another"), RECORDS[1])},
         {"has_held_out": False},
