@@ -22,7 +22,15 @@ from typing import Any
 import accelerate
 import pytest
 import torch
-from broken_loops import AltersLatents, DecodesWithoutGradients, StepFirst, TwoLoops, WordsDrift
+from broken_loops import (
+    AddsNoise,
+    AltersLatents,
+    BeginsLater,
+    DecodesWithoutGradients,
+    StepFirst,
+    TwoLoops,
+    WordsDrift,
+)
 from diffusers import DDIMScheduler, FirstBlockCacheConfig
 from diffusers.models.attention_processor import JointAttnProcessor2_0
 from diffusers.modular_pipelines.stable_diffusion_3.modular_blocks_stable_diffusion_3 import StableDiffusion3AutoBlocks
@@ -402,24 +410,6 @@ class Doubles(PlainLoop):
         return following.repeat(2, 1, 1, 1)
 
 
-class AddsNoise(PlainLoop):
-    """Gradients are as they were, values are not."""
-
-    def step(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        following = super().step(latents, timestep)
-        return following + 0.1 * torch.randn(following.shape, dtype=following.dtype)
-
-
-class BeginsLater(PlainLoop):
-    """Leaves the first step of the schedule out, as image-to-image does."""
-
-    def sampled(self, latents: torch.Tensor, steps: int) -> torch.Tensor:
-        self.scheduler.set_timesteps(steps + 1)
-        for timestep in self.scheduler.timesteps[1:]:
-            latents = self.step(latents, timestep)
-        return latents
-
-
 def begins_later() -> str:
     """Evenly spaced, steps have the expected length wherever they are."""
     pipe = loop(BeginsLater)()
@@ -428,8 +418,8 @@ def begins_later() -> str:
     with callback.record(pipe):
         pipe(**loop_call(pipe))
     trajectory = callback.trajectory
-    mean_at_3 = trajectory.latents[2] - trajectory.sigmas[3] * trajectory.velocities[2]
-    return RIGHT if torch.allclose(callback.endpoint, mean_at_3) else WRONG
+    mean_at_4 = trajectory.latents[2] - trajectory.sigmas[4] * trajectory.velocities[2]
+    return RIGHT if torch.allclose(callback.endpoint, mean_at_4) else WRONG
 
 
 class LoopsAgain(PlainLoop):
@@ -760,7 +750,7 @@ SCENARIOS: dict[str, list[Scenario]] = {
         Scenario("detached, scaled or hooked", known("step callback detaches latents"), WRONG, 2),
         Scenario("detached, scaled or hooked", known("step callback hooks the latents' gradient"), WRONG, 2),
     ],
-    "check_place": [Scenario("made step 1 of its sigmas, expected step 0", begins_later, WRONG)],
+    "check_place": [Scenario("made step 2 of its sigmas, expected step 0", begins_later, WRONG)],
     "check_number_of_steps": [Scenario("made more than the 5 steps", looping(LoopsAgain), WRONG)],
     "check_euler": [Scenario("is not latents + (sigmas[i + 1]", looping(PlainLoop, with_momentum), WRONG)],
     "check_connected": [Scenario("is not connected", looping(DetachedVelocity), NO_GRAPH)],

@@ -55,7 +55,6 @@ from gradient_rows import (
 from tiny_sd3 import tiny_sd3_pipeline
 
 from flowbp import FlowBPCallback, Objective, Surrogate, Term, get_method
-from flowbp import weights as engine_weights
 
 # Each mode without the unconditional branch's gradient, and with it where there may be one.
 BRANCHES = [(mode, False) for mode in MODES] + [(mode, True) for mode in MODES if mode in (*SD3_MODES, *GUIDED)]
@@ -258,37 +257,6 @@ def test_weights_of_a_thousand_draws():
                 torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
 
 
-def test_legs_follow_a_field_that_depends_on_sigma():
-    """The flow of x' = cos(3 sigma) - x has a closed form: higher orders close in on it, on uneven sigmas."""
-    sigmas = torch.tensor([1.0, 0.97, 0.9, 0.88, 0.8, 0.7, 0.66, 0.5, 0.43, 0.3, 0.22, 0.1, 0.0], dtype=torch.float64)
-    states = 1.7 * torch.exp(-sigmas) + (torch.cos(3 * sigmas) + 3 * torch.sin(3 * sigmas)) / 10
-    velocities = torch.cos(3 * sigmas) - states
-    for start, end in ((0, 8), (2, 12)):
-        errors = []
-        for order in range(1, 7):
-            supports = engine_weights.leg_supports("lagrange", start, end, order)
-            weights = engine_weights.leg_weights("lagrange", sigmas.tolist(), start, end, supports)
-            value = states[start] + sum(w * velocities[step] for w, step in zip(weights, supports, strict=True))
-            errors.append(abs(value - states[end]).item())
-        # An odd order may be no better than the even one below it, as with Newton and Cotes.
-        assert errors[0] > 0.03
-        assert errors[3] < errors[1] / 50
-        assert errors[5] < errors[3] / 5
-        assert errors[5] < 5e-5
-
-
-@pytest.mark.parametrize("guidance_scale", [1.0, 3.5])
-@pytest.mark.parametrize("name", ROWS)
-def test_stock_scheduler(name: str, guidance_scale: float):
-    """With the float32 sigmas and roundings of the stock scheduler, which the brute force repeats."""
-    pipe = tiny_sd3_pipeline(seed=5)
-    sampling = Sampling(**ROLLOUTS[2], guidance_scale=guidance_scale, float32_scheduler=True)
-    gradients, out, callback = engine(pipe, get_method(name, **ROWS[name]), sampling, seed=2)
-    drawn = drawn_steps(name, callback.surrogate)
-    expected = brute_force(pipe, name, ROWS[name], drawn, sampling)
-    assert_agrees(gradients, out, expected)
-
-
 @pytest.mark.parametrize("mode", ["flux", *GUIDED])
 @pytest.mark.parametrize("name", ROWS)
 def test_recipe_of_the_backbone(name: str, mode: str):
@@ -436,32 +404,6 @@ def test_a_batch_is_the_sum_of_its_samples():
     assert relative_difference(*found) < 1e-12
 
 
-@pytest.mark.parametrize("name", ["full", "flowbp-bridge"])
-def test_lora(name: str):
-    """Through a LoRA, whose parameters alone get gradients."""
-    pipe = tiny_sd3_pipeline(seed=9, lora_rank=2, float64_scheduler=True)
-    sampling = Sampling(PROMPTS[:2], 7, 3.5)
-    gradients, out, callback = engine(pipe, get_method(name, **ROWS[name]), sampling)
-    assert gradients and all("lora_" in key for key in gradients)
-    drawn = drawn_steps(name, callback.surrogate)
-    assert_agrees(gradients, out, brute_force(pipe, name, ROWS[name], drawn, sampling))
-    frozen = [parameter for parameter in pipe.transformer.parameters() if not parameter.requires_grad]
-    assert frozen and all(parameter.grad is None for parameter in frozen)
-    assert all(parameter.grad is None for parameter in pipe.vae.parameters())
-
-
-@pytest.mark.parametrize("name", ["full", "flowbp-lagrange"])
-def test_gradient_checkpointing(name: str):
-    """The transformer's own activation checkpointing, which the sweep's passes go through, changes nothing."""
-    pipe = tiny_sd3_pipeline(seed=2, float64_scheduler=True)
-    sampling = Sampling(PROMPTS[:2], 7, 3.5)
-    pipe.transformer.enable_gradient_checkpointing()
-    gradients, out, callback = engine(pipe, get_method(name, **ROWS[name]), sampling)
-    pipe.transformer.disable_gradient_checkpointing()
-    drawn = drawn_steps(name, callback.surrogate)
-    assert_agrees(gradients, out, brute_force(pipe, name, ROWS[name], drawn, sampling))
-
-
 def test_two_halves():
     """`callback.endpoint` and `callback.sweep` alone, also for latents that the user decodes."""
     pipe = tiny_sd3_pipeline(seed=2, float64_scheduler=True)
@@ -485,27 +427,6 @@ def test_two_halves():
 # ---------------------------------------------------------------------------------------------------------------------
 # The engine against the stock pipeline's autograd, and against itself
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "more_arguments",
-    [{}, {"skip_guidance_layers": [0], "skip_layer_guidance_start": 0.0, "skip_layer_guidance_stop": 0.6}],
-    ids=["plain", "skip-layer"],
-)
-@pytest.mark.parametrize("guidance_scale", [1.0, 3.5])
-@pytest.mark.parametrize("lora_rank", [None, 2])
-def test_full_row_is_autograd_through_the_stock_pipeline(
-    guidance_scale: float, more_arguments: dict[str, object], lora_rank: int | None
-):
-    """The undecorated `__call__` of the stock pipeline, run with gradients on, needs no formula of ours at all."""
-    pipe = tiny_sd3_pipeline(seed=1, lora_rank=lora_rank)
-    sampling = Sampling(PROMPTS[:2], 7, guidance_scale)
-    callback = FlowBPCallback(get_method("full"), unconditional_gradient=True)
-    with callback.record(pipe):
-        images = pipe(**sampling.call_arguments(), **more_arguments).images
-    callback.backward(toy_reward(images, sampling.image_prompts()))
-    expected = stock_gradients(pipe, sampling, more_arguments=more_arguments)
-    assert relative_difference(found_gradients(pipe), expected) < FLOAT32_SCHEDULER
 
 
 # Other backbones, for time, with two rows.

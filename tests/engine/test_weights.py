@@ -7,7 +7,7 @@ from fractions import Fraction
 import pytest
 import torch
 
-from flowbp.weights import leg_supports, leg_weights, step_lengths
+from flowbp.weights import leg_supports, leg_weights
 
 # Uneven, as SD3's shifted schedule is: steps grow towards the end.
 EVEN = torch.linspace(1, 0, 13, dtype=torch.float64).tolist()
@@ -26,22 +26,6 @@ def exact_integral(coefficients: list[Fraction], left: float, right: float) -> F
 
 def exact_value(coefficients: list[Fraction], sigma: float) -> Fraction:
     return sum((c * Fraction(sigma) ** power for power, c in enumerate(coefficients)), start=Fraction(0))
-
-
-def exact_weights(nodes: list[float], left: float, right: float) -> list[Fraction]:
-    """Integrals of the Lagrange basis polynomials in rational numbers."""
-    weights = []
-    for index, node in enumerate(nodes):
-        basis = [Fraction(1)]
-        for other in nodes[:index] + nodes[index + 1 :]:
-            scale = Fraction(node) - Fraction(other)
-            shifted = [Fraction(0), *basis]
-            basis = [
-                (high - Fraction(other) * low) / scale
-                for high, low in zip(shifted, [*basis, Fraction(0)], strict=True)
-            ]
-        weights.append(exact_integral(basis, left, right))
-    return weights
 
 
 LEGS = [(0, 12), (0, 5), (4, 12), (3, 4), (10, 12), (7, 11)]
@@ -72,17 +56,6 @@ def test_polynomial_of_the_order_itself_is_not_integrated_exactly():
     assert abs(found - float(exact_integral(square, SIGMAS[0], 0.0))) > 1e-2
 
 
-@pytest.mark.parametrize("order", [1, 2, 3, 5])
-@pytest.mark.parametrize(("start", "end"), LEGS)
-@pytest.mark.parametrize("kind", ["lagrange", "adams-bashforth"])
-def test_weights_are_the_integrated_basis(kind: str, start: int, end: int, order: int):
-    supports = leg_supports(kind, start, end, order)
-    expected = exact_weights([SIGMAS[step] for step in supports], SIGMAS[start], SIGMAS[end])
-    scale = sum(abs(float(weight)) for weight in expected)
-    for weight, exact in zip(leg_weights(kind, SIGMAS, start, end, supports), expected, strict=True):
-        assert abs(weight - float(exact)) <= 1e-12 * scale
-
-
 @pytest.mark.parametrize("kind", ["lagrange", "uniform", "adams-bashforth"])
 def test_weights_sum_to_the_leg(kind: str):
     for start in range(NUM_STEPS):
@@ -91,25 +64,6 @@ def test_weights_sum_to_the_leg(kind: str):
                 weights = leg_weights(kind, SIGMAS, start, end, leg_supports(kind, start, end, order))
                 length = SIGMAS[end] - SIGMAS[start]
                 assert sum(weights) == pytest.approx(length, abs=1e-12 * max(1, sum(map(abs, weights))))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_float32_sigmas_are_taken_as_they_are(dtype: torch.dtype):
-    sigmas = torch.tensor(SIGMAS, dtype=dtype).tolist()
-    supports = leg_supports("lagrange", 2, 9, 3)
-    expected = exact_weights([sigmas[step] for step in supports], sigmas[2], sigmas[9])
-    assert leg_weights("lagrange", sigmas, 2, 9, supports) == pytest.approx([float(w) for w in expected], rel=1e-12)
-
-
-def test_one_support_is_a_single_leap():
-    assert leg_supports("lagrange", 4, 9, 1) == (4,)
-    (weight,) = leg_weights("lagrange", SIGMAS, 4, 9, (4,))
-    assert weight == SIGMAS[9] - SIGMAS[4]
-
-
-def test_leg_of_one_step_is_an_euler_step():
-    assert leg_supports("lagrange", 4, 5, 3) == (4,)
-    assert leg_weights("lagrange", SIGMAS, 4, 5, (4,)) == (step_lengths(SIGMAS)[4],)
 
 
 def test_uniform_weights_are_equal_shares():
@@ -166,13 +120,6 @@ def test_supports_stay_in_their_leg_and_never_repeat():
                 assert supports[0] == start and supports[-1] < end
                 assert len(set(supports)) == len(supports) == min(order, end - start)
                 assert list(supports) == sorted(supports)
-
-
-def test_step_lengths():
-    lengths = step_lengths(SIGMAS)
-    assert len(lengths) == NUM_STEPS and all(length < 0 for length in lengths)
-    assert sum(lengths) == pytest.approx(-SIGMAS[0])
-    assert lengths[3] == SIGMAS[4] - SIGMAS[3]
 
 
 @pytest.mark.parametrize(

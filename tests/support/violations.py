@@ -1182,6 +1182,12 @@ rule_1(
     call=stepping(at_the_end(lambda pipe, seen: seen[-1].flip(0))),
 )
 rule_1(
+    "step callback doubles the last latents in place",
+    sd3(),
+    "right",
+    call=stepping(at_the_end(lambda pipe, seen: seen[-1].mul_(2))),
+)
+rule_1(
     "step callback retains the latents' gradients",
     sd3(),
     "right",
@@ -2597,6 +2603,10 @@ def sets_scale(scale: float) -> Callable[[Any], None]:
     return change
 
 
+def fades_guidance(pipe: Any, latents: torch.Tensor) -> None:
+    pipe._guidance_scale -= 0.5
+
+
 rule_6 = adding(6, "guidance|unconditional")
 # Gradients through the conditional branch alone.
 conditional = functools.partial(rule_6, options={"unconditional_gradient": False}, detached=True)
@@ -2645,6 +2655,7 @@ rule_6(
 conditional("guidance scale of 3.5, conditional branch alone", guided_always, "right", methods=MANY)
 conditional("scale is set after the rollout", guided_always, "right", in_block=sets_scale(-2.0))
 rule_6("guidance scale of -2, both branches", guided_always, "right", call=guided(-2.0))
+rule_6("step callback fades guidance", sd3(), "right", call=stepping(looking(fades_guidance)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
