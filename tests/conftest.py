@@ -29,7 +29,7 @@ _paths = [str(Path(no_network.sitecustomize.__file__).parent), os.environ.get("P
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, _paths))
 
 # So that failed asserts in these helpers show values.
-pytest.register_assert_rewrite("training_scripts", "gradient_rows")
+pytest.register_assert_rewrite("training_scripts", "gradient_rows", "broken_loops")
 
 
 @pytest.hookimpl(wrapper=True)

@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from broken_loops import BROKEN, BeginsLater, MovingAverage, WordsDrift, assert_refused, loop
+from broken_loops import BROKEN, BeginsLater, MovingAverage, WordsDrift, check_refused
 from brute_force import relative_difference, toy_reward
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from gradient_rows import NOISE_SEED, ROWS, found_gradients
 from tiny_sd3 import MAX_SEQUENCE_LENGTH, tiny_sd3_pipeline
-from violations import PlainLoop
+from violations import PlainLoop, changed, loop
 
 from flowbp import FlowBPCallback, Objective, Surrogate, Term, get_method
 from flowbp.callback import BackwardOutput
@@ -177,7 +177,7 @@ def test_infinite_velocities_end_as_gradients_of_nan(value: float):
 @pytest.mark.parametrize("pipeline_class", [Rescales, RescalesInPlace, Clamps])
 def test_a_glue_of_nan(pipeline_class: type[PlainLoop], unconditional_gradient: bool):
     """Probes do not find the unconditional branch, gradients of 0 come back as NaN, and others as 0."""
-    pipe = loop(pipeline_class)
+    pipe = loop(pipeline_class, float64_scheduler=False)()
     surrogate = Surrogate("sample", (Term(1, -0.3), Term(2, -0.2, 0.5), Term(5, -0.1, 1.0)))
 
     def callback() -> FlowBPCallback:
@@ -240,18 +240,18 @@ def test_pictures_that_are_not_finite_are_not_scored():
     "pipeline_class", [each for each in BROKEN if each is not WordsDrift], ids=lambda each: each.__name__
 )
 def test_a_broken_loop_is_refused_beside_a_sample_of_nan(pipeline_class: type[PlainLoop]):
-    pipe = loop(pipeline_class)
-    if pipeline_class is BeginsLater:
-        pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
-    with broken_sample(pipe):
-        assert_refused(pipe, FlowBPCallback(get_method("full")), BROKEN[pipeline_class], prompts=PROMPTS)
+    def set_scheduler(pipe: PlainLoop) -> None:
+        if pipeline_class is BeginsLater:
+            pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+
+    build = changed(loop(pipeline_class, float64_scheduler=False), set_scheduler)
+    check_refused(build, "full", BROKEN[pipeline_class], around=broken_sample)
 
 
 def test_memory_is_refused_beside_a_sample_of_nan():
     """Through a glue whose gradients are NaN for that sample."""
-    pipe = loop(RescalesAndRemembers)
-    with broken_sample(pipe):
-        assert_refused(pipe, FlowBPCallback(get_method("full")), BROKEN[MovingAverage], prompts=PROMPTS)
+    build = loop(RescalesAndRemembers, float64_scheduler=False)
+    check_refused(build, "full", BROKEN[MovingAverage], around=broken_sample)
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.5])
@@ -288,8 +288,8 @@ class WrongLength(FlowMatchEulerDiscreteScheduler):
 
 
 def test_a_wrong_step_is_refused_beside_a_sample_of_nan():
-    pipe = loop(PlainLoop)
-    pipe.scheduler = WrongLength()
+    def set_scheduler(pipe: PlainLoop) -> None:
+        pipe.scheduler = WrongLength()
+
     found = ("step 0 of WrongLength is not latents + (sigmas[i + 1] - sigmas[i]) * velocity", "stochastic sampling")
-    with broken_sample(pipe):
-        assert_refused(pipe, FlowBPCallback(get_method("full")), found, prompts=PROMPTS)
+    check_refused(changed(loop(PlainLoop), set_scheduler), "full", found, around=broken_sample)

@@ -8,13 +8,12 @@ support.
 
 import copy
 import functools
-import re
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from broken_loops import ALTERED, BROKEN, BeginsLater
+from broken_loops import ALTERED, BROKEN, BeginsLater, check_refused
 from diffusers import (
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
@@ -33,17 +32,10 @@ from diffusers import (
 )
 from families.family import embeddings
 from families.paper import build_flux
-from violations import STEPS, PlainLoop, Violation, changed, loop, loop_call, problem, run
+from violations import STEPS, PlainLoop, Violation, changed, loop, problem, run
 
 # Rows that look at every step, at two of them, at two legs, and at a posterior mean.
 METHODS = ("full", "flowbp-sparse", "flowbp-lagrange", "drtune")
-
-
-def check_refused(build: Callable[[], Any], method: str, message: tuple[str, str], call: Any = loop_call) -> None:
-    """Refused in one line that says what was found and what to do, and nothing is left behind."""
-    cause = ".*".join(map(re.escape, message))
-    violation = Violation("broken", 0, build, cause=cause, call=call, refused_by=METHODS)
-    assert problem(violation, method, run(violation, method)) is None
 
 
 def stepping_with(scheduler: Any, pipeline_class: type[PlainLoop] = PlainLoop) -> Callable[[], Any]:
@@ -114,7 +106,7 @@ def test_caches_inside_the_transformer_are_refused(cache: str):
     """They skip parts of a step with what another step computed. Switched off again, the pipeline trains."""
     message = ("the transformer's cache is on", "call pipe.transformer.disable_cache()")
     with_cache = changed(build_flux, lambda pipe: pipe.transformer.enable_cache(CACHES[cache]))
-    check_refused(with_cache, "full", message, flux_call)
+    check_refused(with_cache, "full", message, call=flux_call)
     without_cache = changed(with_cache, lambda pipe: pipe.transformer.disable_cache())
     violation = Violation("off", 0, without_cache, "right", call=flux_call)
     assert problem(violation, "full", run(violation, "full")) is None
@@ -135,7 +127,7 @@ def test_image_to_image_is_refused(method: str):
     """FLUX.1-schnell's sigmas are evenly spaced, so each step has the expected length though it is another one."""
     build = flux(FluxImg2ImgPipeline, FlowMatchEulerDiscreteScheduler(shift=1.0))
     call = functools.partial(flux_call, image=embeddings(2, 3, 8, 12).sigmoid(), strength=0.5)
-    check_refused(build, method, BROKEN[BeginsLater], call)
+    check_refused(build, method, BROKEN[BeginsLater], call=call)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -145,4 +137,4 @@ def test_inpainting_is_refused(method: str):
     mask = torch.zeros(2, 1, 8, 12)
     mask[:, :, 2:6] = 1
     call = functools.partial(flux_call, image=embeddings(2, 3, 8, 12).sigmoid(), mask_image=mask, strength=1.0)
-    check_refused(build, method, ALTERED, call)
+    check_refused(build, method, ALTERED, call=call)

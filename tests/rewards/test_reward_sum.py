@@ -17,9 +17,7 @@ from training_scripts import SHARED_ARGUMENTS, command_line, load_script, log_of
 
 from flowbp.rewards import WeightedReward, load_reward, part_means
 from flowbp.rewards.ocr import OCRReward, quoted_text
-from flowbp.training import TrainingConfig
-from flowbp.training.prompts import load_prompts, load_records, load_texts
-from flowbp.training.rewards import load_run_rewards
+from flowbp.training.prompts import load_prompts, load_texts
 
 WEIGHTS = {"a": 2.0, "b": -0.5, "c": 1.0}
 
@@ -255,23 +253,15 @@ def test_users_rewards_are_frozen_and_without_dropout(offload, tmp_path, monkeyp
 # Parts that cannot be trained with, or are no rewards
 
 
-@pytest.mark.parametrize(
-    ("function", "message"),
-    [
-        (lambda images, prompts: images.detach().mean((1, 2, 3)), "expected scores with a gradient in the images"),
-        (lambda images, prompts: images.mean(), "expected a tensor of shape (3,), got ()"),
-        (lambda images, prompts: 1.0, "expected a tensor of shape (3,), got float"),
-    ],
-)
-def test_bad_parts_are_refused(images, function, message):
+def test_a_part_without_a_gradient_is_refused(images):
     class Part(nn.Module):
         def forward(self, images, prompts):
-            return function(images, prompts)
+            return images.detach().mean((1, 2, 3))
 
     reward = WeightedReward({"a": Small(0), "judge": Part()}, {"a": 1.0, "judge": 1.0})
-    with pytest.raises(ValueError, match=re.escape(message)) as error:
+    with pytest.raises(ValueError, match="^reward 'judge': expected scores with a gradient in the images") as error:
         reward(images.requires_grad_(), PROMPTS)
-    assert str(error.value).startswith("reward 'judge'") and "\n" not in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 # The text that ocr looks for, from a column
@@ -313,12 +303,6 @@ def test_bad_columns_of_texts_are_refused(tmp_path, rows, column, message):
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         load_texts(str(write_table(tmp_path, rows)), column)
     assert "\n" not in str(error.value)
-
-
-def test_a_text_file_has_no_column(tmp_path):
-    (tmp_path / "prompts.txt").write_text("a red sign\n")
-    with pytest.raises(ValueError, match="a .txt file has no columns"):
-        load_texts(str(tmp_path / "prompts.txt"), "text")
 
 
 def test_ocr_looks_for_the_text_of_the_column():
@@ -368,25 +352,3 @@ def test_a_script_trains_with_a_sum_and_logs_its_parts(tmp_path, monkeypatch):
     for one, other in zip(logs["sum"], logs["offloaded"], strict=True):
         measured = {key for key in one if key.startswith(("seconds", "memory"))}
         assert {key: one[key] for key in one.keys() - measured} == {key: other[key] for key in other.keys() - measured}
-
-
-def test_rewards_of_a_run(tmp_path):
-    folder = tmp_path / "weights"
-    folder.mkdir()
-    path = write_table(tmp_path, ROWS)
-
-    def rewards(**options):
-        config = TrainingConfig(pretrained_model_name_or_path="x", prompts=str(path), method="refl", **options)
-        return load_run_rewards(config, load_records(config.prompts), None)
-
-    found = rewards(reward="toy_reward:make_reward")
-    assert found.training is found.plain and found.held_out is None and not found.evaluation
-    found = rewards(reward="ocr", reward_augment=True, reward_text_column="text")
-    assert found.training.augment and not found.plain.augment
-    assert found.training.texts == found.plain.texts == load_texts(str(path), "text")
-    with pytest.raises(FileNotFoundError, match=f"got: config.json, model.safetensors not in {folder}"):
-        rewards(reward="clip", reward_model_path=[f"clip={folder}"])
-    with pytest.raises(ValueError, match="expected NAME=FOLDER, got 'clip'"):
-        rewards(reward="clip", reward_model_path=["clip"])
-    with pytest.raises(ValueError, match="expected options among none; got texts"):
-        rewards(reward="toy_reward:make_reward", reward_text_column="text")

@@ -6,9 +6,12 @@ Every pipeline is a subclass of `violations.PlainLoop`, whose gradient is exact,
 """
 
 import copy
+import re
+from collections.abc import Callable
+from typing import Any
 
 import torch
-from violations import PlainLoop, Refines
+from violations import PlainLoop, Refines, Violation, loop_call, problem, run
 
 
 class AltersLatents(PlainLoop):
@@ -194,3 +197,17 @@ BROKEN: dict[type[PlainLoop], tuple[str, str]] = {
     PicturesThroughDetachedNumpy: NO_GRADIENT,
     DecodesWithoutGradients: NO_GRADIENT,
 }
+
+
+def check_refused(build: Callable[[], Any], method: str, message: tuple[str, str], **changes: Any) -> None:
+    """Refused in one line that says what was found and what to do, and nothing is left behind.
+
+    Args:
+        build: makes the pipeline.
+        method: the row.
+        message: what was found, and what to do.
+        changes: further fields of the violation.
+    """
+    cause = ".*".join(map(re.escape, message))
+    violation = Violation("broken", 0, build, cause=cause, refused_by=(method,), **{"call": loop_call, **changes})
+    assert problem(violation, method, run(violation, method)) is None

@@ -426,7 +426,8 @@ class Surroundings:
         for owner, before in self.classes.items():
             now = dict(vars(owner))
             changed = [name for name in now.keys() | before.keys() if now.get(name) is not before.get(name)]
-            found += [f"{owner.__name__}.{name}" for name in sorted(changed)]
+            # Python keeps these when it copies.
+            found += [f"{owner.__name__}.{name}" for name in sorted(changed) if name != "__slotnames__"]
         found += [name for name, value in self._modes().items() if value != self.modes[name]]
         if getattr(self.pipe, "_interrupt", False):
             found.append("the interrupt flag")
