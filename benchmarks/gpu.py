@@ -14,12 +14,14 @@ installed. benchmarks/README.md explains the numbers.
 import argparse
 import functools
 import gc
+import hashlib
 import os
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,9 +44,11 @@ from gpu_exact import exact  # noqa: E402
 from journal import Journal  # noqa: E402
 from meters import GIB, Stages, hardware, versions  # noqa: E402
 from model_sizes import MODELS, call_arguments  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
 from updates import Bench, build_bench, sweep_update  # noqa: E402
 
 from flowbp import get_method  # noqa: E402
+from flowbp.training.speed import set_attention_backend  # noqa: E402
 
 TINY = {"sd3.5-medium": "tiny", "flux.1-dev": "tiny-flux", "flux.2-klein-4b": "tiny-klein"}
 # With its number of active steps, and at N = 8 where a part has little time.
@@ -75,6 +79,7 @@ class Run:
         batch: int,
         resolution: int = 512,
         prepare: Callable[[torch.nn.Module], None] | None = None,
+        lora: bool = True,
     ) -> Bench | None:
         """A model in bf16 with HPSv2.1's network as its reward; `None` if that failed. See `build_bench`."""
         loaded = []
@@ -84,12 +89,14 @@ class Run:
             gc.collect()
             torch.manual_seed(0)
             reward = measures.ClipReward(self.device, self.is_tiny)
-            bench = build_bench(self._size(name), self.device, torch.bfloat16, batch, reward=reward, prepare=prepare)
+            bench = build_bench(
+                self._size(name), self.device, torch.bfloat16, batch, reward=reward, prepare=prepare, lora=lora
+            )
             self.resize(bench, name, batch, resolution)
             loaded.append(bench)
             return {
                 "transformer_parameters": sum(p.numel() for p in bench.pipe.transformer.parameters()),
-                "lora_parameters": sum(p.numel() for p in bench.parameters),
+                "trained_parameters": sum(p.numel() for p in bench.parameters),
                 "loaded": torch.cuda.memory_allocated() / GIB if self.device.type == "cuda" else None,
             }
 
@@ -120,16 +127,22 @@ class Run:
 
 # The training script itself, on the demo's pipeline.
 
-SCRIPT_OPTIONS = {
-    "bf16": ["--mixed_precision", "bf16"],
+DETERMINISTIC = ["--mixed_precision", "bf16", "--deterministic"]
+FULL = [*DETERMINISTIC, "--train", "full", "--learning_rate", "1e-4"]
+# Runs of one chain follow one another: the second resumes from the first one's checkpoint, and must end like it.
+RESUMED = ["--resume_from_checkpoint", "{first}/checkpoint-1"]
+CHAINS: dict[str, list[list[str]]] = {
+    "deterministic, resumed": [DETERMINISTIC, [*DETERMINISTIC, *RESUMED]],
+    "full fine-tuning under torchrun, resumed": [FULL, [*FULL, *RESUMED]],
+    "compiled blocks": [["--mixed_precision", "bf16", "--compile_blocks"]],
+    "AdamW with 8-bit state": [["--mixed_precision", "bf16", "--optimizer", "adamw-8bit"]],
+    "Prodigy": [["--mixed_precision", "bf16", "--optimizer", "prodigy"]],
     "fp16, checkpointing, samples_per_decode, group offload": [
-        *("--mixed_precision", "fp16", "--gradient_checkpointing", "--samples_per_decode", "1", "--group_offload")
-    ],
-    "bf16, precomputed prompts, velocity anchor, LeapAlign": [
-        *("--mixed_precision", "bf16", "--precompute_prompt_embeds", "--velocity_anchor", "0.1"),
-        *("--method", "leapalign"),
+        ["--mixed_precision", "fp16", "--gradient_checkpointing", "--samples_per_decode", "1", "--group_offload"]
     ],
 }
+# At a time.
+PROCESSES = 6
 
 
 class Scripts:
@@ -140,34 +153,65 @@ class Scripts:
         self.prompts = self.folder / "prompts.txt"
         self.prompts.write_text("a red square\na blue circle\n")
         self.is_tiny = is_tiny
-        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.processes: set[subprocess.Popen[bytes]] = set()
+        self.pool = ThreadPoolExecutor(PROCESSES)
+        self.chains: dict[str, Future[dict[str, Any]]] = {}
 
     def start(self) -> None:
-        """Start all runs; on a CPU the first only."""
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*FOLDERS, os.environ.get("PYTHONPATH", "")])}
-        if self.is_tiny:
-            environment["ACCELERATE_USE_CPU"] = "true"
-        for name in list(SCRIPT_OPTIONS)[: 1 if self.is_tiny else None]:
-            with open(self._log(name), "wb") as log:
-                self.processes[name] = subprocess.Popen(
-                    self._command(name), stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=self.folder
-                )
+        """Start all chains; on a CPU the first only."""
+        for name in list(CHAINS)[: 1 if self.is_tiny else None]:
+            self.chains[name] = self.pool.submit(self._run_chain, name)
 
     def finish(self, journal: Journal) -> None:
         """Wait for the runs and write down how they ended."""
-        for name, process in self.processes.items():
-            journal.attempt(name, functools.partial(self._outcome, name, process))
+        for name, chain in self.chains.items():
+            journal.attempt(name, functools.partial(self._outcome, chain))
 
     def kill(self) -> None:
         """End the runs that have not ended themselves."""
-        for process in self.processes.values():
+        self.pool.shutdown(wait=False, cancel_futures=True)
+        for process in list(self.processes):
             if process.poll() is None:
                 process.kill()
 
-    def _log(self, name: str) -> Path:
-        return self.folder / f"{list(SCRIPT_OPTIONS).index(name)}.log"
+    def _run_chain(self, name: str) -> dict[str, Any]:
+        folder = self.folder / str(list(CHAINS).index(name))
+        folder.mkdir()
+        outputs = [folder / str(number) for number in range(len(CHAINS[name]))]
+        seconds = []
+        for output, options in zip(outputs, CHAINS[name], strict=True):
+            began = time.monotonic()
+            self._run(output, [option.format(first=outputs[0]) for option in options])
+            seconds.append(time.monotonic() - began)
+        found: dict[str, Any] = {"seconds": seconds}
+        if len(outputs) > 1:
+            found["equal"] = len({_weights(output) for output in outputs}) == 1
+            if not found["equal"]:
+                raise RuntimeError("the resumed run ended with other weights")
+        return found
 
-    def _command(self, name: str) -> list[str]:
+    def _run(self, output: Path, options: list[str]) -> None:
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*FOLDERS, os.environ.get("PYTHONPATH", "")])}
+        environment["OMP_NUM_THREADS"] = "2"
+        if self.is_tiny:
+            environment["ACCELERATE_USE_CPU"] = "true"
+        launcher = (
+            ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1"] if "full" in options else []
+        )
+        log = output.with_suffix(".log")
+        with open(log, "wb") as file:
+            process = subprocess.Popen(
+                [sys.executable, *launcher, *self._command(output), *options],
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                cwd=self.folder,
+            )
+        self.processes.add(process)
+        if process.wait():
+            raise RuntimeError(f"exit code {process.returncode}: " + log.read_text(errors="replace")[-800:])
+
+    def _command(self, output: Path) -> list[str]:
         options = {
             "pretrained_model_name_or_path": ROOT / "demo" / "pipeline",
             "reward": "toy_reward:make_reward",
@@ -183,19 +227,25 @@ class Scripts:
             "checkpointing_steps": 1,
             "num_validation_images": 1,
             "report_to": "none",
-            "output_dir": self._log(name).with_suffix(""),
+            "output_dir": output,
         }
         words = [str(word) for option, value in options.items() for word in (f"--{option}", value)]
-        return [sys.executable, str(ROOT / "training" / "train_flowbp_sd3.py"), *words, *SCRIPT_OPTIONS[name]]
+        return [str(ROOT / "training" / "train_flowbp_sd3.py"), *words]
 
-    def _outcome(self, name: str, process: subprocess.Popen[bytes]) -> dict[str, Any]:
-        while process.poll() is None:
+    @staticmethod
+    def _outcome(chain: "Future[dict[str, Any]]") -> dict[str, Any]:
+        while not chain.done():
             time.sleep(0.2)
-        lines = self._log(name).read_text(errors="replace").splitlines()
-        found = {"exit": process.returncode, "warnings": [line[:200] for line in lines if "Warning" in line][:6]}
-        if process.returncode:
-            raise RuntimeError(f"exit code {process.returncode}: " + "\n".join(lines)[-500:])
-        return found
+        return chain.result()
+
+
+def _weights(output: Path) -> str:
+    """A hash of the weights that a run wrote."""
+    digest = hashlib.sha256()
+    for path in sorted([*output.glob("*.safetensors"), *output.glob("transformer/*.safetensors")]):
+        for name, tensor in sorted(load_file(path).items()):
+            digest.update(name.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 # The parts.
@@ -207,11 +257,67 @@ def exact_gradients(run: Run) -> None:
 
 
 def replays(run: Run) -> None:
-    """How far correct and wrong replays differ from the recording, at 24, 57 and 25 blocks."""
+    """How far correct and wrong replays differ from the recording, at 24, 57 and 25 blocks, in 8 steps."""
     for name in ("sd3.5-medium", "flux.1-dev", "flux.2-klein-4b"):
         bench = run.load(name, name, batch=2)
         if bench is not None:
+            run.resize(bench, name, 2, 512, FEW_STEPS)
             run.journal.attempt(name, functools.partial(measures.replay_deviations, bench))
+        del bench
+
+
+def speed(run: Run) -> None:
+    """SD3.5-M at 512 pixels, batch 4, N = 8: the LoRA's dtype, checkpointing, TF32, a card of 16 GB."""
+    name = "sd3.5-medium"
+    bench = run.load("batch 4", name, batch=4)
+    if bench is None:
+        return
+    run.resize(bench, name, 4, 512, FEW_STEPS)
+    run.time("LoRA in bf16", bench, repeats=3, warm_up=1, **SPARSE)
+    with measures.float32_lora(bench):
+        run.time("LoRA in float32", bench, repeats=3, **SPARSE)
+    run.journal.attempt("LoRA in float32, gradients", functools.partial(measures.lora_dtypes, bench, **SPARSE))
+    torch.backends.cuda.matmul.allow_tf32 = True
+    run.time("allow_tf32", bench, repeats=3, **SPARSE)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    with checkpointing(bench):
+        run.time("checkpointing, samples_per_decode 1", bench, repeats=2, **SPARSE)
+        # What CUDA reports of a card of 16 GB, less its context.
+        with at_most(run.device, 15.0):
+            run.time("checkpointing, samples_per_decode 1, in 16 GB", bench, **SPARSE)
+    run.resize(bench, name, 1, 512, FEW_STEPS)
+    with at_most(run.device, 15.0):
+        run.time("batch 1, in 16 GB", bench, **SPARSE)
+
+
+def compiled(run: Run) -> None:
+    """What compiled blocks gain, N = 8, and how long compiling takes: SD3.5-M at 512, FLUX.1-dev at 1024 pixels."""
+    for name, batch, resolution in (("sd3.5-medium", 4, 512), ("flux.1-dev", 1, 1024)):
+        bench = run.load(name, name, batch, resolution)
+        if bench is None:
+            return
+        run.resize(bench, name, batch, resolution, FEW_STEPS)
+        run.time(f"{name}, not compiled", bench, repeats=2, warm_up=1, **SPARSE)
+        measures.compile_blocks(bench)
+        run.time(f"{name}, compiled, the first update", bench, seconds=100, **SPARSE)
+        run.time(f"{name}, compiled", bench, repeats=2, warm_up=1, seconds=40, **SPARSE)
+        del bench
+
+
+def full(run: Run) -> None:
+    """All weights of SD3.5-M trained at 512 pixels, N = 8, batch 1 and 4, by FSDP2 on one process."""
+    from gpu_full import shard
+
+    name = "sd3.5-medium"
+    for batch in (1, 4):
+        bench = run.load(f"batch {batch}", name, batch, lora=False)
+        if bench is None:
+            return
+        run.resize(bench, name, batch, 512, FEW_STEPS)
+        if run.journal.attempt(f"batch {batch}, shard", functools.partial(shard, bench)):
+            run.time(f"batch {batch}", bench, repeats=2, warm_up=1, **SPARSE)
+            with checkpointing(bench):
+                run.time(f"batch {batch}, checkpointing, samples_per_decode 1", bench, **SPARSE)
         del bench
 
 
@@ -289,20 +395,27 @@ def at_most(device: torch.device, gib: float) -> Iterator[None]:
 
 
 def flux(run: Run) -> None:
-    """Seconds and memory of FLUX.1-dev at 512 and 1024 pixels."""
+    """Seconds and memory of FLUX.1-dev at 512 and 1024 pixels: the LoRA's dtype, attention, checkpointing."""
     name = "flux.1-dev"
     bench = run.load("512", name, batch=1)
     if bench is None:
         return
     run.time("512, sparse K=4", bench, warm_up=1, **SPARSE)
-    run.journal.attempt("512, stock rollout", functools.partial(measures.stock_rollout, bench))
-    run.journal.attempt("512, graphs of sparse K=4 alive", functools.partial(measures.graphs_alive, bench, **SPARSE))
-    run.resize(bench, name, 1, 1024)
-    run.time("1024, sparse K=4", bench, **SPARSE)
+    with measures.float32_lora(bench):
+        run.time("512, sparse K=4, LoRA in float32", bench, **SPARSE)
     run.resize(bench, name, 1, 1024, FEW_STEPS)
-    # What CUDA reports of a card of 40 GB, less its context.
-    with checkpointing(bench), at_most(run.device, 38.4):
-        run.time("1024, sparse K=4, N=8, checkpointing, in 40 GB", bench, **SPARSE)
+    run.time("1024, N=8", bench, repeats=2, warm_up=1, **SPARSE)
+    with measures.float32_lora(bench):
+        run.time("1024, N=8, LoRA in float32", bench, repeats=2, **SPARSE)
+    with checkpointing(bench):
+        run.time("1024, N=8, checkpointing", bench, **SPARSE)
+        # What CUDA reports of a card of 40 GB, less its context.
+        with at_most(run.device, 38.4):
+            run.time("1024, N=8, checkpointing, in 40 GB", bench, **SPARSE)
+    # PyTorch's own choice is flash attention here.
+    for backend in ("_native_efficient", "_native_flash") if run.device.type == "cuda" else ("_native_math",):
+        set_attention_backend(bench.pipe.transformer, backend)
+        run.time(f"1024, N=8, attention {backend}", bench, repeats=2, **SPARSE)
 
 
 def klein(run: Run) -> None:
@@ -326,35 +439,23 @@ def nf4(run: Run) -> None:
         run.time("1024, sparse K=4, N=8, checkpointing, in 24 GB", bench, **SPARSE)
 
 
-def switches(run: Run) -> None:
-    """SD3.5-M at 512 pixels, batch 4, N = 8: what switches of PyTorch change."""
-    name = "sd3.5-medium"
-    bench = run.load("batch 4", name, batch=4)
-    if bench is None:
-        return
-    run.resize(bench, name, 4, 512, FEW_STEPS)
-    run.time("as it is", bench, warm_up=1, **SPARSE)
-    torch.backends.cuda.matmul.allow_tf32 = True
-    run.time("allow_tf32", bench, **SPARSE)
-    torch.backends.cuda.matmul.allow_tf32 = False
-    measures.compile_blocks(bench)
-    run.time("compiled blocks, the first update", bench, seconds=90, **SPARSE)
-    run.time("compiled blocks", bench, **SPARSE)
-
-
 # In order of value, each with its limit in seconds.
 PARTS: dict[str, tuple[Callable[[Run], None], float]] = {
-    "exact": (exact_gradients, 70),
-    "replays": (replays, 90),
+    "exact": (exact_gradients, 60),
+    "replays": (replays, 60),
+    "speed": (speed, 75),
+    "flux": (flux, 100),
+    "full": (full, 60),
+    "nf4": (nf4, 40),
+    "compiled": (compiled, 150),
     "waiting": (waiting, 60),
-    "flux": (flux, 90),
     "sd3": (sd3, 140),
     "klein": (klein, 45),
-    "nf4": (nf4, 40),
-    "switches": (switches, 110),
 }
 # These may share the device with the scripts; timings may not.
 BESIDE_SCRIPTS = ("exact", "replays")
+# The others were measured before (results/gpu_h200.json) and do not fit beside them.
+DEFAULT_PARTS = ("scripts", "exact", "replays", "speed", "flux", "full", "nf4", "compiled")
 
 
 def measure(run: Run, parts: Sequence[str]) -> None:
@@ -368,8 +469,8 @@ def measure(run: Run, parts: Sequence[str]) -> None:
                 if name in parts and (name in BESIDE_SCRIPTS) == beside:
                     with run.journal.part(name, seconds):
                         part(run)
-            if beside and scripts.processes:
-                with run.journal.part("scripts", 75):
+            if beside and scripts.chains:
+                with run.journal.part("scripts", 60):
                     scripts.finish(run.journal)
                 scripts.kill()
     finally:
@@ -393,7 +494,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="Folder of gpu.json.")
     parser.add_argument("--tiny", action="store_true", help="Tiny models on a CPU.")
     names = ["scripts", *PARTS]
-    parser.add_argument("--parts", nargs="+", choices=names, default=names, help="Default: all, in this order.")
+    parser.add_argument(
+        "--parts", nargs="+", choices=names, default=DEFAULT_PARTS, help=f"Default: {' '.join(DEFAULT_PARTS)}."
+    )
     parser.add_argument("--seconds", type=float, default=SECONDS, help=f"Limit of the whole run (default: {SECONDS}).")
     args = parser.parse_args(argv)
     if not args.tiny and not torch.cuda.is_available():

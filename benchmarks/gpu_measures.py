@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from meters import GIB, CudaPeak, Stages
+from peft.tuners.lora import LoraLayer
 from torch.profiler import ProfilerActivity, profile
 from transformers import CLIPConfig, CLIPModel
 from updates import Bench, record, sweep_update, whole_update
@@ -23,6 +24,8 @@ from flowbp.replayed import TOLERANCE, deviations
 from flowbp.rewards.clip import CLIPReward
 from flowbp.rewards.openclip import VIT_H_14, crop_long
 from flowbp.samples import Samples, chosen_arguments, floating_outputs
+from flowbp.training import speed
+from flowbp.training.distributed import full_tensor
 from flowbp.trajectory import Call
 
 # What the profiler shows on the device beside its work.
@@ -72,7 +75,7 @@ def timed(bench: Bench, make_gradients: Callable[[Stages], Any], repeats: int = 
         stages = Stages(bench.device, peak.take_peak if is_cuda else None)
         whole_update(bench, make_gradients, stages)
         seconds.append(sum(stages.seconds.values()))
-    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in bench.parameters]).item()
+    norm = full_tensor(torch.nn.utils.get_total_norm([parameter.grad for parameter in bench.parameters])).item()
     if not 0 < norm < float("inf"):
         raise RuntimeError(f"the gradient's norm is {norm}")
     bench.forget_gradients()
@@ -336,6 +339,32 @@ def quantise(transformer: torch.nn.Module) -> None:
 
 def compile_blocks(bench: Bench) -> None:
     """Compile the transformer's blocks in place, for good."""
-    # SD3's class names no blocks for `compile_repeated_blocks`.
-    for block in bench.pipe.transformer.transformer_blocks:
-        block.compile(backend="inductor" if bench.device.type == "cuda" else "aot_eager")
+    speed.COMPILER = "inductor" if bench.device.type == "cuda" else "aot_eager"
+    speed.compile_blocks(bench.pipe.transformer)
+
+
+@contextmanager
+def float32_lora(bench: Bench) -> Iterator[None]:
+    """Let the LoRA compute in float32 in this block, as peft has it."""
+    layers = [layer for layer in bench.pipe.transformer.modules() if isinstance(layer, LoraLayer)]
+    for layer in layers:
+        layer.cast_input_dtype_enabled = True
+        for part in (*layer.lora_A.values(), *layer.lora_B.values()):
+            part.__class__ = torch.nn.Linear
+    try:
+        yield
+    finally:
+        speed.compute_lora_in_base_dtype(bench.pipe.transformer)
+
+
+def lora_dtypes(bench: Bench, method: str, **options: Any) -> dict[str, Any]:
+    """Relative difference of an update's gradients with the LoRA in bf16 from those with it in float32."""
+
+    def make_gradients(stages: Stages) -> None:
+        sweep_update(bench, get_method(method, **options), stages)
+
+    def in_float32(stages: Stages) -> None:
+        with float32_lora(bench):
+            make_gradients(stages)
+
+    return gradient_differences(bench, {"bf16": make_gradients, "float32": in_float32}, "float32")

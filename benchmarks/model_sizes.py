@@ -37,6 +37,8 @@ from transformers import (
     T5EncoderModel,
 )
 
+from flowbp.training.speed import compute_lora_in_base_dtype
+
 # Standard deviation of a LoRA's B matrices: about where some tens of AdamW steps of 1e-4 bring them. With the usual
 # zeros, half of the LoRA would get no gradient, and a LoRA that is lost would change nothing.
 LORA_B_STD = 0.002
@@ -440,7 +442,7 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def add_lora(transformer: torch.nn.Module, layers: Sequence[str], rank: int) -> list[torch.nn.Parameter]:
-    """Add a float32 LoRA that was trained a little; its parameters."""
+    """Add a float32 LoRA that was trained a little and computes in the base's dtype; its parameters."""
     with torch.device(next(transformer.parameters()).device):
         transformer.add_adapter(
             LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=list(layers))
@@ -449,6 +451,7 @@ def add_lora(transformer: torch.nn.Module, layers: Sequence[str], rank: int) -> 
     for name, parameter in transformer.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=LORA_B_STD)
+    compute_lora_in_base_dtype(transformer)
     return [parameter for parameter in transformer.parameters() if parameter.requires_grad]
 
 

@@ -28,6 +28,7 @@ class Bench:
         reward: `f(images (B, 3, H, W), prompts) -> (B,)`, a module.
         optimizer: of the LoRA's parameters.
         samples_per_decode: the callback's option.
+        sharded: the transformer, where FSDP2 shards it.
     """
 
     pipe: DiffusionPipeline
@@ -35,6 +36,7 @@ class Bench:
     reward: torch.nn.Module
     optimizer: torch.optim.Optimizer
     samples_per_decode: int | None = None
+    sharded: torch.nn.Module | None = None
 
     @property
     def noise(self) -> torch.Tensor:
@@ -77,16 +79,20 @@ def build_bench(
     reward: torch.nn.Module | None = None,
     samples_per_decode: int | None = None,
     prepare: Callable[[torch.nn.Module], None] | None = None,
+    lora: bool = True,
 ) -> Bench:
     """A model of `MODELS` with random weights; what is not given is the model's default.
 
-    `prepare` is given the transformer before it gets its LoRA.
+    `prepare` is given the transformer before it gets its LoRA; without `lora` all its weights are trained.
     """
     model = MODELS[name]
     pipe = build_pipeline(model, device, dtype)
     if prepare is not None:
         prepare(pipe.transformer)
-    parameters = add_lora(pipe.transformer, model.lora_layers, LORA_RANK)
+    if lora:
+        parameters = add_lora(pipe.transformer, model.lora_layers, LORA_RANK)
+    else:
+        parameters = list(pipe.transformer.requires_grad_(True).parameters())
     call = call_arguments(
         model, pipe, batch, resolution or model.resolution, num_inference_steps or model.num_inference_steps
     )
@@ -137,7 +143,7 @@ def sweep_update(bench: Bench, method: Method | Surrogate, stages: Stages, **opt
         **options,
     )
     images = record(bench, callback)
-    return callback.backward(bench.reward, images, [""] * len(images))
+    return callback.backward(bench.reward, images, [""] * len(images), transformer=bench.sharded)
 
 
 def whole_update(bench: Bench, make_gradients: Callable[[Stages], Any], stages: Stages) -> None:

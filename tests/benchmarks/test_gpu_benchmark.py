@@ -18,12 +18,12 @@ sys.path.insert(0, str(BENCHMARKS))
 from gpu_measures import busy_and_gaps  # noqa: E402
 from journal import Journal  # noqa: E402
 
-PARTS = ("exact", "replays", "waiting", "sd3")
+PARTS = ("exact", "replays", "scripts", "speed", "flux", "full", "waiting", "sd3")
 
 
 def _run(*options):
     command = [sys.executable, str(BENCHMARKS / "gpu.py"), *map(str, options)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240)
+    return subprocess.run(command, capture_output=True, text=True, timeout=600)
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +83,23 @@ def test_updates_are_timed_by_stage(parts):
     for found in timed.values():
         assert sum(found["stages"].values()) == pytest.approx(found["seconds"][-1], rel=1e-2)
         assert 0 < found["gradient_norm"] < math.inf
+
+
+def test_a_resumed_script_ends_like_the_first(parts):
+    (found,) = parts["scripts"].values()
+    assert found["equal"] is True and len(found["seconds"]) == 2
+
+
+def test_the_lora_s_dtype_is_compared(parts):
+    assert 0 < parts["speed"]["LoRA in float32, gradients"]["bf16"] < 0.2
+    norms = [parts["speed"][f"LoRA in {dtype}"]["gradient_norm"] for dtype in ("bf16", "float32")]
+    assert norms[0] != norms[1] and norms[0] == pytest.approx(norms[1], rel=0.05)
+
+
+def test_all_weights_are_trained(parts):
+    for batch in (1, 4):
+        assert parts["full"][f"batch {batch}, shard"]["dtype"] == "torch.float32"
+        assert parts["full"][f"batch {batch}"]["gradient_norm"] > 0
 
 
 def test_waiting_needs_a_gpu_but_runs(parts):
