@@ -40,13 +40,14 @@ from flowbp.judging.loras import load_loras, scores_by_reward, use_model
 from flowbp.judging.models import BASE, EvaluatedModel, Line, evaluated_lines, reward_names
 from flowbp.judging.results import write_results
 from flowbp.judging.store import Store
-from flowbp.rewards import check_prompts, load_reward, reward_needs, reward_spec
+from flowbp.rewards import check_columns, check_prompts, load_reward, reward_needs, reward_spec
 from flowbp.rewards.loading import parse_model_paths
 from flowbp.rewards.ocr import quoted_text
 from flowbp.training.command_line import add_options, make_config, make_parser, parse_args_with_config
 from flowbp.training.model import WEIGHT_DTYPES, freeze, missing_components
 from flowbp.training.options import COUNT, FINITE, NOT_NEGATIVE, POSITIVE, check_options, option
-from flowbp.training.prompts import load_prompts, load_texts
+from flowbp.training.prompt_sets import PROMPT_SETS, PROMPTS_HELP
+from flowbp.training.prompts import Record, columns_of, load_records, texts_of
 from flowbp.training.saved_pipeline import SavedPipeline
 from flowbp.training.script import run_script
 from flowbp.training.seeds import derive_seed
@@ -110,7 +111,7 @@ class EvaluationConfig:
         None, "JSON object with more arguments of the pipeline's call, such as negative_prompt or true_cfg_scale."
     )
 
-    prompts: str = _data(MISSING, ".txt, .jsonl, .csv or .parquet file, or a datasets folder or Hub id.", is_path=True)
+    prompts: str = _data(MISSING, PROMPTS_HELP, is_path=True)
     prompt_column: str | None = _data(None, "Column of the prompts. Default: prompt, caption or text.")
     prompt_split: str = _data("train", "Split of a dataset.")
     group_column: str | None = _data(None, "Column that groups prompts: one more table by group for each reward.")
@@ -161,7 +162,7 @@ class Plan:
         pipeline_class: that the model was saved with.
         saved: the model.
         call: arguments of the pipeline's call beside prompts and noise.
-        prompts: in order.
+        records: of the prompts, in order.
         rewards: names.
         options: of the rewards.
         lines: of the tables.
@@ -173,7 +174,7 @@ class Plan:
     pipeline_class: type[DiffusionPipeline]
     saved: SavedPipeline
     call: dict[str, Any]
-    prompts: list[str]
+    records: list[Record]
     rewards: list[str]
     options: dict[str, Any]
     lines: list[Line]
@@ -184,6 +185,11 @@ class Plan:
     def models(self) -> list[EvaluatedModel]:
         """The models of all lines."""
         return [model for line in self.lines for model in line.models]
+
+    @property
+    def prompts(self) -> list[str]:
+        """In order."""
+        return [record.prompt for record in self.records]
 
     @property
     def groups(self) -> dict[str, dict[str, list[int]]]:
@@ -202,7 +208,9 @@ class Plan:
     def settings(self, device: torch.device) -> dict[str, Any]:
         """What images and scores depend on, as JSON has it."""
         config = self.config
-        content = json.dumps([self.prompts, self.options, self.grouped])
+        # All columns, because what a reward reads of them is known after it was loaded.
+        records = [[record.prompt, record.columns] for record in self.records]
+        content = json.dumps([records, self.options, self.grouped])
         return {
             "model": config.pretrained_model_name_or_path,
             "revision": config.revision,
@@ -256,34 +264,35 @@ def plan_lines(config: EvaluationConfig, lines: list[Line]) -> Plan:
         rollout["sigmas"] = torch.linspace(1, 1 / steps, steps).tolist()
     arguments = {**config.size, "num_frames": config.num_frames, **rollout, **(config.pipeline_arguments or {})}
     call = call_arguments(found, arguments)
-    prompts = load_prompts(config.prompts, column=config.prompt_column, split=config.prompt_split)
-    prompts = prompts[: config.num_prompts]
+    records = load_records(config.prompts, column=config.prompt_column, split=config.prompt_split)
+    records = records[: config.num_prompts]
     rewards = reward_names(config.rewards)
-    options, grouped, grouped_rewards = read_prompt_data(config, rewards, prompts)
+    options, grouped, grouped_rewards = read_prompt_data(config, rewards, records)
     saved.check_folder()
-    return Plan(config, found, saved, call, prompts, rewards, options, lines, grouped, grouped_rewards)
+    return Plan(config, found, saved, call, records, rewards, options, lines, grouped, grouped_rewards)
 
 
 def read_prompt_data(
-    config: EvaluationConfig, rewards: list[str], prompts: list[str]
+    config: EvaluationConfig, rewards: list[str], records: list[Record]
 ) -> tuple[dict[str, Any], dict[str, str], list[str]]:
     """What rewards and tables need of the prompts' table: options, groups, and the rewards with tables by group."""
-    columns = {"prompt_column": config.prompt_column, "split": config.prompt_split}
+    prompts = [record.prompt for record in records]
     options: dict[str, Any] = {}
     needs = reward_needs(config.rewards)
     if config.reward_text_column is not None:
-        options["texts"] = load_texts(config.prompts, config.reward_text_column, **columns)
+        options["texts"] = texts_of(records, config.reward_text_column, config.prompts)
     elif "texts" in needs:
         for prompt in prompts:
             quoted_text(prompt)
     if "metadata_path" in needs:
         # Its prompts come with what their images must show.
-        options["metadata_path"] = config.prompts
+        chosen = PROMPT_SETS.get(config.prompts)
+        options["metadata_path"] = config.prompts if chosen is None else str(chosen.download()[0])
     if config.group_column is not None:
-        return options, load_texts(config.prompts, config.group_column, **columns), rewards
+        return options, texts_of(records, config.group_column, config.prompts), rewards
     if "metadata_path" in needs:
         with_metadata = [name for name in rewards if "metadata_path" in reward_spec(name).needs]
-        return options, geneval_tasks(config.prompts, prompts), with_metadata
+        return options, geneval_tasks(options["metadata_path"], prompts), with_metadata
     return options, {}, rewards
 
 
@@ -373,7 +382,8 @@ def draw_and_score(
             callback, current = use_model(pipe, model, adapters, plan.config.num_inference_steps), model
             progress.set_description(model.name)
         places = store.places(batch)
-        prompts = [plan.prompts[place // count] for place in places]
+        records = [plan.records[place // count] for place in places]
+        prompts = [record.prompt for record in records]
         arguments = dict(plan.call)
         if isinstance(arguments.get("negative_prompt"), str):
             arguments["negative_prompt"] = [arguments["negative_prompt"]] * len(prompts)
@@ -387,7 +397,7 @@ def draw_and_score(
         if not_finite and model is not told:
             progress.write(f"{model.name}: {not_finite} of {len(prompts)} images are not finite.", file=sys.stderr)
             told = model
-        scores = scores_by_reward(reward, plan.rewards, images, prompts)
+        scores = scores_by_reward(reward, plan.rewards, images, prompts, columns_of(records))
         store.add(model, batch, to_pil(images), scores, not_finite)
 
 
@@ -409,6 +419,7 @@ def main(argv: list[str] | None = None) -> None:
     if pending:
         reward = load_reward(",".join(plan.rewards), model_paths, config.reward_offload, **plan.options)
         check_prompts(reward, plan.prompts, [(config.size["height"], config.size["width"])])
+        check_columns(reward, plan.prompts, [record.columns for record in plan.records], "--prompts")
         freeze(reward).to(accelerator.device)
     # Batches are the same ones for any number of processes; each process takes its share of those that are left, of
     # which all must have the same list before the first of them finishes one.

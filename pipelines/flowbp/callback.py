@@ -26,7 +26,7 @@ from .observers import GradientNorms, VelocityAnchor
 from .outputs import BackwardOutput, SweepOutput
 from .recording import Recorder
 from .replay import Replay, wrapped
-from .scoring import Reward, endpoint_gradients, score
+from .scoring import Columns, Reward, endpoint_gradients, score
 from .state import without_autocast, without_cudnn_attention
 from .surrogate import Surrogate
 from .sweep import all_or_nothing, sweep
@@ -153,6 +153,7 @@ class FlowBPCallback:
         images: torch.Tensor | None = None,
         prompts: Sequence[str] | None = None,
         *,
+        columns: Columns | None = None,
         objective: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
         gradient_scale: float = 1.0,
         transformer: torch.nn.Module | None = None,
@@ -160,17 +161,20 @@ class FlowBPCallback:
         """Add the gradient of the objective to `.grad` of the transformer's trainable parameters.
 
         Args:
-            reward: `(B,)` rewards of the recorded images, differentiable; or a function of `(images, prompts)` that
-                scores each image on its own, which is then called on `samples_per_decode` images at a time.
+            reward: `(B,)` rewards of the recorded images, differentiable; or a function of
+                `(images, prompts, **columns)` that scores each image on its own, which is then called on
+                `samples_per_decode` images at a time.
             images: `(B, 3, H, W)` for a reward function. DRaFT-LV's copies follow the samples, also in `reward`.
             prompts: one for each image, or one for each `B / len(prompts)` images in a row.
+            columns: what else is known of the prompts, name -> a value for each prompt. A reward function gets those
+                that its signature has a parameter for, or all of them as `**columns`, as keyword arguments.
             objective: `f(rewards, weights) -> scalar`; default `Objective()`, the mean of `-weights * rewards`.
             gradient_scale: factor on the gradients only (1 / accumulation steps, a loss scaler's scale).
             transformer: that processes share: DDP's wrapper, or the recorded transformer itself under FSDP2. They
                 exchange gradients with the last replay only.
 
         Raises:
-            ValueError: for rewards, images or prompts of the wrong length or shape, and as `sweep`.
+            ValueError: for rewards, images, prompts or columns of the wrong length or shape, and as `sweep`.
             RecordingError: where rewards and rollout are not connected, for a second call, and as `sweep`.
         """
         trajectories = self.trajectories
@@ -178,11 +182,13 @@ class FlowBPCallback:
         gaps = connector_gaps(self.surrogate, self.trajectory.latents, self.trajectory.velocities)
         endpoints = [trajectory.endpoint for trajectory in trajectories]
         name, trained, num_images = self._recorder.name, self._recorder.trained, sum(map(len, endpoints))
-        checks.check_scoring_arguments(callable(reward), images, prompts)
+        checks.check_scoring_arguments(callable(reward), images, prompts, columns)
         if callable(reward):
             check = functools.partial(checks.check_rewards, name, checks.name_of_reward(reward), trained)
-            size, of = self.samples_per_decode, len(self.endpoint)
-            scored = score(reward, images, prompts, num_images, of, size, gradient_scale, check, self.on_stage)
+            size, of, columns = self.samples_per_decode, len(self.endpoint), columns or {}
+            scored = score(
+                reward, images, prompts, columns, num_images, of, size, gradient_scale, check, self.on_stage
+            )
             rewards = scored.rewards
         else:
             scored, rewards = None, reward

@@ -580,12 +580,12 @@ def check_complete(name: str, recorded: Sequence[Trajectory], expected: int) -> 
         )
 
 
-def check_scoring_arguments(is_function: bool, images: Any, prompts: Any) -> None:
+def check_scoring_arguments(is_function: bool, images: Any, prompts: Any, columns: Any) -> None:
     """A reward function needs what it scores; rewards that are computed do not."""
     if is_function and (images is None or prompts is None):
         raise ValueError("A reward function needs the images and the prompts: backward(reward, images, prompts).")
-    if not is_function and (images is not None or prompts is not None):
-        raise ValueError("Rewards that are computed already need no images and prompts: backward(rewards).")
+    if not is_function and any(each is not None for each in (images, prompts, columns)):
+        raise ValueError("Rewards that are computed already need no images, prompts and columns: backward(rewards).")
 
 
 def check_endpoint_reached(name: str, gradients: Sequence[torch.Tensor | None]) -> None:

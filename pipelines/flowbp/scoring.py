@@ -2,9 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Scoring images a few at a time: rewards, and the gradient of each in its own image."""
 
+import functools
+import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -12,10 +15,67 @@ from . import checks
 from .host import read, widened
 from .state import without_autocast, without_cudnn_attention
 
-Reward = Callable[[torch.Tensor, Sequence[str]], torch.Tensor]
+Reward = Callable[..., torch.Tensor]
+Columns = Mapping[str, Sequence[Any]]
 
 
-def prompts_of_images(prompts: Sequence[str], num_images: int, num_samples: int) -> list[str]:
+@dataclass(frozen=True)
+class Places:
+    """What a reward's signature has a place for, beside images and prompts.
+
+    Attributes:
+        named: further parameters that take a keyword -> whether they have no default.
+        takes_all: whether it has `**columns`.
+        reserved: names that its `**columns` cannot take.
+    """
+
+    named: Mapping[str, bool]
+    takes_all: bool
+    reserved: frozenset[str]
+
+    @classmethod
+    def of(cls, reward: Reward) -> "Places":
+        """Of a function, any other callable, or a module's `forward`."""
+        bound = reward.keywords if isinstance(reward, functools.partial) else {}
+        try:
+            signature = inspect.signature(reward.forward if isinstance(reward, torch.nn.Module) else reward)
+        except (TypeError, ValueError):
+            # Functions written in C may have none.
+            return cls({}, False, frozenset())
+        parameters = [each for each in signature.parameters.values() if each.name not in bound]
+        by_place = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        first = [each for each in parameters if each.kind in by_place][:2]
+        by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        named = {each.name: each.default is each.empty for each in parameters if each.kind in by_name}
+        return cls(
+            named={name: is_required for name, is_required in named.items() if name not in [p.name for p in first]},
+            takes_all=any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters),
+            reserved=frozenset({"self", *bound, *(each.name for each in first if each.kind in by_name)}),
+        )
+
+    def columns(self, columns: Columns) -> dict[str, Sequence[Any]]:
+        """Those that there is a place for."""
+        return {name: values for name, values in columns.items() if self.takes_all or name in self.named}
+
+
+def call_with_columns(reward: Reward, images: torch.Tensor, prompts: Sequence[str], columns: Columns) -> torch.Tensor:
+    """`reward(images, prompts, **columns)` with those columns that its signature has a place for."""
+    return reward(images, prompts, **(Places.of(reward).columns(columns) if columns else {}))
+
+
+def columns_of_images(columns: Columns, prompts: Sequence[str], num_images: int, num_samples: int) -> Columns:
+    """Columns with a value for each image, as `prompts_of_images`.
+
+    Raises:
+        ValueError: for a column of another length than the prompts.
+    """
+    for name, values in columns.items():
+        if isinstance(values, str) or len(values) != len(prompts):
+            raise ValueError(f"Expected a list of {len(prompts)} values of the column {name!r}, one for each prompt.")
+    return {name: prompts_of_images(values, num_images, num_samples) for name, values in columns.items()}
+
+
+def prompts_of_images(prompts: Sequence[Any], num_images: int, num_samples: int) -> list[Any]:
     """A prompt for each image.
 
     Args:
@@ -73,6 +133,7 @@ def score(
     reward: Reward,
     images: torch.Tensor,
     prompts: Sequence[str],
+    columns: Columns,
     num_images: int,
     num_samples: int,
     size: int | None,
@@ -86,6 +147,7 @@ def score(
         reward: scores each image on its own.
         images: `(B, 3, H, W)`.
         prompts: see `prompts_of_images`.
+        columns: see `columns_of_images`.
         num_images: that are expected.
         num_samples: see `prompts_of_images`.
         size: images at a time; `None` for all.
@@ -95,16 +157,18 @@ def score(
 
     Raises:
         RecordingError: for images without a gradient.
-        ValueError: for another number of images, or prompts that do not fit.
+        ValueError: for another number of images, or prompts or columns that do not fit.
     """
     check_images(images, num_images)
+    columns = columns_of_images(columns, prompts, num_images, num_samples)
     prompts = prompts_of_images(prompts, num_images, num_samples)
     parts = images.detach().split(size or len(images))
     are_finite = read([part.isfinite().all() for part in parts])
     rewards, gradients, start = [], [], 0
     for part, is_finite in zip(parts, are_finite, strict=True):
         part = part.requires_grad_()
-        of_part, start = prompts[start : start + len(part)], start + len(part)
+        places, start = slice(start, start + len(part)), start + len(part)
+        of_part = {name: values[places] for name, values in columns.items()}
         if not is_finite:
             # Rewards refuse such images, and a judge would take them for bad ones.
             rewards.append(widened(part.new_full((len(part),), math.nan)))
@@ -112,7 +176,7 @@ def score(
             continue
         on_stage("reward")
         with torch.enable_grad(), without_cudnn_attention():
-            scored = reward(part, of_part)
+            scored = call_with_columns(reward, part, prompts[places], of_part)
         check(scored, len(part))
         # Each reward sees its own image only, so the sum's gradient is every reward's own.
         # It is scaled here and not later: float16 gradients of single pixels would be lost before.

@@ -422,14 +422,14 @@ def test_scores_of_frames_are_averaged_and_checked() -> None:
     def reward(images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         return images.mean((1, 2, 3)) + torch.tensor([float(prompt) for prompt in prompts])
 
-    found = scores_by_reward(reward, ["x"], videos, ["10", "20"])["x"]
+    found = scores_by_reward(reward, ["x"], videos, ["10", "20"], {})["x"]
     assert found == pytest.approx((videos.mean((1, 2, 3, 4)) + torch.tensor([10.0, 20.0])).tolist())
     for none in (math.nan, math.inf, -math.inf):
         answer = torch.tensor([1.0, none])
-        unanswered = scores_by_reward(lambda images, prompts, answer=answer: answer, ["x"], videos[:, 0], ["", ""])
+        unanswered = scores_by_reward(lambda images, prompts, answer=answer: answer, ["x"], videos[:, 0], ["", ""], {})
         assert unanswered["x"][0] == 1.0 and math.isnan(unanswered["x"][1])
     with pytest.raises(ValueError, match=r"in \[0, 1\].*from 0.00 to 2.00"):
-        scores_by_reward(reward, ["x"], torch.tensor([0.0, 2.0]).expand(1, 3, 2, 2), ["0"])
+        scores_by_reward(reward, ["x"], torch.tensor([0.0, 2.0]).expand(1, 3, 2, 2), ["0"], {})
 
 
 def test_images_that_are_not_finite_have_no_scores_and_rewards_do_not_see_them() -> None:
@@ -442,9 +442,9 @@ def test_images_that_are_not_finite_have_no_scores_and_rewards_do_not_see_them()
 
     images = torch.full((3, 3, 2, 2), 0.5)
     images[0, 0, 0, 0], images[2, 1] = math.nan, math.inf
-    found = scores_by_reward(reward, ["x"], images, ["a", "b", "c"])["x"]
+    found = scores_by_reward(reward, ["x"], images, ["a", "b", "c"], {})["x"]
     assert found[1] == 0.5 and math.isnan(found[0]) and math.isnan(found[2]) and seen == ["b"]
-    found = scores_by_reward(reward, ["x", "y"], images[:1], ["a"])
+    found = scores_by_reward(reward, ["x", "y"], images[:1], ["a"], {})
     assert math.isnan(found["x"][0]) and math.isnan(found["y"][0]) and seen == ["b"]
     assert are_finite(images).tolist() == [False, True, False]
 
@@ -466,6 +466,32 @@ def test_geneval_has_a_table_of_its_tasks(script: ModuleType, arguments: dict[st
     assert heads == ["", "single_object", "colors", "overall"] and table.count("by group") == 1
     assert set(scores_of(arguments["output_dir"], "base", "geneval")) <= {0.0, 1.0}
     assert scores_of(arguments["output_dir"], "one", "group") == [entry["tag"] for entry in chosen]
+
+
+COLUMNS = """
+def make():
+    def reward(images, prompts, tag, when=None):
+        assert [text[0] for text in tag] == [prompt[0] for prompt in prompts]
+        return images.flatten(1).mean(1) + len(tag)
+    return reward
+"""
+
+
+def test_rewards_get_the_columns_of_the_table(
+    script: ModuleType, arguments: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "reward_of_columns.py").write_text(COLUMNS)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "table.json").write_text('[{"Prompt": "a fox", "tag": "a"}, {"Prompt": "b fox", "tag": "b"}]')
+    rewards = "toy_reward:make_held_out_reward,reward_of_columns:make"
+    with pytest.warns(UserWarning, match="the column 'Prompt' of"):
+        script.main(command_line(arguments, rewards=rewards, prompts=tmp_path / "table.json"))
+    plain, of_columns = (scores_of(arguments["output_dir"], "one", name) for name in rewards.split(","))
+    assert of_columns == pytest.approx([score + 4 for score in plain])
+    (tmp_path / "table.json").write_text('["a fox", "b fox"]')
+    arguments = {**arguments, "output_dir": tmp_path / "other"}
+    with pytest.raises(ValueError, match="'reward_of_columns:make': its parameter 'tag' needs a column"):
+        script.main(command_line(arguments, rewards="reward_of_columns:make", prompts=tmp_path / "table.json"))
 
 
 # Refusals.

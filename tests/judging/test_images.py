@@ -31,15 +31,15 @@ def redness(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
 
 def test_the_score_of_a_video_is_the_mean_over_its_frames():
     videos = torch.rand(2, 5, 3, 4, 6)
-    assert torch.allclose(score_images(redness, videos, ["a", "b"]), videos[:, :, 0].mean((1, 2, 3)))
-    assert torch.equal(score_images(redness, videos[:, 0], ["a", "b"]), redness(videos[:, 0], ["a", "b"]))
+    assert torch.allclose(score_images(redness, videos, ["a", "b"], {}), videos[:, :, 0].mean((1, 2, 3)))
+    assert torch.equal(score_images(redness, videos[:, 0], ["a", "b"], {}), redness(videos[:, 0], ["a", "b"]))
 
 
 @pytest.mark.parametrize("values", [(-0.01, 1.0), (0.0, 1.01)])
 def test_images_outside_their_range_are_refused(values: tuple[float, float]):
     images = torch.tensor(values).repeat(1, 3, 2, 1)
     with pytest.raises(ValueError, match=r"images in \[0, 1\], got values from"):
-        score_images(redness, images, ["a"])
+        score_images(redness, images, ["a"], {})
 
 
 def test_an_image_that_is_not_finite_has_no_score_and_does_not_stop_the_run():

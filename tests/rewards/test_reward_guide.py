@@ -6,6 +6,7 @@ import importlib.util
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -47,3 +48,22 @@ def test_the_table_is_that_of_the_specs(monkeypatch: pytest.MonkeyPatch):
         "| `new`, `newer` | 0 or 1 | none | MIT | no | `metadata_path`, the benchmark's `evaluation_metadata.jsonl` |"
     )
     assert line not in GUIDE and line in rewards_table.updated(GUIDE).splitlines()
+
+
+def test_the_example_with_columns_is_a_reward():
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL) if "def colourfulness" in block)
+    calls: list[str] = []
+    # What the last two lines need, to see what they pass.
+    callback = SimpleNamespace(backward=lambda reward, images, prompts, columns: calls.append(str(columns)))
+    names = {"torch": torch, "config": None, "SD3": None, "images": None, "prompts": None, "callback": callback}
+    names["train"] = lambda config, backbone, reward: calls.append(reward.__name__)
+    exec(code, names)
+    assert calls == ["colourfulness", "{'colour': ['red'], 'strength': [0.5]}"]
+    reward, images = load_reward(names["colourfulness"]), torch.rand(2, 3, 4, 4, requires_grad=True)
+    both = reward(images, ["a", "b"], colour=["red", "blue"], strength=[0.5, 2.0], tag=["x", "y"])
+    means = images.mean((2, 3))
+    expected = torch.stack([means[0, 0], means[1, 2]]) - means.mean(1)
+    torch.testing.assert_close(both, expected * torch.tensor([0.5, 2.0]))
+    torch.testing.assert_close(reward(images, ["a", "b"], colour=["red", "blue"]), expected)
+    both.sum().backward()
+    assert images.grad.abs().sum() > 0

@@ -17,7 +17,7 @@ from training_scripts import SHARED_ARGUMENTS, command_line, load_script, log_of
 
 from flowbp.rewards import WeightedReward, load_reward, part_means
 from flowbp.rewards.ocr import OCRReward, quoted_text
-from flowbp.training.prompts import load_prompts, load_texts
+from flowbp.training.prompts import load_prompts, load_records, texts_of
 
 WEIGHTS = {"a": 2.0, "b": -0.5, "c": 1.0}
 
@@ -283,17 +283,18 @@ ROWS = [
 
 def test_texts_of_a_column(tmp_path):
     path = write_table(tmp_path, ROWS)
-    texts = load_texts(str(path), "text")
+    texts = texts_of(load_records(str(path)), "text", "p")
     assert texts == {"a red sign": "42", 'a "blue" sign': "17"}
     assert set(texts) == set(load_prompts(str(path)))
     rows = [{"prompt": "p", "caption": "c", "text": "t"}]
-    assert load_texts(str(write_table(tmp_path, rows)), "text", prompt_column="caption") == {"c": "t"}
+    records = load_records(str(write_table(tmp_path, rows)), column="caption")
+    assert texts_of(records, "text", "p") == {"c": "t"}
 
 
 @pytest.mark.parametrize(
     ("rows", "column", "message"),
     [
-        (ROWS, "sign", "has no column 'sign': choose one of prompt, text, other"),
+        (ROWS, "sign", "has no column 'sign' beside its prompts: choose one of text, other"),
         (ROWS, "other", "expected text"),
         ([*ROWS, {"prompt": "a red sign", "text": "43", "other": 5}], "text", "has both '42' and '43' for the prompt"),
         ([*ROWS, {"prompt": "another", "text": " ", "other": 5}], "text", "has nothing for the prompt 'another'"),
@@ -301,7 +302,7 @@ def test_texts_of_a_column(tmp_path):
 )
 def test_bad_columns_of_texts_are_refused(tmp_path, rows, column, message):
     with pytest.raises(ValueError, match=re.escape(message)) as error:
-        load_texts(str(write_table(tmp_path, rows)), column)
+        texts_of(load_records(str(write_table(tmp_path, rows))), column, "p")
     assert "\n" not in str(error.value)
 
 

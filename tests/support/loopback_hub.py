@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 USER = "user"
 GOOD_TOKEN = "hf_goodTokenOfTheLoopbackHub0123456789"
@@ -37,7 +38,10 @@ ENDPOINTS = {
     "tree": ("GET", r"/api/models/([^/]+/[^/]+)/tree/[^/]+"),
     "head": ("HEAD", r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)"),
     "get": ("GET", r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)"),
+    "dataset-head": ("HEAD", r"/(?:datasets|raw)/([^/]+/[^/]+)/(?:resolve/)?([0-9a-f]{40})/(.+)"),
+    "dataset-get": ("GET", r"/(?:datasets|raw)/([^/]+/[^/]+)/(?:resolve/)?([0-9a-f]{40})/(.+)"),
 }
+READING = ("info", "tree", "head", "get", "dataset-head", "dataset-get")
 # Requests of a push, in its order.
 PUSH_ENDPOINTS = ["create", "validate-yaml", "preupload", "lfs-batch", "lfs-put", "lfs-verify", "commit"]
 
@@ -78,7 +82,8 @@ class LoopbackHub:
     """The server.
 
     Attributes:
-        repositories: by `user/name`.
+        repositories: of models, by `user/name`.
+        datasets: of datasets, and of files of GitHub below `/raw`.
         objects: LFS data by SHA-256.
         counts: requests by endpoint, failed ones included; `unknown` for others.
         read_only: whether the token may only read.
@@ -87,6 +92,7 @@ class LoopbackHub:
 
     def __init__(self) -> None:
         self.repositories: dict[str, Repository] = {}
+        self.datasets: dict[str, Repository] = {}
         self.objects: dict[str, bytes] = {}
         self.counts: Counter[str] = Counter()
         self.read_only = False
@@ -198,7 +204,7 @@ class _Handler(BaseHTTPRequestHandler):
             hub.objects[words[0]] = body
             return 200, {}, {}
         token = self.headers.get("Authorization")
-        if token != f"Bearer {GOOD_TOKEN}" and (token is not None or name not in ("info", "tree", "head", "get")):
+        if token != f"Bearer {GOOD_TOKEN}" and (token is not None or name not in READING):
             message = "Invalid credentials in Authorization header" if token else "Invalid username or password."
             return 401, {"error": message}, {"X-Error-Message": message}
         if hub.read_only and name in ("create", "auth-check", "preupload", "lfs-batch", "commit"):
@@ -213,7 +219,8 @@ class _Handler(BaseHTTPRequestHandler):
             return 200, {"errors": [], "warnings": []}, {}
         if name == "lfs-verify":
             return (200 if words[0] in hub.objects else 404), {}, {}
-        repository = hub.repositories.get(words[0]) if words else None
+        known = hub.datasets if name.startswith("dataset-") else hub.repositories
+        repository = known.get(words[0]) if words else None
         if repository is None:
             return 404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"}
         return getattr(self, "_" + name.replace("-", "_"))(repository, words, body)
@@ -268,10 +275,15 @@ class _Handler(BaseHTTPRequestHandler):
         return 200, files, {}
 
     def _get(self, repository: Repository, words: tuple[str, ...], body: bytes) -> tuple[int, Any, dict]:
-        _, name = words
+        name = unquote(words[-1])
         if name not in repository.files:
             return 404, {"error": "Entry not found"}, {"X-Error-Code": "EntryNotFound"}
         headers = {"ETag": f'"{repository.object_id(name)}"', "X-Repo-Commit": repository.commits[-1]}
         return 200, repository.files[name], headers
 
-    _head = _get
+    def _dataset_get(self, repository: Repository, words: tuple[str, ...], body: bytes) -> tuple[int, Any, dict]:
+        if words[1] not in repository.commits:
+            return 404, {"error": "Revision not found"}, {"X-Error-Code": "RevisionNotFound"}
+        return self._get(repository, words, body)
+
+    _head, _dataset_head = _get, _dataset_get

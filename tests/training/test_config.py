@@ -37,6 +37,7 @@ NEEDED = {
     "lr_warmup_steps": {"lr_scheduler": "linear"},
     "offload_ema": {"train": "full", "use_ema": True},
 }
+NEEDED |= dict.fromkeys(("eval_prompt_column", "eval_prompt_split"), {"eval_prompts": "e.csv"})
 # A tracker of accelerate's whose package is not installed.
 NOT_INSTALLED = next(str(name) for name in LoggerType if name not in (LoggerType.ALL, *get_available_trackers()))
 SCRIPTS = ("train_flowbp_sd3", "train_flowbp_flux", "train_flowbp_flux2", "train_flowbp")
@@ -219,6 +220,7 @@ def test_an_empty_list_is_refused(name: str):
         ({"report_to": NOT_INSTALLED}, f"--report_to {NOT_INSTALLED}: expected all, none or an installed "),
         ({"lora_layers": "to_q,,to_k"}, "--lora_layers has an empty name"),
         ({"group_offload": True, "offload": True}, "--offload and --group_offload exclude each other; choose one"),
+        ({"eval_prompt_split": "test"}, "--eval_prompt_split needs --eval_prompts; leave it out"),
         ({"select": "best"}, "--select best needs --eval_reward, the held-out reward to choose by"),
         ({"eval_reward": "ocr"}, "--eval_reward ocr: --reward trains ocr; choose one that is held out"),
         ({"eval_reward": "clip:0.5,ocr:1"}, "--eval_reward clip:0.5,ocr:1: --reward trains ocr; choose"),

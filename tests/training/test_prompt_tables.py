@@ -10,7 +10,7 @@ from pathlib import Path
 import datasets
 import pytest
 
-from flowbp.training.prompts import Record, _read_hub, load_records, load_texts
+from flowbp.training.prompts import Record, _read_hub, load_records, texts_of
 
 Write = Callable[[str, str], str]
 
@@ -55,7 +55,7 @@ def refusal(function: Callable, *args, **kwargs) -> str:
         ("a red fox, asleep\na dog, awake\n", "its first line is 'a red fox, asleep': add a header"),
         ("a red fox\na dog\n", "its first line is 'a red fox': add a header"),
         ("prompt;text\na;b\n", "its first line is 'prompt;text'"),
-        ("Prompt\na\n", "or name one of its columns: Prompt"),
+        ("Prompt,PROMPTS\na,b\n", "one column of prompts expected, got Prompt and PROMPTS: name one of"),
         ("prompt,n,n\na,1,2\n", "different names of columns expected, got prompt, n, n"),
         ('prompt,n\na dog,2\n"a red fox,1\na cat,3\n', "line 3: unexpected end of data"),
         ('prompt,n\n"OPEN" on a sign,1\n', "line 2: ',' expected after '\"': write a double quote within"),
@@ -82,8 +82,8 @@ def test_a_csv_file_gives_what_was_written(write: Write):
         Record('the text "42"', dict(zip(names, ("10", 2, 1.0, False, "NA"), strict=True))),
         Record("None", dict(zip(names, ("9", 3, 2.0, True, ""), strict=True))),
     ]
-    assert load_texts(path, "code")["None"] == "9"
-    assert "numbers that are text need a .jsonl file" in refusal(load_texts, path, "count")
+    assert texts_of(load_records(path), "code", path)["None"] == "9"
+    assert "numbers that are text need a .jsonl file" in refusal(texts_of, load_records(path), "count", path)
     identity = "12345678901234567890"
     assert load_records(write("p.csv", f"prompt,id\na,{identity}\n")) == [Record("a", {"id": identity})]
     # Any name will do where it is given.
@@ -129,10 +129,69 @@ def test_json_lines_give_what_was_written(write: Write):
     ]
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("p.json", '\ufeff ["None", " a ", ""]', [Record("None"), Record("a")]),
+        ("p.json", '[{"prompt": "2026-01-31", "n": 1}, {"prompt": "b"}]', [("2026-01-31", 1), ("b", None)]),
+        ("p.json", '{"prompt": "a", "n": 1}\n{"prompt": "b", "n": 2}\n', [("a", 1), ("b", 2)]),
+        ("p.tsv", 'prompt\tn\nthe word "ok"\t1\n"G I" in red\t2\n', [('the word "ok"', 1), ('"G I" in red', 2)]),
+        ("p.json", '["a", {"prompt": "b"}]', 'entry 1: an object expected, got "a"'),
+        ("p.json", '[{"prompt": "a"}, {"n": 1}]', "entry 2: 'prompt' expected as in other lines, got n: add it"),
+        ("p.json", '["a"', "Expecting ',' delimiter"),
+        ("p.json", "[]", "name one of its columns"),
+        ("p.tsv", 'prompt\tn\n"a ""b"""\t1\n', "double quotes around fields may be a part of the text or not"),
+        ("p.tsv", "prompt\tn\na\n", "line 2: one field expected for each of prompt, n, got 1"),
+    ],
+)
+def test_arrays_and_tabs(write: Write, name: str, content: str, expected: str | list):
+    path = write(name, content)
+    if isinstance(expected, str):
+        assert expected in refusal(load_records, path)
+    else:
+        records = [Record(each[0], {"n": each[1]}) if isinstance(each, tuple) else each for each in expected]
+        assert load_records(path) == records
+        # In a folder too.
+        write(f"folder/{name}", content)
+        assert load_records(str(Path(path).parent / "folder")) == records
+
+
+@pytest.mark.parametrize(
+    ("header", "column", "expected"),
+    [
+        ("Prompts,Category", None, "Prompts"),
+        ("TEXT,n", None, "TEXT"),
+        ("Prompt,prompt", None, None),
+        ("text,Prompt", None, "Prompt"),
+        ("Caption,x", "caption", "Caption"),
+        ("Prompt,PROMPT", "prompt", "got Prompt and PROMPT: name one of them"),
+        ("Prompts,Prompt", None, "got Prompts and Prompt: name one of them"),
+    ],
+)
+def test_a_column_s_name_is_exact_or_told(
+    write: Write, recwarn: pytest.WarningsRecorder, header: str, column: str | None, expected: str | None
+):
+    first, _ = header.split(",")
+    for name in ("p.csv", "p.jsonl"):
+        names = header.split(",")
+        content = f"{header}\na,b\n" if name == "p.csv" else json.dumps(dict(zip(names, "ab", strict=True)))
+        path = write(name, content)
+        if expected is not None and expected.startswith("got"):
+            assert expected in refusal(load_records, path, column=column)
+            continue
+        exact = next(each for each in (expected, "prompt", "caption", "text") if each in names)
+        assert load_records(path, column=column)[0].prompt == "ab"[names.index(exact)]
+        told = [str(each.message) for each in recwarn]
+        assert told == (
+            [] if expected is None else [f"prompts: the column {expected!r} of {path!r} holds the prompts."]
+        )
+        recwarn.clear()
+
+
 def test_repeated_prompts_keep_their_own_columns(write: Write):
     path = write("p.csv", "prompt,text\na,x\na,y\n")
     assert load_records(path) == [Record("a", {"text": "x"}), Record("a", {"text": "y"})]
-    assert "has both 'x' and 'y' for the prompt 'a'" in refusal(load_texts, path, "text")
+    assert "has both 'x' and 'y' for the prompt 'a'" in refusal(texts_of, load_records(path), "text", path)
 
 
 def test_files_of_a_folder_are_read_like_single_files(write: Write, tmp_path: Path):

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset, DatasetDict
 from toy_reward import make_held_out_reward, make_reward
 
 from flowbp.rewards import WeightedReward
@@ -213,6 +214,27 @@ def test_records_of_the_evaluation(values: dict[str, Any], expected: list[str], 
     rewards = rewards_of(**values)
     assert names_of(rewards.evaluation) == expected
     assert (rewards.held_out is None) == ("eval_reward" not in values)
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "expected"),
+    [
+        ("e.txt", {"prompt_column": "caption", "prompt_split": "test"}, "of the .txt"),
+        ("e.csv", {"prompt_column": "caption", "prompt_split": "test"}, "of the caption"),
+        ("e.csv", {"prompt_column": "caption", "eval_prompt_column": "prompt"}, "of the prompt"),
+        ("set", {"prompt_split": "test"}, "of the test"),
+        ("set", {"prompt_split": "test", "eval_prompt_split": "train"}, "of the train"),
+        ("set", {}, "of the train"),
+    ],
+)
+def test_held_out_prompts_are_read_as_the_training_s_unless_told(
+    source: str, options: dict[str, Any], expected: str, tmp_path: Path
+):
+    (tmp_path / "e.txt").write_text("of the .txt\n")
+    (tmp_path / "e.csv").write_text("prompt,caption\nof the prompt,of the caption\n")
+    splits = {name: Dataset.from_dict({"prompt": [f"of the {name}"]}) for name in ("train", "test")}
+    DatasetDict(splits).save_to_disk(str(tmp_path / "set"))
+    assert names_of(rewards_of(eval_prompts=str(tmp_path / source), **options).evaluation) == [expected]
 
 
 # The objective.

@@ -4,6 +4,7 @@
 
 import functools
 import json
+import re
 import signal
 import sys
 import threading
@@ -121,6 +122,50 @@ def test_any_reward_trains_as_the_script_does(
     assert same(lora_of(config.output_dir), of_script)
 
 
+# Columns of the prompts' table.
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> str:
+    """A file of prompts whose rows have different columns."""
+    rows = [{"prompt": "a", "share": 1}, {"prompt": "b", "share": 2}, {"prompt": "c", "share": 3, "tag": "x"}]
+    (tmp_path / "table.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return str(tmp_path / "table.jsonl")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"train_batch_size": 2, "samples_per_decode": 1},
+        {"train_batch_size": 3, "method": "draft-lv", "method_options": {"num_noised": 1}},
+    ],
+)
+def test_columns_reach_the_reward_in_training_evaluation_and_validation(
+    configure: Callable[..., TrainingConfig],
+    table: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    changes: dict[str, Any],
+):
+    seen: list[tuple[bool, str, Any, Any]] = []
+
+    def watched(images: torch.Tensor, prompts: Sequence[str], share: list, tag: Sequence = "none") -> torch.Tensor:
+        tags = [tag] * len(prompts) if isinstance(tag, str) else tag
+        seen.extend(zip([images.requires_grad] * len(prompts), prompts, share, tags, strict=True))
+        return redness(images, prompts) * torch.tensor(share, dtype=images.dtype)
+
+    (tmp_path / "held_out.tsv").write_text("WORDS\tshare\nd\t4\n")
+    changes = {"eval_prompts": str(tmp_path / "held_out.tsv"), "eval_prompt_column": "words", **changes}
+    with pytest.warns(UserWarning, match="the column 'WORDS' of .*held_out.tsv' holds the prompts"):
+        train(configure(prompts=table, validation_prompt=("b", "c"), **changes), SD3, reward=watched)
+    of_table = {("a", 1, None), ("b", 2, None), ("c", 3, "x")}
+    trained = [each[1:] for each in seen if each[0]]
+    assert set(trained) == of_table and len(trained) == 2 * changes["train_batch_size"] * (1 + ("method" in changes))
+    # The held-out prompts have no column `tag`, so the parameter's default counts.
+    assert {each[1:] for each in seen if not each[0]} == {("d", 4, "none"), ("b", 2, None), ("c", 3, "x")}
+    assert re.search(r"columns +share, tag, for the rewards", capsys.readouterr().err)
+
+
 # Sizes.
 
 
@@ -227,6 +272,19 @@ def of_another_shape(images: torch.Tensor, prompts: Sequence[str]) -> torch.Tens
         ({"method": "refl"}, redness, ValueError, "refl has no option 'num_active'"),
         ({"method_options": {"num_active": 5}}, redness, ValueError, "use at most 4"),
         ({"resume_from_checkpoint": "latest"}, redness, ValueError, "--resume_from_checkpoint latest"),
+        (
+            {},
+            lambda images, prompts, share: images,
+            ValueError,
+            "parameter 'share' .* --prompts has no .* there: none",
+        ),
+        (
+            {"prompts": "table.jsonl", "validation_prompt": ("a", "z")},
+            lambda images, prompts, share: images,
+            ValueError,
+            "parameter 'share' needs a column of that name, but --validation_prompt has no value for the prompt 'z'",
+        ),
+        ({"prompts": "hpdv2", "prompt_split": "test"}, redness, ValueError, "'hpdv2', which has no splits: leave it"),
     ],
 )
 def test_what_does_not_fit_is_a_one_line_error_before_any_model(
@@ -236,13 +294,14 @@ def test_what_does_not_fit_is_a_one_line_error_before_any_model(
     reward: Any,
     error: Any,
     message: str,
+    table: str,
 ):
+    monkeypatch.chdir(Path(table).parent)
     for owner in (DiffusionPipeline, ModelMixin):
         monkeypatch.setattr(owner, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
-    config = configure(**changes)
     with pytest.raises(error, match=message) as caught:
-        train(config, SD3, reward=reward)
-    assert "\n" not in str(caught.value) and not list(config.output_dir.glob("[!.]*"))
+        train(configure(**changes), SD3, reward=reward)
+    assert "\n" not in str(caught.value) and not list((Path(table).parent / "run").glob("[!.]*"))
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
 from ..rewards import WeightedReward
+from ..scoring import Columns, call_with_columns
 from .guard import VelocityMeter, diversity, high_frequency_energy, saturated_share
 
 
@@ -58,15 +59,18 @@ def are_finite(images: torch.Tensor) -> torch.Tensor:
     return images.isfinite().flatten(1).all(1)
 
 
-def frames(images: torch.Tensor, prompts: Sequence[str]) -> tuple[torch.Tensor, Sequence[str]]:
-    """The arguments of a reward: images, or all frames of videos, with the prompt of each.
+def frames(
+    images: torch.Tensor, prompts: Sequence[str], columns: Columns
+) -> tuple[torch.Tensor, Sequence[str], Columns]:
+    """The arguments of a reward: images, or all frames of videos, with the prompt and the columns of each.
 
     Args:
         images: `(B, 3, H, W)` or `(B, F, 3, H, W)`, in [0, 1].
         prompts: B prompts.
+        columns: name -> B values.
 
     Returns:
-        `(B, 3, H, W)` or `(B * F, 3, H, W)`, video by video, and as many prompts.
+        `(B, 3, H, W)` or `(B * F, 3, H, W)`, video by video, and as many prompts and values.
 
     Raises:
         ValueError: values are outside of [0, 1]; NaNs are allowed.
@@ -78,19 +82,22 @@ def frames(images: torch.Tensor, prompts: Sequence[str]) -> tuple[torch.Tensor, 
             'image processor with output_type="pt".'
         )
     if images.ndim == 4:
-        return images, prompts
-    return images.flatten(0, 1), [prompt for prompt in prompts for _ in range(images.shape[1])]
+        return images, prompts, columns
+    places = [place for place in range(len(images)) for _ in range(images.shape[1])]
+    of_frames = {name: [values[place] for place in places] for name, values in columns.items()}
+    return images.flatten(0, 1), [prompts[place] for place in places], of_frames
 
 
 def score_images(
-    reward: Callable[[torch.Tensor, Sequence[str]], torch.Tensor], images: torch.Tensor, prompts: Sequence[str]
+    reward: Callable[..., torch.Tensor], images: torch.Tensor, prompts: Sequence[str], columns: Columns
 ) -> torch.Tensor:
     """Rewards of images; of a video, the mean over its frames.
 
     Args:
-        reward: `(images (B, 3, H, W), prompts) -> (B,)`.
+        reward: `(images (B, 3, H, W), prompts, **columns) -> (B,)`.
         images: `(B, 3, H, W)` or `(B, F, 3, H, W)`, in [0, 1].
         prompts: B prompts.
+        columns: name -> B values; the reward gets those that it has a place for.
 
     Returns:
         `(B,)`.
@@ -98,7 +105,7 @@ def score_images(
     Raises:
         ValueError: values are outside of [0, 1].
     """
-    scores = reward(*frames(images, prompts))
+    scores = call_with_columns(reward, *frames(images, prompts, columns))
     return scores if images.ndim == 4 else scores.unflatten(0, (len(images), -1)).mean(1)
 
 
@@ -112,6 +119,7 @@ def draw_images(
     sample: Callable[[int, torch.Generator], torch.Tensor],
     rewards: Mapping[str, torch.nn.Module],
     advance: Callable[[int], object] = lambda count: None,
+    rows: Sequence[Mapping[str, Any]] | None = None,
 ) -> Drawn:
     """Draw `count` images of each prompt, one at a time, so that nothing depends on batches or processes.
 
@@ -127,6 +135,7 @@ def draw_images(
         sample: `sample(index of the prompt, generator) -> (1, 3, H, W)` or `(1, F, 3, H, W)`; calls the pipeline.
         rewards: name -> reward.
         advance: called with the number of images that all processes together have drawn since its last call.
+        rows: the other columns of each prompt, name -> value, for rewards that have a place for them.
     """
     processes = accelerator.num_processes
     mine = []
@@ -136,7 +145,8 @@ def draw_images(
         with VelocityMeter(transformer) as velocities:
             images = [sample(place, noise(place * count + index)) for index in range(count)]
         if place == own:
-            measured = _measure(torch.cat(images), prompts[place], rewards)
+            row = {} if rows is None else rows[place]
+            measured = _measure(torch.cat(images), prompts[place], row, rewards)
             mine.append((place, {**measured, "velocity_norm": velocities.mean()}))
         advance(min(processes, len(prompts) - start) * count)
     found = [measured for _, measured in sorted(gather_object(mine), key=lambda entry: entry[0])]
@@ -155,9 +165,12 @@ def draw_images(
     )
 
 
-def _measure(images: torch.Tensor, prompt: str, rewards: Mapping[str, torch.nn.Module]) -> dict[str, Any]:
+def _measure(
+    images: torch.Tensor, prompt: str, row: Mapping[str, Any], rewards: Mapping[str, torch.nn.Module]
+) -> dict[str, Any]:
     """The images of one prompt as PIL images, their scores by reward, and their measurements."""
     as_pil, images = to_pil(images), images.float()
+    columns = {name: [value] for name, value in row.items()}
     scores: dict[str, list[float]] = {}
     for name, reward in rewards.items():
         of_reward: dict[str, list[float]] = {name: []}
@@ -166,7 +179,7 @@ def _measure(images: torch.Tensor, prompt: str, rewards: Mapping[str, torch.nn.M
         for image in images.split(1):
             # Rewards raise an error for values that are not finite; such an image has no score, as in training.
             is_finite = bool(are_finite(image))
-            of_reward[name].append(score_images(reward, image, [prompt]).item() if is_finite else math.nan)
+            of_reward[name].append(score_images(reward, image, [prompt], columns).item() if is_finite else math.nan)
             for part in parts:
                 of_reward[part].append(reward.last_scores[part].mean().item() if is_finite else math.nan)
         # A part of a sum that is also the held-out reward has one entry; both scores are the same number.

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from ..inference import BaseForLast, lora_models
 from ..rewards import WeightedReward
 from ..rewards.loading import brief
+from ..scoring import Columns, call_with_columns
 from .images import are_finite, frames
 from .models import EvaluatedModel, lora_file
 
@@ -110,7 +111,7 @@ def use_model(
 
 
 def scores_by_reward(
-    reward: torch.nn.Module, names: Sequence[str], images: torch.Tensor, prompts: Sequence[str]
+    reward: torch.nn.Module, names: Sequence[str], images: torch.Tensor, prompts: Sequence[str], columns: Columns
 ) -> dict[str, list[float]]:
     """B scores by reward; NaN for images that are not finite and for those to which the reward gives no finite score.
 
@@ -121,6 +122,7 @@ def scores_by_reward(
         names: of the rewards.
         images: `(B, 3, H, W)`, or `(B, F, 3, H, W)` of videos, whose frames' mean counts, in [0, 1].
         prompts: B of them.
+        columns: name -> B values; each reward gets those that it has a place for.
 
     Raises:
         ValueError: for finite images that are not in [0, 1].
@@ -130,10 +132,14 @@ def scores_by_reward(
     places = are_finite(images).nonzero().flatten().tolist()
     if not places:
         return found
-    each, texts = frames(images[places], [prompts[place] for place in places])
+    of_places = {name: [values[place] for place in places] for name, values in columns.items()}
+    each, texts, of_each = frames(images[places], [prompts[place] for place in places], of_places)
     # Of several rewards load_reward makes a sum whose parts can be had alone.
     is_sum = isinstance(reward, WeightedReward) and list(reward.weights) == list(names)
-    parts = reward.parts(each, texts) if is_sum else {names[0]: reward(each, texts)}
+    if is_sum:
+        parts = reward.parts(each, texts, **of_each)
+    else:
+        parts = {names[0]: call_with_columns(reward, each, texts, of_each)}
     for name, values in parts.items():
         # NaN is a judge's answer without a score, and an infinite score is none either.
         values = values.double().masked_fill(~values.isfinite(), math.nan)

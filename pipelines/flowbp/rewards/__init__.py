@@ -2,11 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rewards by name: `load_reward("ocr")`, weighted sums, and the user's own.
 
-A reward is `reward(images (B, 3, H, W) in [0, 1], prompts) -> (B,)`. It is differentiable in the images unless it is a
-judge. `REWARDS` has one `RewardSpec` per reward.
+A reward is `reward(images (B, 3, H, W) in [0, 1], prompts, **columns) -> (B,)`; it gets those columns of the
+prompts' table that its signature has a place for. It is differentiable in the images unless it is a judge. `REWARDS`
+has one `RewardSpec` per reward.
 """
 
-from .build import check_prompts, load_reward, option_names, part_names, reward_needs
+from .build import check_columns, check_prompts, load_reward, option_names, part_names, reward_needs
 from .specs import REWARDS, RewardSpec, reward_spec, titles
 from .weighted import WeightedReward, part_means
 
@@ -14,6 +15,7 @@ __all__ = [
     "REWARDS",
     "RewardSpec",
     "WeightedReward",
+    "check_columns",
     "check_prompts",
     "load_reward",
     "option_names",

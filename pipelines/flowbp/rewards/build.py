@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..scoring import Places
 from .specs import REWARDS, reward_spec
 from .weighted import WeightedReward, call_reward
 
@@ -18,16 +19,16 @@ class NamedReward(nn.Module):
 
     Args:
         name: for messages.
-        reward: `reward(images, prompts) -> (B,)`, a module or a function.
+        reward: `reward(images, prompts, **columns) -> (B,)`, a module or a function.
     """
 
-    def __init__(self, name: str, reward: Callable[[Tensor, Sequence[str]], Tensor]) -> None:
+    def __init__(self, name: str, reward: Callable[..., Tensor]) -> None:
         super().__init__()
         self.name = name
         self.reward = reward
 
-    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        return call_reward(self.name, self.reward, images, prompts)
+    def forward(self, images: Tensor, prompts: Sequence[str], /, **columns: Sequence[Any]) -> Tensor:
+        return call_reward(self.name, self.reward, images, prompts, columns)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -39,7 +40,7 @@ class NamedReward(nn.Module):
 
 
 def load_reward(
-    reward: str | Callable[[Tensor, Sequence[str]], Tensor],
+    reward: str | Callable[..., Tensor],
     model_paths: Mapping[str, str | Path] | None = None,
     offload: bool = False,
     **options: Any,
@@ -49,9 +50,9 @@ def load_reward(
     Args:
         reward: a name of `REWARDS` (`"ocr"`); a weighted sum (`"hpsv2.1:0.7,clip:0.3"`, where a part without a weight
             has 1); a user's own factory, `"package.module:factory"`, alone or in a sum; or a function or module
-            `reward(images, prompts) -> (B,)`. What follows a part's last colon is a weight if it parses as a number
-            (`"package.module:factory:0.5"`). A factory returns a module or a function. A user's module is frozen and
-            set to evaluation mode in place.
+            `reward(images, prompts, **columns) -> (B,)`. What follows a part's last colon is a weight if it parses as
+            a number (`"package.module:factory:0.5"`). A factory returns a module or a function. A user's module is
+            frozen and set to evaluation mode in place.
         model_paths: name -> local folder with the weights, used in place of the Hub. The factory gets it as
             `model_path`.
         offload: keep the rewards on the CPU; each moves to the images' device while it scores, see `WeightedReward`.
@@ -61,8 +62,8 @@ def load_reward(
             `metadata_path`.
 
     Returns:
-        A module `reward(images, prompts) -> (B,)`, frozen and in evaluation mode. For several parts, a weight or
-        `offload` it is a `WeightedReward`.
+        A module `reward(images, prompts, **columns) -> (B,)`, frozen and in evaluation mode. For several parts, a
+        weight or `offload` it is a `WeightedReward`.
 
     Raises:
         ValueError: an unknown name, option or factory, a weight that is not a finite number, a name given twice, or a
@@ -178,6 +179,46 @@ def check_prompts(reward: nn.Module, prompts: Sequence[str], sizes: Sequence[tup
                 part.check_prompt(prompt, sizes)
             elif hasattr(part, "text_of"):
                 part.text_of(prompt)
+
+
+def check_columns(
+    reward: nn.Module, prompts: Sequence[str], rows: Sequence[Mapping[str, Any]], source: str
+) -> dict[str, None]:
+    """Checks that the prompts' table has what a loaded reward needs of it, before anything is trained.
+
+    Args:
+        reward: of `load_reward`.
+        prompts: that it will score.
+        rows: the other columns of each prompt, name -> value.
+        source: the option that the prompts are from, for messages.
+
+    Returns:
+        The names of the columns that reach the reward, as keys in their order.
+
+    Raises:
+        ValueError: a prompt without a value for a parameter that has no default, or a column whose name a reward's
+            `**columns` cannot take.
+    """
+    found = dict.fromkeys(column for row in rows for column in row)
+    reached: dict[str, None] = {}
+    for part in reward.all_parts() if isinstance(reward, WeightedReward) else [reward]:
+        name = part.name if isinstance(part, NamedReward) else type(part).__name__
+        places = Places.of(part.reward if isinstance(part, NamedReward) else part)
+        for column in (each for each, is_required in places.named.items() if is_required):
+            for prompt, row in zip(prompts, rows, strict=True):
+                if row.get(column) is None:
+                    raise ValueError(
+                        f"reward {name!r}: its parameter {column!r} needs a column of that name, but {source} has no "
+                        f"value for the prompt {prompt!r}; columns of text, numbers or truth values there: "
+                        f"{', '.join(found) or 'none'}. Add it, or give the parameter a default."
+                    )
+        if places.takes_all and (clash := [column for column in found if column in places.reserved]):
+            raise ValueError(
+                f"reward {name!r}: expected columns with other names than its parameters for images and prompts, got "
+                f"{clash[0]!r} in {source}; rename the column."
+            )
+        reached |= dict.fromkeys(places.columns(dict.fromkeys(found, ())))
+    return reached
 
 
 def _parts(reward: str) -> list[tuple[str, float]]:

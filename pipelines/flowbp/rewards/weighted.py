@@ -10,9 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ..scoring import Columns, call_with_columns
 
-def call_reward(name: str, reward: Callable[..., Any], images: Tensor, prompts: Sequence[str]) -> Tensor:
+
+def call_reward(
+    name: str, reward: Callable[..., Any], images: Tensor, prompts: Sequence[str], columns: Columns
+) -> Tensor:
     """Scores (B,) of images (B, 3, H, W) by a reward whose name is in everything that goes wrong.
+
+    The reward gets those columns that its signature has a place for.
 
     Raises:
         ValueError: the reward does not return a tensor (B,).
@@ -20,7 +26,7 @@ def call_reward(name: str, reward: Callable[..., Any], images: Tensor, prompts: 
         Exception: what the reward raises, with its name as a note.
     """
     try:
-        score = reward(images, prompts)
+        score = call_with_columns(reward, images, prompts, columns)
     except SystemExit as stop:
         raise RuntimeError(
             f"reward {name!r}: expected scores, got sys.exit({stop.code!r}); raise an error instead."
@@ -68,7 +74,7 @@ class WeightedReward(nn.Module):
         self._count = 0
 
     @torch.no_grad()
-    def parts(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+    def parts(self, images: Tensor, prompts: Sequence[str], /, **columns: Sequence[Any]) -> dict[str, Tensor]:
         """Name -> scores (B,) of each part, not weighted, without gradients.
 
         Raises:
@@ -77,18 +83,20 @@ class WeightedReward(nn.Module):
         scores = {}
         for name, reward in self._parts.items():
             with self._on_device(reward, images.device):
-                scores[name] = call_reward(name, reward, images, prompts)
+                scores[name] = call_reward(name, reward, images, prompts, columns)
         return scores
 
-    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    def forward(self, images: Tensor, prompts: Sequence[str], /, **columns: Sequence[Any]) -> Tensor:
         """Scores images (B, 3, H, W) in [0, 1] against B prompts: the sum of weight x score, (B,).
+
+        Each part gets those columns (lists of B values) that its signature has a place for.
 
         Raises:
             ValueError: a part does not return a tensor (B,), or has no gradient although the images require one.
         """
         if torch.is_grad_enabled() and images.requires_grad:
-            return _PartByPart.apply(images, self, prompts)
-        self.last_scores = self.parts(images, prompts)
+            return _PartByPart.apply(images, self, prompts, columns)
+        self.last_scores = self.parts(images, prompts, **columns)
         return self._sum(self.last_scores)
 
     def all_parts(self) -> list[nn.Module]:
@@ -101,14 +109,14 @@ class WeightedReward(nn.Module):
         self._sums, self._count = {}, 0
         return means
 
-    def scores_and_gradient(self, images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    def scores_and_gradient(self, images: Tensor, prompts: Sequence[str], columns: Columns) -> tuple[Tensor, Tensor]:
         """The weighted sum (B,), and its gradient (B, 3, H, W) in the images in float32 or float64."""
         images = images.detach().to(torch.promote_types(images.dtype, torch.float32))
         scores, gradient = {}, torch.zeros_like(images)
         for name, reward in self._parts.items():
             with self._on_device(reward, images.device), torch.enable_grad():
                 leaf = images.detach().requires_grad_()
-                score = call_reward(name, reward, leaf, prompts)
+                score = call_reward(name, reward, leaf, prompts, columns)
                 if not score.requires_grad:
                     raise ValueError(
                         f"reward {name!r}: expected scores with a gradient in the images, got none; leave it out of "
@@ -138,17 +146,17 @@ class WeightedReward(nn.Module):
 
 class _PartByPart(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, images: Tensor, reward: WeightedReward, prompts: Sequence[str]) -> Tensor:
-        score, gradient = reward.scores_and_gradient(images, prompts)
+    def forward(ctx: Any, images: Tensor, reward: WeightedReward, prompts: Sequence[str], columns: Columns) -> Tensor:
+        score, gradient = reward.scores_and_gradient(images, prompts, columns)
         ctx.save_for_backward(gradient)
         ctx.dtype = images.dtype
         return score
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return (gradient * cotangent.to(gradient).view(-1, 1, 1, 1)).to(ctx.dtype), None, None
+        return (gradient * cotangent.to(gradient).view(-1, 1, 1, 1)).to(ctx.dtype), None, None, None
 
 
 def part_means(reward: nn.Module) -> dict[str, float]:

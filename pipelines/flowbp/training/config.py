@@ -25,6 +25,7 @@ from .command_line import (
     read_recipe,
 )
 from .options import COUNT, FINITE, NORM, NOT_NEGATIVE, POSITIVE, SHARE, check_options, declarations, option
+from .prompt_sets import PROMPTS_HELP
 from .speed import check_attention_backend
 
 # Those of diffusers' schedules that need no further options.
@@ -193,9 +194,7 @@ class TrainingConfig:
     )
     loss_scale: float = _reward(1.0, "Factor on the loss.", range=POSITIVE)
     undo_guidance: bool | None = _reward(None, "Divide the loss by the guidance scale. Default: the method's.")
-    prompts: str = _reward(
-        MISSING, ".txt, .jsonl, .csv or .parquet file, or a datasets folder or Hub id.", is_path=True
-    )
+    prompts: str = _reward(MISSING, PROMPTS_HELP, is_path=True)
     prompt_column: str | None = _reward(None, "Column of the prompts. Default: prompt, caption or text.")
     prompt_split: str = _reward("train", "Split of a dataset.")
 
@@ -274,6 +273,8 @@ class TrainingConfig:
     eval_prompts: str | None = _guard(
         None, "Held-out prompts, as --prompts. Default with --eval_reward: the validation prompts.", is_path=True
     )
+    eval_prompt_column: str | None = _guard(None, "Column of --eval_prompts. Default: --prompt_column.")
+    eval_prompt_split: str | None = _guard(None, "Split of --eval_prompts. Default: --prompt_split.")
     eval_steps: int = _guard(50, "Updates between evaluations.", range=COUNT)
     num_eval_images: int = _guard(2, "Images of each evaluation prompt, always from the same noise.", range=COUNT)
     select: str | None = _guard(
@@ -331,6 +332,9 @@ class TrainingConfig:
             raise ValueError("--lora_layers has an empty name; write names with commas between them")
         if self.group_offload and self.offload:
             raise ValueError("--offload and --group_offload exclude each other; choose one")
+        for name in ("eval_prompt_column", "eval_prompt_split"):
+            if self.eval_prompts is None and vars(self)[name] is not None:
+                raise ValueError(f"--{name} needs --eval_prompts; leave it out")
         if self.select == "best" and self.eval_reward is None:
             raise ValueError("--select best needs --eval_reward, the held-out reward to choose by")
         if self.eval_reward is not None and self.reward is not None:

@@ -12,6 +12,7 @@ from ..rewards import part_means
 from .backbone import Backbone
 from .config import TrainingConfig
 from .overview import print_estimate, tell_plan, tell_update
+from .prompts import columns_of
 from .reports import MicroBatch
 from .results import TrainingResult, finish
 from .rewards import Reward
@@ -95,6 +96,7 @@ def one_update(run: Run, update: int) -> StageMeter:
             run.rewards.scoring,
             torch.cat(images),
             [record.prompt for record in records],
+            columns=columns_of(records),
             objective=run.objective,
             gradient_scale=scale,
             transformer=run.wrapped,

@@ -36,6 +36,7 @@ def tell_plan(run: Run) -> None:
             f"of {sizes} pixels",
         ),
         ("prompts", f"{len(run.state.sampler.prompts)} for training, {judged}"),
+        *([("columns", f"{', '.join(run.rewards.columns)}, for the rewards")] if run.rewards.columns else []),
         ("updates", f"{config.max_train_steps}{resumed}"),
         ("written to", f"{config.output_dir}: checkpoints {_checkpoint_times(run)}"),
     ]

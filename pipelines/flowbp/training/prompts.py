@@ -6,6 +6,7 @@ import csv
 import json
 import random
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,10 +15,12 @@ from typing import Any, Generic, TypeVar
 import datasets
 import pyarrow as pa
 
+from .prompt_sets import PROMPT_SETS
+
 T = TypeVar("T")
 
-_TABLES = (".jsonl", ".csv", ".parquet")
-_DATA_SUFFIXES = (".txt", ".json", ".tsv", ".arrow", *_TABLES)
+_FILES = (".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet")
+_DATA_SUFFIXES = (".arrow", *_FILES)
 _COLUMN_NAMES = ("prompt", "caption", "text")
 
 
@@ -38,13 +41,15 @@ def load_records(source: str, *, column: str | None = None, split: str = "train"
     """Reads prompts with the other columns of their rows, in their order; rows with a blank prompt are left out.
 
     Args:
-        source: a `.txt` file (one prompt a line), a `.jsonl`, `.csv` or `.parquet` file, a folder (written by
-            `save_to_disk`, or holding data files that `datasets` knows), or the id of a dataset on the Hub. A
-            `.csv` file needs a header, and as many fields in every row. Its columns hold numbers or truth values where
-            every field is one; fields such as `007` make text of a column.
-        column: where the source has columns, the one that holds the prompts. By default `prompt`, else `caption`, else
-            `text`, else, except in `.csv` files, the only column of text.
-        split: the split of a folder or Hub dataset. A single file has none but "train".
+        source: a name of `PROMPT_SETS`, a `.txt` file (one prompt a line), a `.jsonl`, `.json`, `.csv`, `.tsv` or
+            `.parquet` file, a folder (written by `save_to_disk`, or holding data files that `datasets` knows), or the
+            id of a dataset on the Hub. A `.json` file holds an array of objects or of prompts. A `.csv` or `.tsv` file
+            needs a header, and as many fields in every row. Its columns hold numbers or truth values where every field
+            is one; fields such as `007` make text of a column.
+        column: where the source has columns, the one that holds the prompts, whatever its case. By default `prompt`,
+            else `caption`, else `text`, each also in another case or the plural (`Prompts`), else, except in `.csv`
+            and `.tsv` files, the only column of text. A warning tells a name that is not exact.
+        split: the split of a folder or Hub dataset. Files and named sets have none but "train".
 
     Returns:
         At least one record.
@@ -59,6 +64,8 @@ def load_records(source: str, *, column: str | None = None, split: str = "train"
             raise ValueError(f"prompts: column {column!r} was asked of {source!r}, but a .txt file has no columns")
         rows = [(prompt, {}) for prompt in table]
     else:
+        if column is None and source in PROMPT_SETS:
+            column = PROMPT_SETS[source].column
         name = _prompt_column(table, source, column)
         others = [each for each, kind in table.features.items() if each != name and _is_plain(kind)]
         columns = [table[each][:] for each in others]
@@ -78,35 +85,55 @@ def load_prompts(source: str, *, column: str | None = None, split: str = "train"
     return [record.prompt for record in load_records(source, column=column, split=split)]
 
 
-def load_texts(source: str, column: str, *, prompt_column: str | None = None, split: str = "train") -> dict[str, str]:
-    """Reads what another column says of each prompt, such as the text that an image of it must show.
+def has_columns(source: str) -> bool:
+    """Whether a source of `load_records` has columns whose names its user may know."""
+    return source not in PROMPT_SETS and Path(source).suffix != ".txt"
+
+
+def has_splits(source: str) -> bool:
+    """Whether a source of `load_records` may have splits: folders and datasets of the Hub."""
+    return source not in PROMPT_SETS and (Path(source).is_dir() or Path(source).suffix not in _FILES)
+
+
+def columns_of(records: Sequence[Record]) -> dict[str, list[Any]]:
+    """Column -> its values in the order of the records; None where a record does not have it."""
+    names = dict.fromkeys(name for record in records for name in record.columns)
+    return {name: [record.columns.get(name) for record in records] for name in names}
+
+
+def texts_of(records: Sequence[Record], column: str, source: str) -> dict[str, str]:
+    """What another column says of each prompt, such as the text that an image of it must show.
 
     Args:
-        source: as for `load_prompts`, but not a `.txt` file.
-        column: the other column, of text.
-        prompt_column: `column` of `load_prompts`.
-        split: the split of a folder or Hub dataset.
+        records: of `load_records`.
+        column: their other column, of text.
+        source: where they are from, for messages.
 
     Returns:
-        Prompt, as `load_prompts` gives it, -> text, without surrounding white space.
+        Prompt -> text, without surrounding white space.
 
     Raises:
-        FileNotFoundError, ValueError: as for `load_prompts`; also a prompt without text, or with two different ones.
+        ValueError: no such column of text, a prompt without text, or with two different ones.
     """
-    table = _read(source, split, prompt_column)
-    if isinstance(table, list):
-        raise ValueError(f"prompts: column {column!r} was asked of {source!r}, but a .txt file has no columns")
     texts: dict[str, str] = {}
-    for prompt, text in zip(_column(table, source, prompt_column), _column(table, source, column), strict=True):
-        if prompt is None or not prompt.strip():
-            continue
-        prompt, text = prompt.strip(), (text or "").strip()
-        if not text:
-            raise ValueError(f"prompts: column {column!r} of {source!r} has nothing for the prompt {prompt!r}")
-        if texts.setdefault(prompt, text) != text:
+    for prompt, columns in ((record.prompt, record.columns) for record in records):
+        if column not in columns:
             raise ValueError(
-                f"prompts: column {column!r} of {source!r} has both {texts[prompt]!r} and {text!r} for the prompt "
-                f"{prompt!r}: one is expected"
+                f"prompts: {source!r} has no column {column!r} beside its prompts: "
+                f"choose one of {', '.join(columns) or 'none (a .txt file has no columns)'}"
+            )
+        text = columns[column] or ""
+        if not isinstance(text, str):
+            raise ValueError(
+                f"prompts: column {column!r} of {source!r} holds {text!r}, expected text; numbers that are text need "
+                "a .jsonl file"
+            )
+        if not text.strip():
+            raise ValueError(f"prompts: column {column!r} of {source!r} has nothing for the prompt {prompt!r}")
+        if texts.setdefault(prompt, text.strip()) != text.strip():
+            raise ValueError(
+                f"prompts: column {column!r} of {source!r} has both {texts[prompt]!r} and {text.strip()!r} for the "
+                f"prompt {prompt!r}: one is expected"
             )
     return texts
 
@@ -114,27 +141,53 @@ def load_texts(source: str, column: str, *, prompt_column: str | None = None, sp
 def _read(source: str, split: str, column: str | None) -> datasets.Dataset | list[str]:
     """A table, or the lines of a .txt file."""
     path = Path(source)
+    if source in PROMPT_SETS and path.exists():
+        raise ValueError(f"prompts: {source!r} is a named set, and a file or folder here: write ./{source} for that")
+    if (source in PROMPT_SETS or path.suffix in _FILES) and not path.is_dir() and split != "train":
+        raise ValueError(f"prompts: split {split!r} was asked of {source!r}, which has no splits: leave it out")
+    if source in PROMPT_SETS:
+        return _read_set(source)
     if path.is_dir():
         return _read_folder(path, split, column)
-    if path.suffix in (".txt", *_TABLES):
+    if path.suffix in _FILES:
         if not path.is_file():
             raise FileNotFoundError(f"prompts: no file {source!r}: check the path")
-        if split != "train":
-            raise ValueError(
-                f"prompts: split {split!r} was asked of the file {source!r}, which has no splits: leave it out"
-            )
-        if path.suffix != ".txt":
-            return _read_table(path, column)
-        _check_utf8(path)
-        return path.read_text(encoding="utf-8-sig").split("\n")
+        return _read_file(path, path.suffix, column)
     if path.exists():
         raise ValueError(
-            f"prompts: {source!r} is neither a folder nor one of .txt, {', '.join(_TABLES)}: "
-            "convert it to one of these"
+            f"prompts: {source!r} is neither a folder nor one of {', '.join(_FILES)}: convert it to one of these"
         )
     if re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source):
         return _read_hub(source, split)
     raise FileNotFoundError(f"prompts: no file or folder {source!r}, and it cannot be a dataset id: check the path")
+
+
+def _read_set(name: str) -> datasets.Dataset | list[str]:
+    chosen = PROMPT_SETS[name]
+    try:
+        files = chosen.download()
+    except Exception as error:  # any error of huggingface_hub or the network
+        raise ValueError(
+            f"prompts: the set {name!r} is {', '.join(chosen.files)} of {chosen.repository} at {chosen.revision}, "
+            f"which gave: {_reason(error)}: download the files, and name them here"
+        ) from error
+    # Files in a cache may have no suffix.
+    tables = [
+        _read_file(path, Path(file).suffix, chosen.column) for path, file in zip(files, chosen.files, strict=True)
+    ]
+    if chosen.group is None:
+        return tables[0]
+    groups = [[Path(file).stem] * len(table) for table, file in zip(tables, chosen.files, strict=True)]
+    return datasets.concatenate_datasets(
+        [table.add_column(chosen.group, group) for table, group in zip(tables, groups, strict=True)]
+    )
+
+
+def _read_file(path: Path, suffix: str, column: str | None) -> datasets.Dataset | list[str]:
+    if suffix != ".txt":
+        return _read_table(path, suffix, column)
+    _check_utf8(path)
+    return path.read_text(encoding="utf-8-sig").split("\n")
 
 
 def _check_utf8(path: Path) -> None:
@@ -148,28 +201,41 @@ def _check_utf8(path: Path) -> None:
                 ) from error
 
 
-def _read_table(path: Path, column: str | None) -> datasets.Dataset:
+def _read_table(path: Path, suffix: str, column: str | None) -> datasets.Dataset:
     if path.stat().st_size == 0:
         raise ValueError(f"prompts: {str(path)!r} is empty: at least one prompt is needed")
-    if path.suffix != ".parquet":
-        _check_utf8(path)
     try:
-        if path.suffix == ".parquet":
+        if suffix == ".parquet":
             return datasets.load_dataset("parquet", data_files=str(path), split="train")
-        return _read_csv(path, column) if path.suffix == ".csv" else _read_jsonl(path, column)
+        _check_utf8(path)
+        return _read_csv(path, suffix, column) if suffix in (".csv", ".tsv") else _read_json(path, suffix, column)
     except Exception as error:  # pyarrow and datasets raise a dozen unrelated types for a malformed file
-        raise ValueError(f"prompts: {str(path)!r} is not a readable {path.suffix} file: {_reason(error)}") from error
+        raise ValueError(f"prompts: {str(path)!r} is not a readable {suffix} file: {_reason(error)}") from error
 
 
-def _read_csv(path: Path, column: str | None) -> datasets.Dataset:
+def _read_csv(path: Path, suffix: str, column: str | None) -> datasets.Dataset:
     """Not by pandas or pyarrow: the one takes surplus fields as an index, the other text after a closing quote."""
+    if suffix == ".csv":
+        return _read_fields(path, column)
+    # Double quotes are a part of the text in the .tsv files of spreadsheets, and around it in those of pandas.
+    table = _read_fields(path, column, delimiter="\t", quoting=csv.QUOTE_NONE)
+    if any(text.startswith('"') for name in table.column_names for text in table[name][:] if isinstance(text, str)):
+        try:
+            _read_fields(path, column, delimiter="\t")
+        except ValueError:
+            return table
+        raise ValueError("double quotes around fields may be a part of the text or not: write a .csv or a .jsonl file")
+    return table
+
+
+def _read_fields(path: Path, column: str | None, **dialect: Any) -> datasets.Dataset:
     rows: list[list[str]] = []
     with path.open(encoding="utf-8-sig", newline="") as lines:
-        reader = csv.reader(lines, strict=True)
+        reader = csv.reader(lines, strict=True, **dialect)
         line = 1
         try:
             header = next(reader, [])
-            if column is None and not set(header) & set(_COLUMN_NAMES):
+            if column is None and _find_column(header, None) is None:
                 raise ValueError(
                     f"a header with one of {', '.join(_COLUMN_NAMES)} expected, its first line is "
                     f"{','.join(header)[:80]!r}: add a header, or name one of its columns: {', '.join(header)[:80]}"
@@ -204,24 +270,31 @@ def _typed(fields: Sequence[str]) -> pa.Array:
     return texts
 
 
-def _read_jsonl(path: Path, column: str | None) -> datasets.Dataset:
+def _read_json(path: Path, suffix: str, column: str | None) -> datasets.Dataset:
     """Not by pyarrow, which makes times of texts such as 2026-01-31; columns with nested values are left out."""
-    rows: dict[int, dict[str, Any]] = {}
-    with path.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, start=1):
+    text = path.read_text(encoding="utf-8-sig")
+    rows: dict[str, Any] = {}
+    if suffix == ".json" and text.lstrip().startswith("["):
+        rows = {f"entry {place}": row for place, row in enumerate(json.loads(text, object_pairs_hook=_object), 1)}
+        if rows and all(isinstance(row, str) for row in rows.values()):
+            return datasets.Dataset.from_dict({_COLUMN_NAMES[0]: list(rows.values())})
+    else:
+        # Many .json files hold lines too.
+        for place, line in enumerate(text.split("\n"), start=1):
             if line.strip():
                 try:
-                    rows[number] = json.loads(line, object_pairs_hook=_object)
+                    rows[f"line {place}"] = json.loads(line, object_pairs_hook=_object)
                 except ValueError as error:
-                    raise ValueError(f"line {number}: {error}") from None
-                if not isinstance(rows[number], dict):
-                    raise ValueError(f"line {number}: an object expected, got {line.strip()[:40]}: write {{...}}")
+                    raise ValueError(f"line {place}: {error}") from None
+    for place, row in rows.items():
+        if not isinstance(row, dict):
+            raise ValueError(f"{place}: an object expected, got {json.dumps(row)[:40]}: write {{...}}")
     names = list(dict.fromkeys(name for row in rows.values() for name in row))
-    prompts = column or next((name for name in _COLUMN_NAMES if name in names), None)
-    for name in names if prompts is None else [prompts] if prompts in names else []:
-        for number, row in rows.items():
+    prompts = _find_column(names, column)
+    for name in [prompts] if prompts is not None else [] if column is not None else names:
+        for place, row in rows.items():
             if name not in row:
-                raise ValueError(f"line {number}: {name!r} expected as in other lines, got {', '.join(row)}: add it")
+                raise ValueError(f"{place}: {name!r} expected as in other lines, got {', '.join(row)}: add it")
     columns = {name: [row.get(name) for row in rows.values()] for name in names}
     return datasets.Dataset.from_dict(
         {name: values for name, values in columns.items() if _is_one_plain_type(name, values)}
@@ -269,8 +342,8 @@ def _read_data_files(path: Path, split: str, column: str | None) -> datasets.Dat
             "or convert and name them like the others"
         )
     files = [Path(file) for file in splits.get(split, [])]
-    if files and {file.suffix for file in files} <= {".jsonl", ".csv"}:
-        tables = [_read_table(file, column) for file in files]
+    if files and {file.suffix for file in files} <= {".jsonl", ".json", ".csv", ".tsv"}:
+        tables = [_read_table(file, file.suffix, column) for file in files]
         if len(names := {", ".join(sorted(table.column_names)) for table in tables}) > 1:
             raise ValueError(
                 f"the same columns expected in all files, got {' and '.join(sorted(names))}: complete them"
@@ -306,8 +379,19 @@ def _is_plain(kind: Any) -> bool:
     return dtype in ("string", "large_string", "bool") or dtype.startswith(("int", "uint", "float"))
 
 
-def _column(table: datasets.Dataset, source: str, column: str | None) -> list[str | None]:
-    return table[_prompt_column(table, source, column)][:]
+def _find_column(names: Sequence[str], column: str | None) -> str | None:
+    """The column that `column`, or its absence, means: an exact name, else the only one alike; None without one.
+
+    Raises:
+        ValueError: several are alike.
+    """
+    for name in _COLUMN_NAMES if column is None else (column,):
+        alike = [each for each in names if each.casefold() in (name.casefold(), f"{name}s" if column is None else "")]
+        if name in alike or len(alike) == 1:
+            return name if name in alike else alike[0]
+        if alike:
+            raise ValueError(f"prompts: one column of prompts expected, got {' and '.join(alike)}: name one of them")
+    return None
 
 
 def _prompt_column(table: datasets.Dataset, source: str, column: str | None) -> str:
@@ -315,23 +399,24 @@ def _prompt_column(table: datasets.Dataset, source: str, column: str | None) -> 
         name for name, kind in table.features.items() if getattr(kind, "dtype", None) in ("string", "large_string")
     ]
     names = ", ".join(table.column_names)
-    if column is None:
-        column = next((name for name in _COLUMN_NAMES if name in table.column_names), None)
-        if column is None and len(text) == 1:
-            column = text[0]
-        if column is None:
+    found = _find_column(table.column_names, column)
+    if found is None and column is None:
+        if len(text) != 1:
             raise ValueError(
                 f"prompts: {source!r} has no column {', '.join(_COLUMN_NAMES)} and not just one of text: "
                 f"name one of its columns: {names}"
             )
-    if column not in table.column_names:
+        found = text[0]
+    if found is None:
         raise ValueError(f"prompts: {source!r} has no column {column!r}: choose one of {names}")
-    if column not in text:
+    if found not in text:
         raise ValueError(
-            f"prompts: column {column!r} of {source!r} holds {table.features[column]}, expected text: "
+            f"prompts: column {found!r} of {source!r} holds {table.features[found]}, expected text: "
             f"columns of text are: {', '.join(text) or 'none'}; numbers that are text need a .jsonl file"
         )
-    return column
+    if found not in (_COLUMN_NAMES if column is None else (column,)):
+        warnings.warn(f"prompts: the column {found!r} of {source!r} holds the prompts.", stacklevel=3)
+    return found
 
 
 class PromptSampler(Generic[T]):

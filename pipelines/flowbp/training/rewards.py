@@ -2,17 +2,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The rewards of a run: what trains, what judges, and the prompts of the evaluation."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ..judging.images import score_images
-from ..rewards import check_prompts, load_reward, option_names, part_names, reward_spec
+from ..rewards import check_columns, check_prompts, load_reward, option_names, part_names, reward_spec
 from ..rewards.loading import parse_model_paths
 from .config import TrainingConfig
-from .prompts import Record, load_records, load_texts
+from .prompts import Record, has_columns, has_splits, load_records, texts_of
 
 Reward = str | Callable[..., torch.Tensor]
 
@@ -29,6 +29,7 @@ class RunRewards:
         validation: records whose images are drawn for people, one for each image.
         evaluation: records of `--eval_prompts`; with `--eval_reward` alone those of the validation; else
             empty.
+        columns: of the prompts' tables that reach a reward.
     """
 
     name: str
@@ -37,17 +38,18 @@ class RunRewards:
     held_out: torch.nn.Module | None
     validation: tuple[Record, ...]
     evaluation: tuple[Record, ...]
+    columns: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[torch.nn.Module]:
         """The modules."""
         return iter(module for module in (self.training, self.plain, self.held_out) if module is not None)
 
     @property
-    def scoring(self) -> Callable[[torch.Tensor, Sequence[str]], torch.Tensor]:
+    def scoring(self) -> Callable[..., torch.Tensor]:
         """The training reward as `FlowBPCallback.backward` takes it, which calls it by its name in errors."""
 
-        def score(images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-            return score_images(self.training, images.float(), prompts)
+        def score(images: torch.Tensor, prompts: Sequence[str], /, **columns: Sequence[Any]) -> torch.Tensor:
+            return score_images(self.training, images.float(), prompts, columns)
 
         score.__qualname__ = self.name
         return score
@@ -62,16 +64,29 @@ def validation_records(config: TrainingConfig, records: list[Record]) -> list[Re
     return [known.get(prompt, Record(prompt)) for prompt in map(str.strip, config.validation_prompt)]
 
 
+def evaluation_records(config: TrainingConfig, validation: list[Record]) -> list[Record]:
+    """The records of `--eval_prompts`; with `--eval_reward` alone those of the validation; else none."""
+    source = config.eval_prompts
+    if source is None:
+        return [] if config.eval_reward is None else validation
+    # What a source does not have was not meant for it.
+    column = config.eval_prompt_column or (config.prompt_column if has_columns(source) else None)
+    split = config.eval_prompt_split or (config.prompt_split if has_splits(source) else "train")
+    return load_records(source, column=column, split=split)
+
+
 def load_run_rewards(config: TrainingConfig, records: list[Record], reward: Reward | None) -> RunRewards:
     """The rewards of a run, tried on its prompts.
 
     Args:
         config: of the run.
         records: of the training.
-        reward: in place of `config.reward`: a name, a weighted sum, or any `reward(images, prompts) -> (B,)`.
+        reward: in place of `config.reward`: a name, a weighted sum, or any
+            `reward(images, prompts, **columns) -> (B,)`.
 
     Raises:
-        ValueError, FileNotFoundError, ModuleNotFoundError: see `load_reward`, `parse_model_paths`, `load_texts`.
+        ValueError, FileNotFoundError, ModuleNotFoundError: see `load_reward`, `parse_model_paths`, `texts_of`,
+            `check_columns`.
     """
     given = config.reward if reward is None else reward
     if given is None:
@@ -96,31 +111,39 @@ def load_run_rewards(config: TrainingConfig, records: list[Record], reward: Rewa
         )
     of_training, of_held_out = _model_paths(config, given)
     validation = validation_records(config, records)
-    evaluation: list[Record] = []
-    if config.eval_prompts is not None:
-        evaluation = load_records(config.eval_prompts)
-    elif config.eval_reward is not None:
-        evaluation = validation
-    texts = _texts(config)
+    evaluation = evaluation_records(config, validation)
+    texts = _texts(config, records, evaluation)
     plain = load_reward(given, of_training, config.reward_offload, **texts)
     training = plain
     if config.reward_augment:
         training = load_reward(given, of_training, config.reward_offload, augment=True, **texts)
-    prompts = [record.prompt for record in records]
-    shown = [record.prompt for record in (*validation, *evaluation)]
-    check_prompts(plain, prompts, config.sizes)
+    shown = {"--validation_prompt" if config.validation_prompt is not None else "--prompts": validation}
+    shown |= {"--eval_prompts": evaluation} if config.eval_prompts is not None else {}
+    columns = _check_table(plain, {"--prompts": records}, config.sizes)
     # Images of validation and evaluation have the first size.
-    check_prompts(plain, shown, config.sizes[:1])
+    columns |= _check_table(plain, shown, config.sizes[:1])
     held_out = None
     if config.eval_reward is not None:
         takes_texts = "texts" in option_names(config.eval_reward)
         held_out = load_reward(
             config.eval_reward, of_held_out, config.reward_offload, **(texts if takes_texts else {})
         )
-        check_prompts(held_out, shown, config.sizes[:1])
+        columns |= _check_table(held_out, shown, config.sizes[:1])
     count = 1 if config.validation_prompt is None else config.num_validation_images
     repeated = tuple(record for record in validation for _ in range(count))
-    return RunRewards(name, training, plain, held_out, repeated, tuple(evaluation))
+    return RunRewards(name, training, plain, held_out, repeated, tuple(evaluation), tuple(columns))
+
+
+def _check_table(
+    reward: torch.nn.Module, records: Mapping[str, Sequence[Record]], sizes: Sequence[tuple[int, int]]
+) -> dict[str, None]:
+    """Try a reward on records by the option that they are from; the columns that reach it, as keys."""
+    reached: dict[str, None] = {}
+    for option, of_option in records.items():
+        prompts = [record.prompt for record in of_option]
+        check_prompts(reward, prompts, sizes)
+        reached |= check_columns(reward, prompts, [record.columns for record in of_option], option)
+    return reached
 
 
 def _model_paths(config: TrainingConfig, given: Reward) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -134,14 +157,14 @@ def _model_paths(config: TrainingConfig, given: Reward) -> tuple[dict[str, Any],
     return {name: path for name, path in paths.items() if name not in of_held_out or name in trained}, of_held_out
 
 
-def _texts(config: TrainingConfig) -> dict[str, Any]:
+def _texts(config: TrainingConfig, records: Sequence[Record], evaluation: Sequence[Record]) -> dict[str, Any]:
     """The option `texts` of rewards that look for a text, with `--reward_text_column`."""
     column = config.reward_text_column
     if column is None:
         return {}
-    texts = load_texts(config.prompts, column, prompt_column=config.prompt_column, split=config.prompt_split)
+    texts = texts_of(records, column, config.prompts)
     if config.eval_prompts is not None:
-        for prompt, text in load_texts(config.eval_prompts, column).items():
+        for prompt, text in texts_of(evaluation, column, config.eval_prompts).items():
             if texts.setdefault(prompt, text) != text:
                 raise ValueError(
                     f"--reward_text_column {column}: one text expected for the prompt {prompt!r}, got "

@@ -100,4 +100,5 @@ class Sampling:
             sample,
             rewards,
             advance,
+            [record.columns for record in records],
         )
