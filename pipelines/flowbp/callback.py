@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from . import checks
+from .columns import Columns, Reward
 from .decode import decoding_in_chunks
 from .guidance import kept_samples
 from .host import widened
@@ -26,7 +27,7 @@ from .observers import GradientNorms, VelocityAnchor
 from .outputs import BackwardOutput, SweepOutput
 from .recording import Recorder
 from .replay import Replay, wrapped
-from .scoring import Columns, Reward, endpoint_gradients, score
+from .scoring import endpoint_gradients, score
 from .state import without_autocast, without_cudnn_attention
 from .surrogate import Surrogate
 from .sweep import all_or_nothing, sweep

@@ -12,8 +12,8 @@ from tiny_sd3 import tiny_sd3_pipeline
 from toy_reward import make_reward
 
 from flowbp import FlowBPCallback, get_method
+from flowbp.columns import call_with_columns
 from flowbp.rewards import check_columns, load_reward
-from flowbp.scoring import call_with_columns
 
 IMAGES = torch.rand(3, 3, 4, 4, generator=torch.Generator().manual_seed(0))
 PROMPTS = ["a", "b", "c"]

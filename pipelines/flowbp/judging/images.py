@@ -14,8 +14,8 @@ from accelerate.utils import gather_object
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
+from ..columns import Columns, call_with_columns
 from ..rewards import WeightedReward
-from ..scoring import Columns, call_with_columns
 from .guard import VelocityMeter, diversity, high_frequency_energy, saturated_share
 
 

@@ -12,10 +12,10 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 
+from ..columns import Columns, call_with_columns
 from ..inference import BaseForLast, lora_models
 from ..rewards import WeightedReward
 from ..rewards.loading import brief
-from ..scoring import Columns, call_with_columns
 from .images import are_finite, frames
 from .models import EvaluatedModel, lora_file
 

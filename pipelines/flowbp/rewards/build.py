@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..scoring import Places
+from ..columns import Places
 from .specs import REWARDS, reward_spec
 from .weighted import WeightedReward, call_reward
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..scoring import Columns, call_with_columns
+from ..columns import Columns, call_with_columns
 
 
 def call_reward(
