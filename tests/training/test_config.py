@@ -36,6 +36,7 @@ NEEDED = {
     "select": {"eval_reward": "clip"},
     "lr_warmup_steps": {"lr_scheduler": "linear"},
     "offload_ema": {"train": "full", "use_ema": True},
+    "prodigy_d_coef": {"optimizer": "prodigy"},
 }
 NEEDED |= dict.fromkeys(("eval_prompt_column", "eval_prompt_split"), {"eval_prompts": "e.csv"})
 # A tracker of accelerate's whose package is not installed.
@@ -214,6 +215,11 @@ def test_an_empty_list_is_refused(name: str):
             {"lr_warmup_steps": 3, "lr_scheduler": "linear", "max_train_steps": 2},
             "--lr_warmup_steps must be at most --max_train_steps 2, got 3",
         ),
+        ({"prodigy_d_coef": 2.0}, "--prodigy_d_coef has no effect with --optimizer adamw; leave it out"),
+        (
+            {"optimizer": "prodigy", "learning_rate": 1e-4},
+            "--learning_rate 0.0001: a factor on the rate that --optimizer prodigy finds, expected about 1; set it",
+        ),
         ({"validation_prompt": ("a", " ")}, "--validation_prompt must not be blank"),
         ({"report_to": "tensorbord"}, "--report_to tensorbord: expected all, none or an installed tracker (tensorb"),
         # accelerate knows it, and would only leave it out without a word.
@@ -295,6 +301,9 @@ def test_the_dtype_is_what_accelerate_launch_was_told(monkeypatch: pytest.Monkey
         ({"offload": False}, {"offload": False}),
         ({"group_offload": True}, {"offload": False}),
         ({"eval_prompts": "e.txt"}, {"select": "last"}),
+        ({"optimizer": "adamw-8bit"}, {"learning_rate": 1e-4}),
+        ({"optimizer": "prodigy"}, {"learning_rate": 1.0}),
+        ({"optimizer": "prodigy", "learning_rate": 0.5}, {"learning_rate": 0.5}),
         ({"eval_reward": "clip"}, {"select": "best"}),
         ({"eval_reward": "clip", "select": "last"}, {"select": "last"}),
     ],

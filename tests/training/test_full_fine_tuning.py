@@ -302,6 +302,7 @@ def test_damage_is_found(trained: Path, tmp_path: Path, damage: Any, message: st
         ({"offload_ema": True}, "--offload_ema has no effect without --use_ema"),
         ({"offload_ema": True, "use_ema": True, "train": "lora"}, "--offload_ema needs --train full"),
         ({"quantization_config_path": "nf4.json"}, "--quantization_config_path leaves weights that cannot be trained"),
+        ({"optimizer": "adamw-8bit"}, "--optimizer other than adamw does not train shards; leave it out"),
     ],
 )
 def test_what_does_not_go_with_full_fine_tuning(

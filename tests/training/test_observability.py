@@ -147,10 +147,11 @@ def test_a_run_says_what_it_will_do(observed: tuple[Path, list[str], str], model
     folder, _, printed = observed
     lines = printed.splitlines()
     start = lines.index(f"FlowBP-Lagrange on StableDiffusion3Pipeline ({model})")
-    table = {line[2:].split("  ")[0].strip(): line for line in lines[start + 1 : start + 7]}
-    assert list(table) == ["reward", "trained", "batch", "prompts", "updates", "written to"]
+    table = {line[2:].split("  ")[0].strip(): line for line in lines[start + 1 : start + 8]}
+    assert list(table) == ["reward", "trained", "optimizer", "batch", "prompts", "updates", "written to"]
     trained = sum(tensor.numel() for tensor in lora_of(folder).values())
     assert f"{trained:,} parameters in float32" in table["trained"] and "rank 3" in table["trained"]
+    assert table["optimizer"].endswith("adamw, learning rate 0.01 (linear)")
     assert "4 samples per update = 2 x 2 x 1" in table["batch"] and "8 x 8 pixels" in table["batch"]
     assert "3 for training, 2 for validation every 1 updates" in table["prompts"]
     assert str(folder) in table["written to"]

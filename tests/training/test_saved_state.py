@@ -5,6 +5,7 @@
 import functools
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,18 +45,18 @@ Change = Callable[[dict[str, Any]], object]
 
 
 @functools.cache
-def trained_state() -> TrainingState:
+def trained_state(**values: Any) -> TrainingState:
     """After two updates, one of them skipped."""
     transformer = tiny_sd3_pipeline(torch.float32).transformer
-    state = make_state(transformer, make_config(Path("run"), mixed_precision="fp16", use_ema=True))
+    state = make_state(transformer, make_config(Path("run"), mixed_precision="fp16", use_ema=True, **values))
     do_update(state, math.nan)
     do_update(state, 1.0)
     return state
 
 
-def write(output_dir: Path, number: int, change: Callable[[Path], None] = lambda folder: None) -> Path:
+def write(output_dir: Path, number: int, change: Callable[[Path], None] = lambda folder: None, **values: Any) -> Path:
     """A checkpoint, with a change made before its manifest is written."""
-    state = trained_state()
+    state = trained_state(**values)
     content = {
         "format": 3,
         "settings": {"lora_alpha": 4, "train": "lora"},
@@ -79,8 +80,8 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write(tmp_path_factory.mktemp("run"), 1)
 
 
-def assert_refused(written: Path, expected: str, change: Callable[[Path], None]) -> None:
-    folder = write(written.parent, 2, change)
+def assert_refused(written: Path, expected: str, change: Callable[[Path], None], **values: Any) -> None:
+    folder = write(written.parent, 2, change, **values)
     with pytest.raises(CheckpointError) as caught:
         find_checkpoint(written.parent, "checkpoint-2", pytest.fail, check_saved_state)
     told: list[str] = []
@@ -222,9 +223,9 @@ def test_a_state_that_is_none(written: Path, content: str) -> None:
         (
             "optimizer",
             lambda tensors: tensors["0.exp_avg_sq"].neg_(),
-            "squares at 0.exp_avg_sq, found negative values",
+            "values of 0 or more at 0.exp_avg_sq, found -",
         ),
-        ("optimizer", lambda tensors: tensors["2.step"].zero_(), "a count of 1 or more at 2.step, found 0.0"),
+        ("optimizer", lambda tensors: tensors["2.step"].zero_(), "values of 1 or more at 2.step, found 0.0"),
         ("ema", lambda tensors: tensors.pop("3"), "expected tensors 0 to 3, found ['0', '1', '2']"),
         (
             "ema",
@@ -249,6 +250,78 @@ def test_tensors_that_are_wrong(written: Path, name: str, change: Change, expect
 
 def first(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
     return next(iter(tensors.values()))
+
+
+# More than 4096 values, from which bitsandbytes keeps 8 bit.
+EIGHT_BIT = {"optimizer": "adamw-8bit", "rank": 257}
+PRODIGY = {"optimizer": "prodigy"}
+
+
+@pytest.mark.parametrize("values", [EIGHT_BIT, PRODIGY, {**PRODIGY, "adam_beta1": 0.0}])
+def test_other_optimizers_are_accepted(tmp_path: Path, values: dict[str, Any]) -> None:
+    check_saved_state(write(tmp_path, 1, **values))
+
+
+@pytest.mark.parametrize(
+    ("values", "change", "expected"),
+    [
+        (
+            EIGHT_BIT,
+            lambda found: found.pop("2.qmap1"),
+            "qmap1, absmax1, state2, qmap2, absmax2 of parameters",
+        ),
+        (
+            EIGHT_BIT,
+            lambda found: found.update({"2.state1": torch.ones(7)}),
+            "lora.safetensors at 2.state1, found (7,)",
+        ),
+        (
+            EIGHT_BIT,
+            lambda found: found.update({"2.state1": found["2.state1"].float()}),
+            "torch.uint8 at 2.state1",
+        ),
+        (EIGHT_BIT, lambda found: found.update({"2.absmax2": found["2.absmax2"][1:]}), "at 2.absmax2, found (16,)"),
+        (EIGHT_BIT, lambda found: found["2.absmax2"].neg_(), "values of 0 or more at 2.absmax2, found -"),
+        (
+            EIGHT_BIT,
+            lambda found: found.update({"0.step": torch.ones(())}),
+            "torch.int64 at 0.step, found torch.",
+        ),
+        (PRODIGY, lambda found: found.pop("0.s"), "found exp_avg, exp_avg_sq, p0, step of 0"),
+        (PRODIGY, lambda found: found.update({"0.p0": torch.zeros(7)}), "at 0.p0, found (7,)"),
+        (PRODIGY, lambda found: found["1.step"].neg_(), "values of 0 or more at 1.step, found -1"),
+    ],
+)
+def test_tensors_of_other_optimizers_that_are_wrong(
+    tmp_path: Path, values: dict[str, Any], change: Change, expected: str
+) -> None:
+    def apply(folder: Path) -> None:
+        tensors = load_file(folder / "optimizer.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "optimizer.safetensors")
+
+    with pytest.raises(CheckpointError, match=f"optimizer.safetensors: expected .*{re.escape(expected)}"):
+        check_saved_state(write(tmp_path, 1, apply, **values))
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"optimizer_name": "sgd"}, "one of adamw, adamw-8bit, prodigy at state.training.optimizer_name, found 'sgd'"),
+        ({"optimizer_numbers": {}}, "a number at state.training.optimizer_numbers.d, found nothing"),
+        ({"d": -1.0}, "a positive training.optimizer_numbers.d, found -1.0"),
+        ({"k": 0.5}, "a whole number of 0 or more at state.training.optimizer_numbers.k, found 0.5"),
+    ],
+)
+def test_numbers_of_an_optimizer_that_are_wrong(tmp_path: Path, change: dict[str, Any], expected: str) -> None:
+    def apply(folder: Path) -> None:
+        content = json.loads((folder / "state.json").read_text())
+        training = content["training"]
+        (training if change.keys() <= training.keys() else training["optimizer_numbers"]).update(change)
+        (folder / "state.json").write_text(json.dumps(content))
+
+    with pytest.raises(CheckpointError, match=f"state.json: expected {re.escape(expected)}"):
+        check_saved_state(write(tmp_path, 1, apply, **PRODIGY))
 
 
 @pytest.mark.parametrize("name", ["lora", "optimizer", "ema", "best"])

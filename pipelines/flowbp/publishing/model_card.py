@@ -26,7 +26,7 @@ from .run_info import redact, write_run_json
 TEMPLATE = files(__package__) / "card_template.md"
 # Options in the card's short table of settings; the long one has all.
 SUMMARY = (
-    "lora_layers rank lora_alpha learning_rate lr_scheduler max_grad_norm mixed_precision use_ema ema_decay "
+    "lora_layers rank lora_alpha optimizer learning_rate lr_scheduler max_grad_norm mixed_precision use_ema ema_decay "
     "velocity_anchor reward_clip"
 ).split()
 

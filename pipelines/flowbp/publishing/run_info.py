@@ -57,13 +57,17 @@ SECRET_FORMS = re.compile(
 )
 
 
-def versions() -> dict[str, str | None]:
-    """Versions of flowbp, Python and the libraries that results depend on; None for one that is not installed."""
+def versions(library: str | None = None) -> dict[str, str | None]:
+    """Versions of flowbp, Python and the libraries that results depend on; None for one that is not installed.
+
+    Args:
+        library: one more, for what not every run uses.
+    """
     # A checkout on PYTHONPATH has no installed metadata.
     from .. import __version__
 
     found: dict[str, str | None] = {"flowbp": __version__, "python": platform.python_version()}
-    for name in PACKAGES:
+    for name in filter(None, (*PACKAGES, library)):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

@@ -24,6 +24,7 @@ from .command_line import (
     parse_args_with_config,
     read_recipe,
 )
+from .optimizers import OPTIMIZERS
 from .options import COUNT, FINITE, NORM, NOT_NEGATIVE, POSITIVE, SHARE, check_options, declarations, option
 from .prompt_sets import PROMPTS_HELP
 from .speed import check_attention_backend
@@ -207,19 +208,27 @@ class TrainingConfig:
     train_batch_size: int = _training(4, "Prompts per process and micro-batch.", range=COUNT)
     gradient_accumulation_steps: int = _training(1, "Micro-batches per update.", range=COUNT)
     max_train_steps: int = _training(300, "Updates.", range=COUNT, source=PAPER)
+    optimizer: str = _training(
+        "adamw",
+        "AdamW, AdamW with 8-bit state (bitsandbytes), or Prodigy (prodigyopt), which finds the size of its steps.",
+        choices=tuple(OPTIMIZERS),
+    )
     learning_rate: float | None = _training(
         None,
-        "Learning rate after warm-up. Default: 1e-4 for a LoRA, 1e-5, the paper's, with --train full.",
+        "Learning rate after warm-up. Default: 1e-4, with prodigy 1; 1e-5, the paper's, with --train full.",
         range=POSITIVE,
     )
     lr_scheduler: str = _training("constant", "Schedule of the learning rate.", choices=LR_SCHEDULERS)
     lr_warmup_steps: int = _training(0, "Updates of warm-up.", range=NOT_NEGATIVE)
     lr_num_cycles: int = _training(1, "Restarts of cosine_with_restarts.", range=COUNT)
     lr_power: float = _training(1.0, "Power of polynomial.", range=NOT_NEGATIVE)
-    adam_beta1: float = _training(0.9, "AdamW.", range=SHARE)
-    adam_beta2: float = _training(0.999, "AdamW.", range=SHARE)
-    adam_weight_decay: float = _training(1e-4, "AdamW.", range=NOT_NEGATIVE, source=PAPER)
-    adam_epsilon: float = _training(1e-8, "AdamW.", range=NOT_NEGATIVE)
+    adam_beta1: float = _training(0.9, "AdamW and Prodigy.", range=SHARE)
+    adam_beta2: float = _training(0.999, "AdamW and Prodigy.", range=SHARE)
+    adam_weight_decay: float = _training(1e-4, "AdamW and Prodigy.", range=NOT_NEGATIVE, source=PAPER)
+    adam_epsilon: float = _training(1e-8, "AdamW and Prodigy.", range=NOT_NEGATIVE)
+    prodigy_d_coef: float = _training(
+        1.0, "Factor on the size of the steps that Prodigy finds.", range=POSITIVE, source="prodigyopt"
+    )
     max_grad_norm: float = _training(1.0, "Gradients are clipped to this norm.", range=NORM, source=PAPER)
     use_ema: bool = _training(False, "Validate, evaluate and save an average of the LoRA over the updates.")
     ema_decay: float = _training(
@@ -319,6 +328,7 @@ class TrainingConfig:
                 f"--lr_warmup_steps must be at most --max_train_steps {self.max_train_steps}, got "
                 f"{self.lr_warmup_steps}"
             )
+        self._check_prodigy()
         if self.validation_prompt is not None and not all(prompt.strip() for prompt in self.validation_prompt):
             raise ValueError("--validation_prompt must not be blank")
         trackers = [str(tracker) for tracker in get_available_trackers()]
@@ -347,6 +357,17 @@ class TrainingConfig:
             check_attention_backend(self.attention_backend)
         self._check_sizes()
 
+    def _check_prodigy(self) -> None:
+        if self.optimizer != "prodigy":
+            if self.prodigy_d_coef != 1:
+                raise ValueError(f"--prodigy_d_coef has no effect with --optimizer {self.optimizer}; leave it out")
+        elif self.learning_rate is not None and self.learning_rate < 0.1:
+            # diffusers' scripts warn.
+            raise ValueError(
+                f"--learning_rate {self.learning_rate:g}: a factor on the rate that --optimizer prodigy finds, "
+                "expected about 1; set it to 1, and --prodigy_d_coef below 1 for smaller steps"
+            )
+
     def _check_sizes(self) -> None:
         heights, widths = self.height, self.width
         if self.resolution is not None and (heights or widths):
@@ -371,6 +392,7 @@ class TrainingConfig:
         declared = declarations(type(self))
         refused = {
             **dict.fromkeys(("rank", "lora_alpha", "lora_dtype"), "is an option of a LoRA"),
+            "optimizer": "other than adamw does not train shards",
             "quantization_config_path": "leaves weights that cannot be trained",
             "velocity_anchor": "compares with the base model, which is gone after the first update",
         }
@@ -419,7 +441,7 @@ class TrainingConfig:
         if "offload" in backbone.defaults and self.offload is None:
             found["offload"] = not self.group_offload
         if self.learning_rate is None:
-            found["learning_rate"] = 1e-5 if self.train == "full" else 1e-4
+            found["learning_rate"] = 1e-5 if self.train == "full" else OPTIMIZERS[self.optimizer].learning_rate
         if self.select is None:
             found["select"] = "last" if self.eval_reward is None else "best"
         return replace(self, **found)

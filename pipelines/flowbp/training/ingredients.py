@@ -15,6 +15,7 @@ from accelerate.utils import gather_object
 from ..publishing.run_info import versions
 from ..rewards import REWARDS, part_names, reward_spec
 from .config import TrainingConfig
+from .optimizers import OPTIMIZERS
 from .prompts import Record
 
 
@@ -32,11 +33,12 @@ def ingredients(config: TrainingConfig, records: Sequence[Record], evaluation: S
     code = {name: _digest_of_code(reward_spec(name).factory) for name in names if name not in REWARDS}
     if callable(reward):
         code["reward"] = _digest_of_code(reward)
+    library = OPTIMIZERS[config.optimizer].library
     return {
         "prompts": f"{len(records)} prompts ({_digest(records)})",
         "evaluation prompts": f"{len(evaluation)} prompts ({_digest(evaluation)})",
         **{f"code of {name}": digest for name, digest in code.items()},
-        **{f"version of {name}": version for name, version in versions().items()},
+        **{f"version of {name}": version for name, version in versions(library).items()},
     }
 
 

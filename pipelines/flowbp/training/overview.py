@@ -8,6 +8,7 @@ from typing import Any
 
 from .config import TrainingConfig
 from .console import duration, size, table
+from .optimizers import OPTIMIZERS
 from .setup import Run
 from .stages import StageMeter
 from .state import Step
@@ -30,6 +31,7 @@ def tell_plan(run: Run) -> None:
     lines = [
         ("reward", run.rewards.name),
         ("trained", f"{trained:,} parameters in float32 ({trained / whole:.1%}), {_what_is_trained(config)}"),
+        ("optimizer", f"{config.optimizer}, learning rate {config.learning_rate:g} ({config.lr_scheduler})"),
         (
             "batch",
             f"{math.prod(batch)} samples per update = {' x '.join(map(str, batch))} (batch, micro-batches, processes) "
@@ -86,7 +88,7 @@ def estimate(run: Run, meter: StageMeter) -> str:
     of_images = images * of_image / processes
     seconds = left * of_update + of_images
     lora = sum(parameter.numel() * parameter.element_size() for parameter in run.state.parameters)
-    copies = 4 + config.use_ema + (config.eval_reward is not None)
+    copies = 2 + OPTIMIZERS[config.optimizer].copies + config.use_ema + (config.eval_reward is not None)
     # One more is kept for a while: see `_checkpoint_times`.
     count = math.ceil(left / config.checkpointing_steps) + 1
     kept = count if config.checkpoints_total_limit is None else min(count, config.checkpoints_total_limit)

@@ -125,6 +125,7 @@ class Reports:
             **means,
             "gradient_norm": step.gradient_norm,
             "learning_rate": step.learning_rate,
+            **({} if step.prodigy_d is None else {"prodigy_d": step.prodigy_d}),
             "seconds": meter.total,
             **{f"seconds/{stage}": seconds for stage, seconds in meter.seconds.items()},
             "memory_gib": peak / 2**30,

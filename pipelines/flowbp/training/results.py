@@ -17,6 +17,7 @@ from ..publishing.model_card import write_card
 from ..publishing.push import push_folder
 from ..publishing.run_info import git_commit, hardware, versions, write_run_json
 from .console import duration, table
+from .optimizers import OPTIMIZERS
 from .reports import finite
 from .trained import TRANSFORMER_FOLDER, LoraWeights
 
@@ -164,7 +165,7 @@ def write_record(
             "method": {"name": config.method, "title": run.title, "options": dict(run.method.options)},
             "base_model": config.pretrained_model_name_or_path,
             "pipeline_class": type(run.sampling.pipe).__name__,
-            "versions": versions(),
+            "versions": versions(OPTIMIZERS[config.optimizer].library),
             "git": git_commit(),
             "hardware": {
                 **hardware(accelerator.device, accelerator.num_processes),

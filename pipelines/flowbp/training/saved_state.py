@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from .checkpoints import check_folder, damaged, load_tensors, read_json
+from .optimizers import OPTIMIZERS, OptimizerSpec
 
 # Kinds of JSON values: a type; None; a tuple of alternatives; a list with the kind of its items; a dict with the kinds
 # of some keys, or under `str` that of all.
@@ -29,6 +30,8 @@ _STATE = {
         "skipped_in_a_row": int,
         "prompts": {"position": int},
         "scaler": dict,
+        "optimizer_name": str,
+        "optimizer_numbers": dict,
         "lr_scheduler": {"last_epoch": int, "_step_count": int},
         "has_average": bool,
     },
@@ -63,7 +66,6 @@ _WORDS = {
     None: "null",
 }
 _MISSING = object()
-_MOMENTS = {"step", "exp_avg", "exp_avg_sq"}
 
 
 def check_saved_state(folder: Path) -> None:
@@ -86,6 +88,14 @@ def check_saved_state(folder: Path) -> None:
         raise damaged(path, expected, found)
     for expected, found in _misfits(training["scaler"] or None, (_SCALER, None), "state.training.scaler"):
         raise damaged(path, expected, found)
+    if (name := training["optimizer_name"]) not in OPTIMIZERS:
+        raise damaged(path, f"one of {', '.join(OPTIMIZERS)} at state.training.optimizer_name", reprlib.repr(name))
+    spec, numbers = OPTIMIZERS[name], training["optimizer_numbers"]
+    for expected, found in _misfits(numbers, dict(spec.numbers), "state.training.optimizer_numbers"):
+        raise damaged(path, expected, found)
+    for number in ("d", "d_max"):
+        if not numbers.get(number, 1) > 0:
+            raise damaged(path, f"a positive training.optimizer_numbers.{number}", f"{numbers[number]}")
     if training["scaler"] and not training["scaler"]["scale"] > 0:
         raise damaged(path, "a positive training.scaler.scale", f"{training['scaler']['scale']}")
     if not training["skipped_in_a_row"] <= training["skipped"] <= training["update"]:
@@ -95,7 +105,8 @@ def check_saved_state(folder: Path) -> None:
         # Sharded: what is read of them is checked by `read_shards`.
         check_base_images(folder, state["evaluation"]["base_images"])
         return
-    _check_tensors(folder, training["update"] > training["skipped"], training["has_average"], best is not None)
+    has_moments = training["update"] > training["skipped"]
+    _check_tensors(folder, spec, has_moments, training["has_average"], best is not None)
 
 
 def check_base_images(folder: Path, kept: Mapping[str, Any] | None) -> None:
@@ -135,11 +146,11 @@ def _is_of(value: Any, kind: Any) -> bool:
     return value is None if kind is None else type(value) is (type(kind) if isinstance(kind, list | dict) else kind)
 
 
-def _check_tensors(folder: Path, has_moments: bool, has_average: bool, has_best: bool) -> None:
+def _check_tensors(folder: Path, spec: OptimizerSpec, has_moments: bool, has_average: bool, has_best: bool) -> None:
     lora = load_tensors(folder / "lora.safetensors")
     shapes = {name: tensor.shape for name, tensor in lora.items()}
     moments = load_tensors(folder / "optimizer.safetensors")
-    _check_moments(folder / "optimizer.safetensors", moments, shapes)
+    _check_moments(folder / "optimizer.safetensors", moments, shapes, spec)
     if bool(moments) != has_moments:
         expected = "moments of the updates before" if has_moments else "no moments before the first update"
         raise damaged(folder / "optimizer.safetensors", expected, f"{len(moments)} tensors")
@@ -156,19 +167,28 @@ def _check_tensors(folder: Path, has_moments: bool, has_average: bool, has_best:
             raise damaged(path, "the names and shapes of lora.safetensors", "others")
 
 
-def _check_moments(path: Path, moments: Mapping[str, torch.Tensor], shapes: Mapping[str, torch.Size]) -> None:
-    """Check AdamW's moments. A parameter that has got no gradient yet has none."""
-    by_index: dict[str, set[str]] = {}
-    for name, values in moments.items():
-        index, _, moment = name.partition(".")
-        by_index.setdefault(index, set()).add(moment)
-        if moment == "step" and (values.ndim or values < 1):
-            raise damaged(path, f"a count of 1 or more at {name}", reprlib.repr(values.tolist()))
-        if moment != "step" and values.shape not in shapes.values():
-            raise damaged(path, f"a shape of lora.safetensors at {name}", f"{tuple(values.shape)}")
-        if moment == "exp_avg_sq" and (values < 0).any():
-            raise damaged(path, f"squares at {name}", "negative values")
-    for index, names in by_index.items():
-        if index not in map(str, range(len(shapes))) or names != _MOMENTS:
-            expected = f"step, exp_avg and exp_avg_sq of parameters 0 to {len(shapes) - 1}"
-            raise damaged(path, expected, f"{', '.join(sorted(names))} of {index}")
+def _check_moments(
+    path: Path, moments: Mapping[str, torch.Tensor], shapes: Mapping[str, torch.Size], spec: OptimizerSpec
+) -> None:
+    """Check an optimizer's state. A parameter that has got no gradient yet has none."""
+    by_index: dict[str, dict[str, torch.Tensor]] = {}
+    for key, values in moments.items():
+        index, _, name = key.partition(".")
+        by_index.setdefault(index, {})[name] = values
+    for index, found in by_index.items():
+        layout = next((each for each in spec.layouts if each.keys() == found.keys()), None)
+        if layout is None or index not in map(str, range(len(shapes))):
+            names = " or ".join(", ".join(each) for each in spec.layouts)
+            raise damaged(
+                path, f"{names} of parameters 0 to {len(shapes) - 1}", f"{', '.join(sorted(found))} of {index}"
+            )
+        # Which parameter it is of is not known: the files have other orders. Squares have the parameter's shape.
+        shape = found["exp_avg_sq" if "exp_avg_sq" in found else "state2"].shape
+        for name, moment in layout.items():
+            values, where = found[name], f"at {index}.{name}"
+            if shape not in shapes.values() or values.shape not in moment.shapes(shape):
+                raise damaged(path, f"a shape of lora.safetensors {where}", f"{tuple(values.shape)}")
+            if values.dtype != moment.dtype:
+                raise damaged(path, f"{moment.dtype} {where}", f"{values.dtype}")
+            if (values < moment.least).any():
+                raise damaged(path, f"values of {moment.least} or more {where}", f"{values.min().item()}")

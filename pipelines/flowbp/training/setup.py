@@ -25,10 +25,18 @@ from .checkpointing import Checkpointer
 from .checkpoints import clean, find_checkpoint
 from .config import TrainingConfig
 from .console import Console
-from .distributed import check_distributed, check_environment, check_full, prepare_transformer, shard_all_weights
+from .distributed import (
+    check_distributed,
+    check_environment,
+    check_full,
+    prepare_transformer,
+    shard_all_weights,
+    uses_fsdp2,
+)
 from .evaluation import Evaluation
 from .ingredients import check_same_prompts, ingredients
 from .model import add_lora, freeze
+from .optimizers import check_optimizer
 from .output_folder import OutputFolder
 from .prompts import Record, load_records
 from .reports import Reports, read_log
@@ -117,6 +125,7 @@ def prepare(
     accelerator = make_accelerator(config)
     if config.train == "full":
         check_full(accelerator)
+    check_optimizer(config, uses_fsdp2(accelerator))
     folder = claim_folder(config, accelerator, closing)
     closing.enter_context(ProcessWatch(accelerator, config.process_timeout_minutes))
     check_same_prompts(accelerator, records)

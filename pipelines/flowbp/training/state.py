@@ -17,7 +17,7 @@ from ..outputs import BackwardOutput
 from .checkpoints import CheckpointError, load_tensors, save_tensors
 from .config import TrainingConfig
 from .distributed import all_ranks_max, clip_gradients, full_lora, full_tensor, full_tensors, like, local
-from .optimizers import make_optimizer
+from .optimizers import load_optimizer, make_optimizer, optimizer_numbers, optimizer_tensors
 from .prompts import PromptSampler, Record
 from .shards import read_shards
 from .trained import FullWeights, TrainedWeights
@@ -35,11 +35,13 @@ class Step:
         gradient_norm: 2-norm of the gradient before clipping.
         learning_rate: that it used.
         was_skipped: a reward, loss or gradient of some process was not finite, so nothing was changed.
+        prodigy_d: what Prodigy multiplied the learning rate with, None for other optimizers.
     """
 
     gradient_norm: float
     learning_rate: float
     was_skipped: bool
+    prodigy_d: float | None = None
 
 
 class TrainingState:
@@ -109,7 +111,7 @@ class TrainingState:
         Raises:
             TrainingError: where the step made the weights themselves not finite.
         """
-        rate = self.lr_scheduler.get_last_lr()[0]
+        rate, prodigy_d = self.lr_scheduler.get_last_lr()[0], self.optimizer.param_groups[0].get("d")
         self.is_whole = False
         self.scaler.unscale_(self.optimizer)
         norm = clip_gradients(self.parameters, self.config.max_grad_norm)
@@ -135,7 +137,7 @@ class TrainingState:
                 "--learning_rate and resume from the last checkpoint."
             )
         self.is_whole, self._prompts = True, self.sampler.state_dict()
-        return Step(norm, rate, was_skipped)
+        return Step(norm, rate, was_skipped, prodigy_d)
 
     @torch.no_grad()
     def _update_average(self) -> None:
@@ -176,12 +178,8 @@ class TrainingState:
 
     def tensors(self) -> dict[str, dict[str, torch.Tensor]]:
         """Whole tensors by file, for `save_tensors`. Collective."""
-        moments = {
-            f"{index}.{name}": value
-            for index, values in self.optimizer.state_dict()["state"].items()
-            for name, value in values.items()
-        }
-        found = {"lora": full_lora(self.transformer), "optimizer": full_tensors(moments)}
+        moments = full_tensors(optimizer_tensors(self.optimizer, self.parameters))
+        found = {"lora": full_lora(self.transformer), "optimizer": moments}
         if self.average is not None:
             found["ema"] = {str(index): full_tensor(value) for index, value in enumerate(self.average)}
         return found
@@ -194,6 +192,8 @@ class TrainingState:
             "skipped_in_a_row": self.skipped_in_a_row,
             "prompts": self._prompts,
             "scaler": self.scaler.state_dict(),
+            "optimizer_name": self.config.optimizer,
+            "optimizer_numbers": optimizer_numbers(self.optimizer, self.config.optimizer),
             "lr_scheduler": self.lr_scheduler.state_dict(),
             "has_average": self.average is not None,
         }
@@ -206,11 +206,13 @@ class TrainingState:
             state: of `state_dict`.
 
         Raises:
-            CheckpointError: for a LoRA, precision or average that does not fit.
+            CheckpointError: for a LoRA, precision, optimizer or average that does not fit.
         """
         where = f"--resume_from_checkpoint {folder}"
         if bool(state["scaler"]) != self.scaler.is_enabled():
             raise CheckpointError(f"{where}: use the --mixed_precision of that run.")
+        if (name := state["optimizer_name"]) != self.config.optimizer:
+            raise CheckpointError(f"{where}: use the --optimizer of that run, {name}.")
         if state["has_average"] != (self.average is not None):
             raise CheckpointError(
                 f"{where}: that run was {'with' if state['has_average'] else 'without'} --use_ema; this one must be "
@@ -219,7 +221,7 @@ class TrainingState:
         if isinstance(self.trained, FullWeights):
             self._load_shards(folder)
         else:
-            self._load_lora(folder, where)
+            self._load_lora(folder, where, state["optimizer_numbers"])
         self._load_schedule(state["lr_scheduler"])
         self.sampler.load_state_dict(state["prompts"])
         self._prompts = self.sampler.state_dict()
@@ -230,7 +232,7 @@ class TrainingState:
             # The run ended for it; one that resumes gets as many updates again.
             self.skipped_in_a_row = 0
 
-    def _load_lora(self, folder: Path, where: str) -> None:
+    def _load_lora(self, folder: Path, where: str, numbers: Mapping[str, float]) -> None:
         lora = load_tensors(folder / "lora.safetensors")
         expected = {name: tensor.shape for name, tensor in full_lora(self.transformer).items()}
         if {name: tensor.shape for name, tensor in lora.items()} != expected:
@@ -238,7 +240,8 @@ class TrainingState:
                 f"{where}: its LoRA has other layers or another rank; use the --lora_layers and --rank of that run."
             )
         self.trained.restore(lora)
-        self._load_optimizer(load_tensors(folder / "optimizer.safetensors"))
+        moments = load_tensors(folder / "optimizer.safetensors")
+        load_optimizer(self.optimizer, self.parameters, moments, numbers)
         if self.average is not None:
             average = load_tensors(folder / "ema.safetensors")
             for index, own in enumerate(self.average):
@@ -284,15 +287,6 @@ class TrainingState:
             self.optimizer.state[parameter] = {"step": step, **moments}
         read_shards(self.accelerator, folder, self.shards())
         self.trained.has_changed = True
-
-    def _load_optimizer(self, moments: Mapping[str, torch.Tensor]) -> None:
-        by_index: dict[int, dict[str, torch.Tensor]] = {}
-        for key, value in moments.items():
-            index, _, name = key.partition(".")
-            parameter = self.parameters[int(index)]
-            by_index.setdefault(int(index), {})[name] = like(value, parameter) if value.ndim else value
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": by_index, "param_groups": groups})
 
     def _load_schedule(self, schedule_state: Mapping[str, Any]) -> None:
         # Where the schedule is comes from the checkpoint, what it multiplies from --learning_rate, which may differ.

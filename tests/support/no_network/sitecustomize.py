@@ -14,9 +14,14 @@ NCCL's between processes, hf_xet's, which tests do not use), nor programs that a
 
 import importlib.machinery
 import importlib.util
+import logging
 import os
 import sys
 from typing import Any
+
+# At its import, which is peft's too, bitsandbytes tells CPUs with AVX-512 of a package from the Hub that would make
+# its 4-bit layers faster. Tests read what the scripts print.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def _is_local(host: Any) -> bool:
