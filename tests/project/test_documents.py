@@ -16,6 +16,7 @@ from training_scripts import ROOT, load_script
 
 from flowbp.methods import METHODS, OPTIONS, Option, Row
 from flowbp.training import TrainingConfig
+from flowbp.training.comparison import ComparisonConfig
 from flowbp.training.options import declarations
 
 DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "training" / "README.md"]
@@ -68,7 +69,7 @@ def test_options_in_the_documents_are_options() -> None:
     known = {
         option for path in programs for option in re.findall(r"\"(--[a-z0-9_-]+)\"", path.read_text(encoding="utf-8"))
     }
-    configs = (TrainingConfig, load_script("evaluate_flowbp").EvaluationConfig)
+    configs = (TrainingConfig, ComparisonConfig, load_script("evaluate_flowbp").EvaluationConfig)
     known |= {f"--{option}" for options in (OPTIONS, *map(declarations, configs)) for option in options}
     # argparse's own and a negative, accelerate's, pip's.
     others = {"--help", "--no-offload", "--config_file", "--no-deps"}

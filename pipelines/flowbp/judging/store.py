@@ -91,7 +91,11 @@ class Store:
         for model in self.models:
             # A model without images, because its LoRA could not be loaded, may change.
             has_batches = any((self.folder / "scores" / model.folder).glob("*.json"))
-            if has_batches and kept.get(model.folder, asdict(model)) != asdict(model):
+            before = kept.get(model.folder)
+            if model.digest is not None and before is not None and before["digest"] == model.digest:
+                # A local LoRA is known by its content, wherever it is.
+                before = {**before, "lora": model.lora}
+            if has_batches and before not in (None, asdict(model)):
                 raise ValueError(
                     f"--output_dir {self.folder} holds another LoRA named {model.name!r} (its source or file "
                     "changed); choose another name or folder."

@@ -108,17 +108,19 @@ def about_intervals(records: Sequence[Mapping[str, Any]]) -> str:
 def _cells(
     estimates: Sequence[Mapping[str, Any] | None], is_share: bool, sign: str = "", empty: int | None = None
 ) -> list[str]:
-    """A column of `mean [low, high]`: shares in per cent, others to two digits of the widest interval's half width.
+    """A column of `mean [low, high]`: shares in per cent, others to two digits of an interval's half width: of the
+    widest over prompts, or else of the narrowest over seeds.
 
     Where there is no estimate, it says `no scores`; at the place `empty`, nothing.
     """
     factor, digits = (100, 1) if is_share else (1, 3)
     found = [estimate for estimate in estimates if estimate]
     halves = [((each["interval"][1] - each["interval"][0]) / 2, each["over"]) for each in found]
-    # The interval of equal values is wide by a rounding error only, which says nothing about digits. Nor does that of
-    # a few seeds say it for the other lines.
+    # The interval of equal values is wide by a rounding error only, which says nothing about digits. Intervals over
+    # few seeds are wide, too, and say nothing about the other lines.
     halves = [(half, over) for half, over in halves if half > 1e-6]
-    halves = [half for half, over in halves if over == "prompts"] or [half for half, _ in halves]
+    of_seeds = [half for half, over in halves if over == "seeds"]
+    halves = [half for half, over in halves if over == "prompts"] or ([min(of_seeds)] if of_seeds else [])
     if not is_share and halves:
         digits = min(max(1 - math.floor(math.log10(max(halves))), 0), 6)
     cells = []

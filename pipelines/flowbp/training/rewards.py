@@ -75,18 +75,14 @@ def evaluation_records(config: TrainingConfig, validation: list[Record]) -> list
     return load_records(source, column=column, split=split)
 
 
-def load_run_rewards(config: TrainingConfig, records: list[Record], reward: Reward | None) -> RunRewards:
-    """The rewards of a run, tried on its prompts.
+def check_reward(config: TrainingConfig, reward: Reward | None) -> tuple[Reward, str]:
+    """The training's reward and its name, checked without loading it.
 
     Args:
-        config: of the run.
-        records: of the training.
-        reward: in place of `config.reward`: a name, a weighted sum, or any
-            `reward(images, prompts, **columns) -> (B,)`.
+        config, reward: as `load_run_rewards` takes them.
 
     Raises:
-        ValueError, FileNotFoundError, ModuleNotFoundError: see `load_reward`, `parse_model_paths`, `texts_of`,
-            `check_columns`.
+        ValueError: for no reward, an unknown one, one that cannot train, or one that the held-out reward is too.
     """
     given = config.reward if reward is None else reward
     if given is None:
@@ -109,6 +105,26 @@ def load_run_rewards(config: TrainingConfig, records: list[Record], reward: Rewa
             f"--eval_reward {config.eval_reward}: the training's reward is called {name}; choose one that is held "
             "out, or give yours another name."
         )
+    if config.eval_reward is not None:
+        for part in part_names(config.eval_reward):
+            reward_spec(part)
+    return given, name
+
+
+def load_run_rewards(config: TrainingConfig, records: list[Record], reward: Reward | None) -> RunRewards:
+    """The rewards of a run, tried on its prompts.
+
+    Args:
+        config: of the run.
+        records: of the training.
+        reward: in place of `config.reward`: a name, a weighted sum, or any
+            `reward(images, prompts, **columns) -> (B,)`.
+
+    Raises:
+        ValueError, FileNotFoundError, ModuleNotFoundError: see `load_reward`, `parse_model_paths`, `texts_of`,
+            `check_columns`.
+    """
+    given, name = check_reward(config, reward)
     of_training, of_held_out = _model_paths(config, given)
     validation = validation_records(config, records)
     evaluation = evaluation_records(config, validation)

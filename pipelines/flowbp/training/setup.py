@@ -114,12 +114,7 @@ def prepare(
         # Checked with the other options, and told with them in checkpoints and trackers.
         config, reward = replace(config, reward=reward), None
     config = config.settle(backbone_class)
-    check_environment()
-    method = config.make_method(backbone_class.name)
-    # Tried once on the run's number of steps, so that options which do not fit it fail now.
-    method.draw(torch.linspace(1, 0, config.num_inference_steps + 1), make_generator("trial"))
-    records = load_records(config.prompts, column=config.prompt_column, split=config.prompt_split)
-    backbone = backbone_class(config)
+    method, records, backbone = check_settings(config, backbone_class)
     if config.resume_from_checkpoint is not None:
         find_checkpoint(config.output_dir, config.resume_from_checkpoint, tell=lambda message: None)
     accelerator = make_accelerator(config)
@@ -169,6 +164,28 @@ def prepare(
         folder=folder,
         first_update=state.update,
     )
+
+
+def check_settings(config: TrainingConfig, backbone_class: type[Backbone]) -> tuple[Method, list[Record], Backbone]:
+    """Check what can be known without loading a model or writing anything.
+
+    Args:
+        config: settled.
+        backbone_class: of the model.
+
+    Returns:
+        The method, the records of the training, and the backbone.
+
+    Raises:
+        ValueError, OSError: in one line.
+    """
+    check_environment()
+    method = config.make_method(backbone_class.name)
+    # Tried once on the run's number of steps, so that options which do not fit it fail now.
+    method.draw(torch.linspace(1, 0, config.num_inference_steps + 1), make_generator("trial"))
+    records = load_records(config.prompts, column=config.prompt_column, split=config.prompt_split)
+    backbone = backbone_class(config)
+    return method, records, backbone
 
 
 def make_accelerator(config: TrainingConfig) -> Accelerator:
