@@ -237,6 +237,7 @@ def changed(recipe: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         ("base/num_active", 2, "base: num_active belongs to a method"),
         ("base/output_dir", "x", "base: output_dir is set by the comparison"),
         ("base/push_to_hub", True, "base: push_to_hub is set by the comparison"),
+        ("base/train", "full", "flowbp-sparse, seed 0: --train full: the evaluation takes LoRAs"),
         ("base/reward", "toy_reward:nothing", "flowbp-sparse, seed 0: reward 'toy_reward:nothing'"),
         ("base/prompts", "nowhere.txt", "flowbp-sparse, seed 0: .*nowhere.txt"),
         ("base/pretrained_model_name_or_path", "nowhere", "flowbp-sparse, seed 0: .*nowhere"),

@@ -267,6 +267,8 @@ def check_runs(
             )
             if run.line not in configs:
                 configs[run.line] = config
+                if config.train != "lora":
+                    raise ValueError(f"--train {config.train}: the evaluation takes LoRAs; leave it out")
                 check_reward(config, None)
                 _, records, _ = check_settings(config, backbone)
                 made_of[run.line] = ingredients(config, records, (), None)
