@@ -262,13 +262,13 @@ def check_runs(
     made_of: dict[str, Any] = {}
     for run in runs:
         try:
+            if run.options.get("train", "lora") != "lora":
+                raise ValueError(f"--train {run.options['train']}: the evaluation takes LoRAs; leave it out")
             config = _parsed(
                 partial(parse_training_config, backbone, "", as_words(run.options, TrainingConfig), recipes)
             )
             if run.line not in configs:
                 configs[run.line] = config
-                if config.train != "lora":
-                    raise ValueError(f"--train {config.train}: the evaluation takes LoRAs; leave it out")
                 check_reward(config, None)
                 _, records, _ = check_settings(config, backbone)
                 made_of[run.line] = ingredients(config, records, (), None)
