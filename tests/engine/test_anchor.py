@@ -259,14 +259,6 @@ def test_a_factor_out_of_range_is_refused(beta: float):
         FlowBPCallback(get_method("full"), velocity_anchor=beta)
 
 
-def test_an_anchor_needs_a_lora():
-    pipe = tiny_sd3_pipeline(float64_scheduler=True)
-    with pytest.raises(ValueError, match="`velocity_anchor` compares with the transformer without its LoRA") as caught:
-        anchored(pipe, "flowbp-sparse", Sampling(PROMPTS, 7, 3.5))
-    assert "\n" not in str(caught.value)
-    assert all(parameter.grad is None for parameter in pipe.transformer.parameters())
-
-
 def test_a_fused_lora_belongs_to_the_base():
     """It is in the weights, and stays there while another one that is trained is left out."""
     pipe, base = lora_pipeline(), lora_pipeline().transformer

@@ -269,22 +269,6 @@ def test_other_weights_are_refused(tmp_path, content, message):
     assert "\n" not in str(error.value) and "https://huggingface.co/xswu/HPSv2" in str(error.value)
 
 
-class Code:
-    """A pickle that would run something."""
-
-    def __reduce__(self):
-        return (print, ("this must not be printed",))
-
-
-@pytest.mark.parametrize("content", [{"state_dict": Code()}, Code()])
-def test_no_code_of_a_checkpoint_is_run(tmp_path, content, capsys):
-    save_clip_tokenizer(tmp_path)
-    torch.save(content, tmp_path / HPS_FILE)
-    with pytest.raises(ValueError, match="is not a complete checkpoint of tensors") as error:
-        hpsv2_1(tmp_path, CLIP_CONFIG)
-    assert "\n" not in str(error.value) and not capsys.readouterr().out
-
-
 def test_a_tokenizer_with_another_end_token_is_refused(folders, tmp_path):
     for name in ("clip", "hpsv2.1"):
         for file in folders[name].iterdir():
