@@ -514,6 +514,21 @@ class PlainLoop(StableDiffusion3Pipeline):
         return self.vae.decode(latents / config.scaling_factor + config.shift_factor).sample
 
 
+def with_part(part: str, change: Callable[[Any, torch.Tensor], torch.Tensor], base: type = PlainLoop) -> type:
+    """A loop in which `change(pipe, result)` takes the place of what a part returns."""
+    return type("ChangedLoop", (base,), {part: lambda pipe, *args: change(pipe, getattr(base, part)(pipe, *args))})
+
+
+def with_last_latents(change: Callable[[Any, torch.Tensor], torch.Tensor]) -> type:
+    """A loop that decodes `change(pipe, latents)`; it keeps what it stepped."""
+
+    class ChangedLoop(KeepsLatents):
+        def pictures(self, latents: torch.Tensor) -> torch.Tensor:
+            return super().pictures(change(self, latents))
+
+    return ChangedLoop
+
+
 def loop_call(pipe: Any) -> dict[str, Any]:
     return {"prompts": list(PROMPTS)}
 
@@ -773,23 +788,6 @@ class KeepsLatents(PlainLoop):
         return following
 
 
-class DecodesMeanOfLastTwo(KeepsLatents):
-    def pictures(self, latents: torch.Tensor) -> torch.Tensor:
-        return super().pictures((latents + self.seen[-1][0]) / 2)
-
-
-class DecodesWithLastVelocity(KeepsLatents):
-    def pictures(self, latents: torch.Tensor) -> torch.Tensor:
-        return super().pictures(latents + 0.2 * self.seen[-1][1])
-
-
-class KeepsPreviousDeviation(KeepsLatents):
-    """Gives the last latents the spread of those before, as guidance rescaling does."""
-
-    def pictures(self, latents: torch.Tensor) -> torch.Tensor:
-        return super().pictures(latents * (self.seen[-1][0].std() / latents.std()))
-
-
 class BlendsAnEarlyEstimate(KeepsLatents):
     """Shows a little of what step 1 expected to become of it."""
 
@@ -797,11 +795,6 @@ class BlendsAnEarlyEstimate(KeepsLatents):
         before, velocity, _ = self.seen[1]
         estimate = before - self.scheduler.sigmas[1] * velocity
         return 0.9 * super().decoded(latents) + 0.1 * super().decoded(estimate)
-
-
-class BrightensByATrainedBias(PlainLoop):
-    def decoded(self, latents: torch.Tensor) -> torch.Tensor:
-        return super().decoded(latents) + 30 * self.transformer.proj_out.bias.mean()
 
 
 class GainOfItsOwn(PlainLoop):
@@ -896,11 +889,6 @@ class _Rounded(torch.autograd.Function):
         return gradient
 
 
-class RoundsVelocities(PlainLoop):
-    def velocity(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        return _Rounded.apply(super().velocity(latents, timestep))
-
-
 class ShowsTheNoise(PlainLoop):
     """Adds some of the initial noise, a constant, to the last latents."""
 
@@ -922,14 +910,6 @@ class OneBuffer(PlainLoop):
 class AddsNothing(PlainLoop):
     def step(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         return super().step(latents, timestep) + 0.0 * latents
-
-
-class CentresVelocities(PlainLoop):
-    """Mixes samples in its own code."""
-
-    def velocity(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        velocity = super().velocity(latents, timestep)
-        return velocity - 0.5 * velocity.mean(0, keepdim=True)
 
 
 class SecondBranchSeesTheFirst(PlainLoop):
@@ -1061,10 +1041,16 @@ def weight_penalty(pipe: Any, rewards: torch.Tensor) -> torch.Tensor:
 ROOT = "latents|earlier step|outside of|endpoint|velocit"
 rule_1 = adding(1, ROOT)
 
-rule_1("decodes the mean of its last two latents", DecodesMeanOfLastTwo, methods=JUDGED, is_table=True)
+rule_1(
+    "decodes the mean of its last two latents",
+    with_last_latents(lambda pipe, latents: (latents + pipe.seen[-1][0]) / 2),
+    methods=JUDGED,
+    is_table=True,
+)
 rule_1(
     "decodes x_N + 0.2 v_last",
-    DecodesWithLastVelocity,
+    with_last_latents(lambda pipe, latents: latents + 0.2 * pipe.seen[-1][1]),
+    cause=ROOT + "|not recorded",
     methods=tuple(METHODS),
     refused_by=("draft-lv",),
     is_table=True,
@@ -1089,9 +1075,17 @@ rule_1(
     "either",
     call=stepping(at_the_end(lambda pipe, seen: (seen[-1] + seen[-2].detach()) / 2)),
 )
-rule_1("gives the last latents the spread of those before", KeepsPreviousDeviation)
+rule_1(
+    "gives the last latents the spread of those before",  # as guidance rescaling does
+    with_last_latents(lambda pipe, latents: latents * (pipe.seen[-1][0].std() / latents.std())),
+)
 rule_1("blends a decoded early estimate into the images", BlendsAnEarlyEstimate, methods=MANY)
-rule_1("brightens images by a trained bias", BrightensByATrainedBias, cause="parameter|outside", methods=MANY)
+rule_1(
+    "brightens images by a trained bias",
+    with_part("decoded", lambda pipe, images: images + 30 * pipe.transformer.proj_out.bias.mean()),
+    cause="parameter|outside",
+    methods=MANY,
+)
 for each, shape in ((GainOfItsOwn, "velocities"), (GainOnTheImages, "images"), (ShiftsTimesteps, "timesteps")):
     rule_1(
         f"trained number of the pipeline's own acts on {shape}",
@@ -1166,11 +1160,11 @@ rule_1("calls the transformer under checkpoint", CheckpointsItsCalls, "either", 
 rule_1("guides at some steps only", GuidanceInterval, "either", cause="guidance|call")
 # Look alike.
 for each, name in (
-    (RoundsVelocities, "rounds velocities straight through"),
+    (with_part("velocity", lambda pipe, v: _Rounded.apply(v)), "rounds velocities straight through"),
     (ShowsTheNoise, "adds the initial noise to the last latents"),
     (OneBuffer, "writes all latents into one tensor"),
     (AddsNothing, "adds zero times the old latents"),
-    (CentresVelocities, "mixes samples in its own code"),
+    (with_part("velocity", lambda pipe, v: v - 0.5 * v.mean(0, keepdim=True)), "mixes samples in its own code"),
     (SecondBranchSeesTheFirst, "gives one branch's output to the other"),
     (DetachesUnconditionalBranch, "detaches the unconditional branch by itself"),
     (PredictsTheSample, "turns outputs into estimates and back"),
@@ -1207,34 +1201,17 @@ def through_to_q(pipe: Any, words: torch.Tensor) -> torch.Tensor:
     return to_q(words.unflatten(-1, (-1, 16))).flatten(-2)
 
 
-class TextThroughToQ(PlainLoop):
-    def prepared(self, words: torch.Tensor) -> torch.Tensor:
-        return through_to_q(self, words)
+def through_weight(pipe: Any, words: torch.Tensor) -> torch.Tensor:
+    """The parameter itself, not its module."""
+    return torch.nn.functional.linear(words, pipe.transformer.context_embedder.weight).repeat(1, 1, 2)
 
 
-class TextThroughToQWithoutGradients(PlainLoop):
-    def prepared(self, words: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            return through_to_q(self, words)
-
-
-class TextThroughAWeight(PlainLoop):
-    """Uses the parameter itself, not its module."""
-
-    def prepared(self, words: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.linear(words, self.transformer.context_embedder.weight).repeat(1, 1, 2)
-
-
-class TextTimesWeightNorm(PlainLoop):
-    def prepared(self, words: torch.Tensor) -> torch.Tensor:
-        return words * self.transformer.proj_out.weight.norm() / 3
-
-
-class TextTimesNormOfAll(PlainLoop):
+def times_norm_of_all(pipe: Any, words: torch.Tensor) -> torch.Tensor:
     """One operation on a list of all parameters."""
+    return words * torch.stack(torch._foreach_norm(list(pipe.transformer.parameters()))).norm() / 30
 
-    def prepared(self, words: torch.Tensor) -> torch.Tensor:
-        return words * torch.stack(torch._foreach_norm(list(self.transformer.parameters()))).norm() / 30
+
+preparing = functools.partial(with_part, "prepared")
 
 
 class TextTimesVectorOfAll(PlainLoop):
@@ -1258,22 +1235,8 @@ class TextThroughLoraByHand(PlainLoop):
         return words + torch.nn.functional.linear(words.unflatten(-1, (-1, 16)), delta).flatten(-2)
 
 
-class TextThroughOldView(PlainLoop):
-    """Uses a tensor that was computed from a parameter long before."""
-
-    def prepared(self, words: torch.Tensor) -> torch.Tensor:
-        return (words @ self.view).repeat(1, 1, 2)
-
-
 def old_view(pipe: Any) -> None:
     pipe.view = 1.0 * pipe.transformer.context_embedder.weight.t()
-
-
-class TextThroughTiedModule(PlainLoop):
-    """Has a module that shares a parameter with the transformer."""
-
-    def prepared(self, words: torch.Tensor) -> torch.Tensor:
-        return self.prior(words).repeat(1, 1, 2)
 
 
 def tied_prior(pipe: Any) -> None:
@@ -1291,22 +1254,10 @@ class TextScaledThroughAView(PlainLoop):
         return words
 
 
-class TextTimesOwnGain(PlainLoop):
-    """A trained number that belongs to no component, before the loop."""
-
-    def prepared(self, words: torch.Tensor) -> torch.Tensor:
-        return self.gain * words
-
-
 class TextThroughNumpy(PlainLoop):
     def prepared(self, words: torch.Tensor) -> torch.Tensor:
         weight = self.transformer.context_embedder.weight.detach().numpy()
         return torch.from_numpy(words.numpy() @ weight.T).repeat(1, 1, 2)
-
-
-class TextTimesDataNorm(PlainLoop):
-    def prepared(self, words: torch.Tensor) -> torch.Tensor:
-        return words * self.transformer.proj_out.weight.data.norm() / 3
 
 
 class VelocityTimesWeightNorm(PlainLoop):
@@ -1495,8 +1446,8 @@ ELSEWHERE = "outside of|elsewhere|trained|shares|before the|parameter"
 rule_2 = adding(2, ELSEWHERE)
 ALL = tuple(METHODS)
 
-rule_2("text through to_q before the loop", TextThroughToQ, methods=ALL, refused_by=ALL[1:], is_table=True)
-rule_2("text through to_q under no_grad before the loop", TextThroughToQWithoutGradients, "either")
+rule_2("text through to_q before the loop", preparing(through_to_q), methods=ALL, refused_by=ALL[1:], is_table=True)
+rule_2("text through to_q under no_grad before the loop", preparing(torch.no_grad()(through_to_q)), "either")
 rule_2(
     "Z-Image's control network shares refiners with a LoRA",
     tiny_z_image_control,
@@ -1542,9 +1493,9 @@ rule_2(
     call=call_with_user_s,
 )
 for each, name in (
-    (TextThroughAWeight, "text through a weight before the loop"),
-    (TextTimesWeightNorm, "text times a weight's norm"),
-    (TextTimesNormOfAll, "text times the norm of all weights, found at once"),
+    (preparing(through_weight), "text through a weight before the loop"),
+    (preparing(lambda pipe, words: words * pipe.transformer.proj_out.weight.norm() / 3), "text times a weight's norm"),
+    (preparing(times_norm_of_all), "text times the norm of all weights, found at once"),
     (TextTimesVectorOfAll, "text times the size of all weights as a vector"),
     (TextThroughFunctionalCall, "text through a part with its parameters as arguments"),
     (NoiseThroughPatchEmbedding, "noise through the patch embedding"),
@@ -1554,14 +1505,18 @@ for each, name in (
 rule_2("text through a LoRA's product by hand", loop(TextThroughLoraByHand, lora_rank=2), call=loop_call)
 rule_2(
     "text through a view of a weight that was made before",
-    changed(loop(TextThroughOldView), old_view),
+    changed(loop(preparing(lambda pipe, words: (words @ pipe.view).repeat(1, 1, 2))), old_view),
     cause=ELSEWHERE + "|gradient",
     call=loop_call,
 )
-rule_2("text through a module that shares a weight", changed(loop(TextThroughTiedModule), tied_prior), call=loop_call)
+rule_2(
+    "text through a module that shares a weight",
+    changed(loop(preparing(lambda pipe, words: pipe.prior(words).repeat(1, 1, 2))), tied_prior),
+    call=loop_call,
+)
 rule_2(
     "text times a trained number of the pipeline's own",
-    changed(loop(TextTimesOwnGain), own_gain),
+    changed(loop(preparing(lambda pipe, words: pipe.gain * words)), own_gain),
     cause=ELSEWHERE + "|gradient",
     call=loop_call,
     trained=with_own_gain,
@@ -1571,7 +1526,10 @@ rule_2("reward asks the transformer", sd3(), "either", cause="reward|" + ELSEWHE
 # Autograd's own answer is that these carry no gradient.
 for each, name in (
     (TextThroughNumpy, "text through a weight as a numpy array"),
-    (TextTimesDataNorm, "text times the norm of a weight's data"),
+    (
+        preparing(lambda pipe, words: words * pipe.transformer.proj_out.weight.data.norm() / 3),
+        "text times the norm of a weight's data",
+    ),
     (VelocityTimesWeightNorm, "velocity times a weight's norm under no_grad"),
 ):
     rule_2(name, each, "either")
