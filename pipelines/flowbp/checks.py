@@ -5,6 +5,9 @@
 Every path along which a gradient could go from a trained tensor to the loss is a recorded call of an active step, cut
 on purpose by the surrogate, or refused here by name (docs/life_of_a_gradient.md). `accounting.py` says when each
 function is asked. Those that need numbers put a verdict on the device; `Verdicts` reads them together.
+
+Arguments that most of them have: `name` is the pipeline's class, `step` the step's number, and `verdicts` where it is
+noted if something is wrong.
 """
 
 import inspect
@@ -112,7 +115,6 @@ def check_offloading(name: str, pipe: Any, recorded: Mapping[str, torch.nn.Modul
     """Weights must stay where their backward pass finds them.
 
     Args:
-        name: the pipeline's class.
         pipe: the pipeline.
         recorded: its transformers, and its VAE if it has one, by component.
     """
@@ -314,11 +316,9 @@ def check_roots(
     """The graph of the glue may end in the leaves of its own step only.
 
     Args:
-        name: the pipeline's class.
         what: the tensors, in words (plural).
         tensors: whose graph is walked.
         allowed: whether a leaf is one of those that the sweep accounts for.
-        verdicts: where it is noted if a gradient really passes along another path.
     """
     for leaf in leaves_of(tensors):
         if not allowed(leaf):
@@ -342,12 +342,9 @@ def check_drift(name: str, step: int, index: int, now: torch.Tensor, before: Any
     """An input may change from step to step with the latents, with the timestep, or not at all.
 
     Args:
-        name: the pipeline's class.
-        step: the step.
         index: of the input among the call's leaves.
         now: the input, without a graph.
         before: `(the input of the step before, whether it was changed in place since)`.
-        verdicts: where it is noted if the values differ.
     """
     earlier, is_changed_in_place = before
     # One number for each sample is a timestep; so is the same number for every token.
@@ -422,13 +419,10 @@ def check_handed_on(
     """The latents of a step must be those that the step before returned.
 
     Args:
-        name: the pipeline's class.
-        step: the step.
         sample: the latents that the scheduler was given.
         leaf: the latents that it returned, in the glue.
         is_untouched: whether these are one tensor that nobody has written into or hooked; then nothing is compared.
         dtypes: of the step's transformer outputs, to which a pipeline may round its latents.
-        verdicts: where it is noted if the values differ.
     """
 
     def message() -> str:
@@ -491,12 +485,9 @@ def check_euler(
     """Terms weigh velocities as Euler steps do.
 
     Args:
-        name: the pipeline's class.
         scheduler: for its name.
-        step: the step.
         length: `sigmas[step + 1] - sigmas[step]`.
         tensors: latents before the step, velocity, latents after it.
-        verdicts: where it is noted if the step is another one.
     """
     sample, velocity, following = tensors
     move = length * widened(velocity)
@@ -726,8 +717,6 @@ def check_reach(
     """A replay must compute with every trained parameter that the first call of its kind computed with.
 
     Args:
-        name: the pipeline's class.
-        step: the step.
         module: the transformer.
         kind: of the call.
         ran: ids of the trained parts that ran now.
@@ -774,7 +763,6 @@ def check_rewards(name: str, reward: str, trained: Iterable[torch.Tensor], rewar
     """One number for each image, differentiable in the images alone.
 
     Args:
-        name: the pipeline's class.
         reward: what the reward is called.
         trained: parameters of the transformers.
         rewards: what it returned.
@@ -797,7 +785,6 @@ def check_loss_roots(name: str, what: str, tensors: Sequence[torch.Tensor], trai
     """Rewards and objectives see the endpoint only, and nothing else of the rollout or of what is trained.
 
     Args:
-        name: the pipeline's class.
         what: the tensors, in words (plural).
         tensors: rewards or a loss, with their graph.
         trained: parameters of the transformers.
@@ -827,7 +814,6 @@ def check_anchor(name: str, module: torch.nn.Module, removable: set[int]) -> Non
     """The velocity anchor compares with the model without everything that is trained.
 
     Args:
-        name: the pipeline's class.
         module: a trained transformer.
         removable: ids of the parameters that switching adapters off takes out of the computation.
     """
