@@ -9,6 +9,7 @@ python tests/support/matrix.py --write    writes it to docs/pipelines.md, and th
 import argparse
 import inspect
 import re
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -166,8 +167,8 @@ def verified_in(text: str) -> list[str]:
 def write_verified(classes: list[str]) -> None:
     """Put the verified classes into the package."""
     before, _, _ = VERIFIED.read_text(encoding="utf-8").partition("VERIFIED_PIPELINES")
-    names = "".join(f'        "{name}",\n' for name in classes)
-    made = f"VERIFIED_PIPELINES = frozenset(\n    {{\n{names}    }}\n)\n"
+    names = textwrap.fill(" ".join(classes), 119, initial_indent="    ", subsequent_indent="    ")
+    made = f'VERIFIED_PIPELINES = frozenset(\n    """\n{names}\n    """.split()\n)\n'
     VERIFIED.write_text(before + made, encoding="utf-8")
 
 
