@@ -29,13 +29,11 @@ import torch
 import transformers
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
 from tqdm.auto import tqdm
 
 from flowbp.inference import call_arguments, saved_class
 from flowbp.judging.images import are_finite, to_pil
-from flowbp.judging.lora_files import check_lora_file
+from flowbp.judging.lora_files import check_lora_file, download_lora
 from flowbp.judging.loras import load_loras, scores_by_reward, use_model
 from flowbp.judging.models import BASE, EvaluatedModel, Line, evaluated_lines, reward_names
 from flowbp.judging.results import write_results
@@ -310,15 +308,7 @@ def geneval_tasks(path: str, prompts: Sequence[str]) -> dict[str, str]:
 def download_loras(models: Sequence[EvaluatedModel]) -> None:
     """Bring LoRAs of the Hub to its cache."""
     for lora in {model.lora for model in models if model.lora is not None and model.digest is None}:
-        try:
-            folder = Path(snapshot_download(lora, allow_patterns="*.safetensors"))
-        except (OSError, ValueError, HfHubHTTPError) as error:
-            raise ValueError(
-                f"--lora {lora}: no such folder or file, and not found on the Hub or in its cache "
-                f"({type(error).__name__}); give a folder, a .safetensors file or a Hub id."
-            ) from error
-        for file in folder.rglob("*.safetensors"):
-            check_lora_file(lora, file)
+        check_lora_file(lora, download_lora(lora))
 
 
 def make_accelerator() -> Accelerator:

@@ -52,7 +52,7 @@ from gradient_rows import (
     pipeline_of,
     sampling_of,
 )
-from tiny_sd3 import tiny_sd3_pipeline
+from tiny_sd3 import add_random_lora, tiny_sd3_pipeline
 
 from flowbp import FlowBPCallback, Objective, Surrogate, Term, get_method
 
@@ -402,6 +402,19 @@ def test_a_batch_is_the_sum_of_its_samples():
             )
         found.append(found_gradients(pipe))
     assert relative_difference(*found) < 1e-12
+
+
+@pytest.mark.parametrize("name", ["full", "flowbp-bridge"])
+def test_dora(name: str):
+    """Through a DoRA, whose matrices and magnitudes alone get gradients."""
+    pipe = tiny_sd3_pipeline(seed=9, float64_scheduler=True)
+    add_random_lora(pipe, 2, torch.Generator().manual_seed(9), use_dora=True, use_rslora=True)
+    sampling = Sampling(PROMPTS[:2], 7, 3.5)
+    gradients, out, callback = engine(pipe, get_method(name, **ROWS[name]), sampling)
+    assert all("lora_" in key for key in gradients) and any("magnitude" in key for key in gradients)
+    assert all(gradient.abs().max() > 0 for gradient in gradients.values())
+    drawn = drawn_steps(name, callback.surrogate)
+    assert_agrees(gradients, out, brute_force(pipe, name, ROWS[name], drawn, sampling))
 
 
 def test_two_halves():

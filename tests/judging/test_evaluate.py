@@ -18,8 +18,10 @@ import datasets
 import pyarrow.parquet
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
+from diffusers.training_utils import _collate_lora_metadata
+from peft import get_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_pipelines import tiny_ovis_image_pipeline, tiny_wan_22_pipeline, tiny_wan_pipeline
@@ -394,8 +396,15 @@ def test_loras_that_no_pipeline_loads(
     pipe.save_pretrained(tmp_path / "base")
     transformer = getattr(pipe, component)
     add_random_lora(SimpleNamespace(transformer=transformer), 2, torch.Generator().manual_seed(0))
-    # As train_flowbp.py saves them.
-    transformer.save_lora_adapter(tmp_path / "lora", weight_name=LORA_WEIGHT_NAME_SAFE)
+    if component == "transformer":
+        transformer.save_lora_adapter(tmp_path / "lora", weight_name=LORA_WEIGHT_NAME_SAFE)
+    else:
+        # As train_flowbp.py saves them.
+        StableDiffusion3Pipeline.save_lora_weights(
+            tmp_path / "lora",
+            transformer_lora_layers=get_peft_model_state_dict(transformer),
+            **_collate_lora_metadata({"transformer": transformer}),
+        )
     changes = {"pretrained_model_name_or_path": tmp_path / "base", "lora": [tmp_path / "lora"], "lora_scale": [0, 1]}
     few = {"num_images_per_prompt": 1, "num_prompts": 1}
     script.main(command_line(arguments, **changes, **few, **size, lora_component=component))

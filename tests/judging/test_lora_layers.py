@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
-from tiny_sd3 import save_random_lora, tiny_sd3_pipeline
+from tiny_sd3 import add_random_lora, draw, save_random_lora, tiny_sd3_pipeline
 
+from flowbp.judging.lora_files import check_lora_file
 from flowbp.judging.loras import load_loras
 from flowbp.judging.models import EvaluatedModel
 from flowbp.publishing.published_files import LORA_FILE
@@ -38,7 +40,8 @@ def test_layers_that_nothing_takes_are_counted(lora: State, tmp_path: Path):
     assert remarks == {str(tmp_path): f"only {count - 1} of its {count} layers fit StableDiffusion3Pipeline"}
 
 
-def test_a_lora_in_the_cache_loads_offline(lora: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("source", ["user/lora", f"user/lora/{LORA_FILE}", f"user/lora/none/{LORA_FILE}"])
+def test_a_lora_in_the_cache_loads_offline(lora: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str):
     commit = "0123456789abcdef0123456789abcdef01234567"
     repository = tmp_path / "models--user--lora"
     (repository / "snapshots" / commit).mkdir(parents=True)
@@ -47,8 +50,32 @@ def test_a_lora_in_the_cache_loads_offline(lora: State, tmp_path: Path, monkeypa
     save_file(lora, repository / "snapshots" / commit / LORA_FILE)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     pipe = tiny_sd3_pipeline(torch.float32)
-    assert load_loras(pipe, [EvaluatedModel("a", "user/lora")], "transformer") == ({"user/lora": "lora_0"}, {})
+    if "none" in source:
+        with pytest.raises(
+            ValueError, match="--lora user/lora/none/.*: the repository user/lora has no file none/pyt"
+        ):
+            load_loras(pipe, [EvaluatedModel("a", source)], "transformer")
+        return
+    assert load_loras(pipe, [EvaluatedModel("a", source)], "transformer") == ({source: "lora_0"}, {})
     assert "lora_0" in pipe.transformer.peft_config
+
+
+def test_a_folder_of_peft_is_loaded_with_its_scale(lora: State, tmp_path: Path):
+    """The scale is in the config beside the file: without that the file is one in unknown names."""
+    load(tmp_path, lora)
+    (tmp_path / LORA_FILE).unlink()
+    tensors = {name.replace("transformer.", "base_model.model.", 1): tensor for name, tensor in lora.items()}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    names = ["to_q", "to_k", "to_v", "to_out.0"]
+    LoraConfig(r=2, lora_alpha=4, target_modules=names).save_pretrained(tmp_path)
+    check_lora_file("a", tmp_path / "adapter_model.safetensors")
+    pipe, expected = tiny_sd3_pipeline(torch.float32), tiny_sd3_pipeline(torch.float32)
+    assert load_loras(pipe, [EvaluatedModel("a", str(tmp_path))], "transformer")[1] == {}
+    add_random_lora(expected, 2, torch.Generator().manual_seed(1))
+    assert torch.equal(draw(pipe), draw(expected))
+    (tmp_path / "adapter_config.json").unlink()
+    with pytest.raises(ValueError, match="has no layer of this|does not fit"):
+        load_loras(tiny_sd3_pipeline(torch.float32), [EvaluatedModel("a", str(tmp_path))], "transformer")
 
 
 def test_another_width_is_one_short_line(lora: State, tmp_path: Path):

@@ -195,16 +195,20 @@ def tiny_sd3_pipeline(
 
 
 def add_random_lora(
-    pipe: DiffusionPipeline, rank: int, generator: torch.Generator, layers: Sequence[str] = ATTENTION_LAYERS
+    pipe: DiffusionPipeline,
+    rank: int,
+    generator: torch.Generator,
+    layers: Sequence[str] = ATTENTION_LAYERS,
+    **settings: object,
 ) -> None:
     """Adds a LoRA of this rank to the layers, both of its matrices random; only it requires gradients."""
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(layers))
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(layers), **settings)
     pipe.transformer.requires_grad_(False)
     pipe.transformer.add_adapter(config)
     for name, parameter in pipe.transformer.named_parameters():
         if "lora_" in name:
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            parameter.data.copy_(0.3 * noise)
+            parameter.data.copy_(parameter * (1 + 0.3 * noise) if "magnitude" in name else 0.3 * noise)
 
 
 def save_random_lora(

@@ -12,7 +12,7 @@ import torch
 from flowbp.outputs import BackwardOutput
 from flowbp.training import Backbone, TrainingConfig
 from flowbp.training.checkpoints import save_tensors
-from flowbp.training.model import add_lora
+from flowbp.training.lora import add_lora
 from flowbp.training.prompts import Record
 from flowbp.training.setup import make_accelerator
 from flowbp.training.state import Step, TrainingState

@@ -158,7 +158,7 @@ def test_without_values_all_three_have_the_defaults(tmp_path: Path):
     config = from_python(tmp_path)
     assert from_command_line(tmp_path) == from_recipe(tmp_path) == config
     settled = {"resolution": (512,), "mixed_precision": "no", "offload": True, "select": "last"}
-    settled |= {"lora_dtype": "float32", "learning_rate": 1e-4}
+    settled |= {"lora_dtype": "float32", "learning_rate": 1e-4, "rank": 4, "lora_alpha": 4}
     for name, (field, _, _) in DECLARED.items():
         assert getattr(config, name) == {**REQUIRED, **settled}.get(name, field.default), name
 
@@ -224,6 +224,8 @@ def test_an_empty_list_is_refused(name: str):
         ({"report_to": "tensorbord"}, "--report_to tensorbord: expected all, none or an installed tracker (tensorb"),
         # accelerate knows it, and would only leave it out without a word.
         ({"report_to": NOT_INSTALLED}, f"--report_to {NOT_INSTALLED}: expected all, none or an installed "),
+        ({"use_dora": True, "quantization_config_path": Path("int8.json")}, "--use_dora: a DoRA needs its base's own"),
+        ({"lora_dtype": "base", "use_dora": True}, "--lora_dtype base: a DoRA's norms of weights need float32"),
         ({"lora_layers": "to_q,,to_k"}, "--lora_layers has an empty name"),
         ({"group_offload": True, "offload": True}, "--offload and --group_offload exclude each other; choose one"),
         ({"eval_prompt_split": "test"}, "--eval_prompt_split needs --eval_prompts; leave it out"),
@@ -389,7 +391,9 @@ def help_of(option: str, capsys: pytest.CaptureFixture[str], *words: str) -> str
 
 
 def test_help_has_the_meaning_of_an_option_its_default_and_where_that_is_from(capsys: pytest.CaptureFixture[str]):
-    assert help_of("rank", capsys).endswith(f"{DECLARED['rank'][1].help} (default: 4, diffusers' LoRA scripts)")
+    assert help_of("checkpointing_steps", capsys).endswith(
+        f"{DECLARED['checkpointing_steps'][1].help} (default: 500, diffusers' LoRA scripts)"
+    )
     assert help_of("revision", capsys).endswith(DECLARED["revision"][1].help)
     meaning = row_options("draft-k")["last_k"].help
     assert help_of("last_k", capsys).endswith(f"{meaning} Defaults: draft-k 1.")

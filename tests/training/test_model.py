@@ -11,7 +11,8 @@ from tiny_sd3 import tiny_sd3_pipeline
 from updates_by_hand import make_config
 
 from flowbp.training import TrainingConfig
-from flowbp.training.model import add_lora, freeze, load_quantization_config, missing_components
+from flowbp.training.lora import add_lora
+from flowbp.training.model import freeze, load_quantization_config, missing_components
 from flowbp.training.setup import make_accelerator
 
 

@@ -347,9 +347,11 @@ def test_a_checkpoint_brings_state_and_evaluation_back(
     assert told in capsys.readouterr().err
 
 
-def test_a_checkpoint_of_another_lora_alpha_is_refused(start: Callable[..., Judged]):
+@pytest.mark.parametrize("other", [{"lora_alpha": 8}, {"use_rslora": True}])
+def test_a_checkpoint_of_another_scale_is_refused(start: Callable[..., Judged], other: dict[str, Any]):
     run = start()
     run.update()
     checkpointer(run).write()
-    with pytest.raises(CheckpointError, match=r"checkpoint-1: use the --lora_alpha of that run, 4\."):
-        checkpointer(start(lora_alpha=8), resume_from_checkpoint="latest", lora_alpha=8).resume()
+    message = r"checkpoint-1: its LoRA has other scales, .*attn.to_q was 1.0, is 2.0; use the --lora_alpha, --use_rs"
+    with pytest.raises(CheckpointError, match=message):
+        checkpointer(start(**other), resume_from_checkpoint="latest", **other).resume()

@@ -59,8 +59,9 @@ def write(output_dir: Path, number: int, change: Callable[[Path], None] = lambda
     state = trained_state(**values)
     content = {
         "format": 3,
-        "settings": {"lora_alpha": 4, "train": "lora"},
+        "settings": {"train": "lora"},
         "ingredients": {},
+        "scales": {"attn.to_q": 1.0},
         "training": state.state_dict(),
     }
 
@@ -164,8 +165,8 @@ def remove(content: dict[str, Any], *names: str) -> None:
         ),
         (lambda state: state["training"]["lr_scheduler"].update(last_epoch="x"), "training.lr_scheduler.last_epoch"),
         (
-            lambda state: state["settings"].update(lora_alpha=None),
-            "expected a number at state.settings.lora_alpha, found N",
+            lambda state: state["scales"].update({"attn.to_q": None}),
+            "expected a number at state.scales.attn.to_q, found N",
         ),
         (lambda state: state["evaluation"].update(found=[]), "an object at state.evaluation.found, found []"),
         (lambda state: state["evaluation"]["found"]["base"].update(scores={"toy": ["x"]}), "scores.toy[0], found 'x'"),

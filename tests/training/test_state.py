@@ -223,7 +223,7 @@ def test_a_loaded_state_takes_the_learning_rate_that_it_is_given(
 @pytest.mark.parametrize(
     ("saved", "loaded", "message"),
     [
-        ({}, {"rank": 5}, "its LoRA has other layers or another rank; use the --lora_layers and --rank of that run"),
+        ({}, {"rank": 5}, "its LoRA has other layers or another rank; use the --lora_layers, --rank, --use_dora and"),
         ({}, {"lora_layers": "attn.to_k"}, "its LoRA has other layers or another rank"),
         ({}, {"mixed_precision": "fp16"}, "use the --mixed_precision of that run"),
         ({"mixed_precision": "fp16"}, {}, "use the --mixed_precision of that run"),

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
-from huggingface_hub import snapshot_download
 from safetensors import safe_open
 
 from ..columns import Columns, call_with_columns
@@ -17,7 +16,8 @@ from ..inference import BaseForLast, lora_models
 from ..rewards import WeightedReward
 from ..rewards.loading import brief
 from .images import are_finite, frames
-from .models import EvaluatedModel, lora_file
+from .lora_files import download_lora, is_of_peft, read_lora
+from .models import EvaluatedModel
 
 
 def load_loras(
@@ -41,14 +41,14 @@ def load_loras(
     for source in dict.fromkeys(model.lora for model in models if model.lora is not None):
         names[source] = name = f"lora_{len(names)}"
         # A LoRA of the Hub is in its cache; offline, diffusers finds it there only with the name of its file.
-        file = lora_file(source) or lora_file(snapshot_download(source, allow_patterns="*.safetensors"))
-        given = {"adapter_name": name, "weight_name": file.name, "use_safetensors": True}
+        file = download_lora(source)
         try:
-            # As train_flowbp.py saves them: pipelines without a LoRA loader have the LoRA in the transformer itself.
-            if hasattr(pipe, "load_lora_weights") and component == "transformer":
-                pipe.load_lora_weights(file.parent, **given)
+            # Pipelines without a LoRA loader have the LoRA in the transformer itself.
+            if hasattr(pipe, "load_lora_weights") and component == "transformer" and not _is_of_peft(file):
+                pipe.load_lora_weights(file.parent, weight_name=file.name, use_safetensors=True, adapter_name=name)
             else:
-                getattr(pipe, component).load_lora_adapter(file.parent, prefix=None, **given)
+                tensors, settings = read_lora(file)
+                getattr(pipe, component).load_lora_adapter(tensors, metadata=settings or None, adapter_name=name)
         except Exception as error:  # diffusers and peft raise a dozen unrelated types
             raise ValueError(f"--lora {source}: does not fit {type(pipe).__name__}: {_misfit(error)}.") from error
         # LoRAs of other models are skipped with a warning by diffusers.
@@ -67,6 +67,11 @@ def _count_layers(pipe: DiffusionPipeline, adapter: str) -> int:
     """Layers of a pipeline, its text encoders included, that an adapter was loaded into."""
     models = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
     return sum(f".lora_A.{adapter}." in f".{name}" for part in models for name, _ in part.named_parameters())
+
+
+def _is_of_peft(file: Path) -> bool:
+    with safe_open(file, framework="pt") as tensors:
+        return is_of_peft(file, tensors.keys())
 
 
 def _layers_of(file: Path) -> int:

@@ -8,9 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
-
-from .lora_files import check_lora_file
+from .lora_files import check_lora_file, lora_file
 
 BASE = "base"
 """Name of the model without a LoRA."""
@@ -142,35 +140,6 @@ def _digest(source: str) -> str | None:
         return None
     check_lora_file(source, file)
     return hashlib.sha256(file.read_bytes()).hexdigest()
-
-
-def lora_file(source: str) -> Path | None:
-    """The local file of a LoRA; None for a Hub id.
-
-    Args:
-        source: folder with one .safetensors file (or one of diffusers' standard name), .safetensors file, or Hub id.
-
-    Raises:
-        ValueError: the source is none of these.
-    """
-    path = Path(source)
-    if path.is_file():
-        return path
-    if path.is_dir():
-        standard = path / LORA_WEIGHT_NAME_SAFE
-        found = [standard] if standard.is_file() else sorted(path.glob("*.safetensors"))
-        if len(found) != 1:
-            names = ", ".join(file.name for file in found) or "none"
-            raise ValueError(
-                f"--lora {source}: expected one .safetensors file in the folder, got {names}; name the file."
-            )
-        return found[0]
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or source.endswith(".safetensors"):
-        raise ValueError(
-            f"--lora {source}: expected a folder, a file or a Hub id (user/name), got no such file or folder; check "
-            "the path."
-        )
-    return None
 
 
 def reward_names(spec: str) -> list[str]:

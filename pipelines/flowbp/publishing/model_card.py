@@ -26,8 +26,8 @@ from .run_info import redact, write_run_json
 TEMPLATE = files(__package__) / "card_template.md"
 # Options in the card's short table of settings; the long one has all.
 SUMMARY = (
-    "lora_layers rank lora_alpha optimizer learning_rate lr_scheduler max_grad_norm mixed_precision use_ema ema_decay "
-    "velocity_anchor reward_clip"
+    "init_lora lora_layers rank lora_alpha use_dora use_rslora optimizer learning_rate lr_scheduler max_grad_norm "
+    "mixed_precision use_ema ema_decay velocity_anchor reward_clip"
 ).split()
 
 
@@ -183,6 +183,7 @@ def _run_text(run: Mapping[str, Any]) -> dict[str, Any]:
         "summary": _summary(run),
         "settings": [(markdown(key), markdown(value)) for key, value in options.items() if value is not None],
         "reproduce": training_command(run),
+        "init_lora": markdown(options.get("init_lora") or ""),
         "resumed": markdown(options.get("resume_from_checkpoint") or ""),
         "commit": "commit unknown" if git is None else git["commit"] + (" with local changes" if git["dirty"] else ""),
         "libraries": ", ".join(f"{name} {run['versions'][name]}" for name in ("torch", "diffusers", "peft")),

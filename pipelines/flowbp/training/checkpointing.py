@@ -26,6 +26,7 @@ from .console import Console
 from .distributed import all_ranks_max, uses_fsdp2
 from .evaluation import Evaluation
 from .ingredients import changes
+from .lora import scales
 from .output_folder import RESCUE, OutputFolder
 from .saved_state import check_saved_state
 from .shards import write_shards
@@ -104,12 +105,15 @@ class Checkpointer:
         before, now = state["settings"], self._course()
         if before["train"] != now["train"]:
             raise CheckpointError(f"{where}: use the --train of that run, {before['train']}.")
-        if before["lora_alpha"] != now["lora_alpha"]:
-            raise CheckpointError(f"{where}: use the --lora_alpha of that run, {before['lora_alpha']}.")
         other = [f"--{change}" for change in changes(before, now)] + changes(state["ingredients"], self.ingredients)
         if other and config.strict_resume:
             raise CheckpointError(f"{where}: {'; '.join(other)}; --strict_resume asks for the same as in that run.")
         self.state.load(folder, state["training"])
+        if scaled := changes(state["scales"], scales(self.state.transformer)):
+            raise CheckpointError(
+                f"{where}: its LoRA has other scales, {scaled[0]}; use the --lora_alpha, --use_rslora and --init_lora "
+                "of that run."
+            )
         self.evaluation.load(folder, state["evaluation"])
         self._written = self.state.update
         if other:
@@ -273,6 +277,7 @@ class Checkpointer:
             "format": 3,
             "settings": self._course(),
             "ingredients": self.ingredients,
+            "scales": scales(self.state.transformer),
             "training": self.state.state_dict(),
             "evaluation": self.evaluation.state_dict(),
         }

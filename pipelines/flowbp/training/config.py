@@ -33,6 +33,9 @@ from .speed import check_attention_backend
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 PAPER = "the paper's public code"
 
+# Those that full fine-tuning does not have.
+_OF_LORA = ("init_lora", "rank", "lora_alpha", "lora_dtype", "use_dora", "use_rslora")
+
 _model = partial(option, group="model")
 _embeds = partial(option, group="prompt embeddings", of_backbone=True)
 _rollout = partial(option, group="rollout: what the pipeline is called with, as at inference")
@@ -71,11 +74,21 @@ class TrainingConfig:
         choices=("lora", "full"),
     )
     lora_component: str | None = _model(None, "Which of the pipeline's transformers is trained.", of_backbone=True)
-    rank: int = _model(4, "Rank of the LoRA.", range=COUNT, source="diffusers' LoRA scripts")
-    lora_alpha: int = _model(4, "Scale of the LoRA: its update is multiplied by lora_alpha / rank.", range=COUNT)
+    init_lora: str | None = _model(
+        None,
+        "LoRA to start from, in place of a new one: a folder, a .safetensors file, a Hub id, or a Hub id and a file "
+        "(user/name/file.safetensors). Rank, alpha and layers are then its own.",
+        is_path=True,
+    )
+    rank: int | None = _model(None, "Rank of the LoRA. Default: 4, as in diffusers' LoRA scripts.", range=COUNT)
+    lora_alpha: int | None = _model(
+        None, "Scale of the LoRA: its update is multiplied by lora_alpha / rank. Default: 4.", range=COUNT
+    )
     lora_layers: str | None = _model(
         None, "Names of the layers that get a LoRA, with commas between them.", of_backbone=True
     )
+    use_dora: bool = _model(False, "Train a DoRA: a LoRA with a magnitude for each output of a layer.")
+    use_rslora: bool = _model(False, "Multiply the LoRA's update by lora_alpha / sqrt(rank).")
     mixed_precision: str | None = _model(
         None,
         "Dtype of the frozen model; the LoRA stays float32. Default: what accelerate launch was told.",
@@ -319,6 +332,8 @@ class TrainingConfig:
             self._check_full()
         elif self.offload_ema:
             raise ValueError("--offload_ema needs --train full: the average of a LoRA is small; leave it out")
+        if self.use_dora and self.quantization_config_path is not None:
+            raise ValueError("--use_dora: a DoRA needs its base's own weights; leave --quantization_config_path out")
         if self.lr_warmup_steps and self.lr_scheduler == "constant":
             raise ValueError(
                 "--lr_warmup_steps has no effect with --lr_scheduler constant; choose constant_with_warmup"
@@ -391,7 +406,7 @@ class TrainingConfig:
         """Refuse what does not go with `--train full`."""
         declared = declarations(type(self))
         refused = {
-            **dict.fromkeys(("rank", "lora_alpha", "lora_dtype"), "is an option of a LoRA"),
+            **dict.fromkeys(_OF_LORA, "is an option of a LoRA"),
             "optimizer": "other than adamw does not train shards",
             "quantization_config_path": "leaves weights that cannot be trained",
             "velocity_anchor": "compares with the base model, which is gone after the first update",
@@ -413,7 +428,7 @@ class TrainingConfig:
         found: dict[str, Any] = {}
         for name, (field, declared, _) in declarations(type(self)).items():
             if name in backbone.defaults:
-                if getattr(self, name) is None:
+                if getattr(self, name) is None and (name != "lora_layers" or self.init_lora is None):
                     found[name] = backbone.defaults[name]
             elif declared.of_backbone and getattr(self, name) != field.default:
                 raise ValueError(f"--{name}: {backbone.__name__} does not have this option; leave it out")
@@ -433,11 +448,15 @@ class TrainingConfig:
                 )
         dtype = found.get("mixed_precision", self.mixed_precision)
         if self.lora_dtype is None and self.train == "lora":
-            found["lora_dtype"] = "base" if dtype == "bf16" else "float32"
+            found["lora_dtype"] = "base" if dtype == "bf16" and not self.use_dora else "float32"
         elif self.lora_dtype == "base" and dtype == "fp16":
             raise ValueError(
                 "--lora_dtype base: gradients can vanish in float16; use --mixed_precision bf16, or leave it out"
             )
+        elif self.lora_dtype == "base" and self.use_dora:
+            raise ValueError("--lora_dtype base: a DoRA's norms of weights need float32; leave it out")
+        if self.init_lora is None and self.train == "lora":
+            found |= {name: 4 for name in ("rank", "lora_alpha") if getattr(self, name) is None}
         if "offload" in backbone.defaults and self.offload is None:
             found["offload"] = not self.group_offload
         if self.learning_rate is None:
@@ -530,6 +549,12 @@ def parse_training_config(
     has_parts = any(given_early(parser, name, argv) is not None for name in parts)
     if has_resolution != has_parts:
         values |= dict.fromkeys(parts if has_resolution else ("resolution",))
+    if values["init_lora"] is not None:
+        # What the recipe or the backbone says of a new LoRA gives way to the LoRA of the command line.
+        is_new = given_early(parser, "init_lora", argv) is not None
+        for name in ("rank", "lora_alpha", "lora_layers"):
+            if given_early(parser, name, argv) is None and (is_new or values[name] == parser.get_default(name)):
+                values[name] = None
     given = {name: value for name in names if (value := values.pop(name)) is not None}
     config = make_config(parser, TrainingConfig, {**values, "method_options": given or None})
     try:

@@ -19,7 +19,9 @@ from .optimizers import OPTIMIZERS
 from .prompts import Record
 
 
-def ingredients(config: TrainingConfig, records: Sequence[Record], evaluation: Sequence[Record], reward: Any) -> dict:
+def ingredients(
+    config: TrainingConfig, records: Sequence[Record], evaluation: Sequence[Record], reward: Any, lora: str | None
+) -> dict:
     """Counts, hashes and versions, as JSON has them.
 
     Args:
@@ -27,6 +29,7 @@ def ingredients(config: TrainingConfig, records: Sequence[Record], evaluation: S
         records: of the training.
         evaluation: records of the evaluation.
         reward: a callable in place of `config.reward`, or None.
+        lora: digest of the LoRA that the run starts from.
     """
     names = [] if config.reward is None else part_names(config.reward)
     names += [] if config.eval_reward is None else part_names(config.eval_reward)
@@ -37,6 +40,7 @@ def ingredients(config: TrainingConfig, records: Sequence[Record], evaluation: S
     return {
         "prompts": f"{len(records)} prompts ({_digest(records)})",
         "evaluation prompts": f"{len(evaluation)} prompts ({_digest(evaluation)})",
+        **({} if lora is None else {"content of --init_lora": lora[:16]}),
         **{f"code of {name}": digest for name, digest in code.items()},
         **{f"version of {name}": version for name, version in versions(library).items()},
     }

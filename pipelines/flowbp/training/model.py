@@ -1,6 +1,6 @@
 # Copyright 2026 The FlowBP for diffusers authors
 # SPDX-License-Identifier: Apache-2.0
-"""The model of a run: checks of what is to be loaded, quantisation, and its LoRA."""
+"""The model of a run: checks of what is to be loaded, and quantisation."""
 
 import json
 from collections.abc import Mapping
@@ -11,16 +11,10 @@ import torch
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE as LORA_FILE
 from diffusers.quantizers.auto import DiffusersAutoQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
-from diffusers.training_utils import cast_training_params
-from peft import LoraConfig
-
-from .config import TrainingConfig
-from .seeds import derive_seed
 
 __all__ = [
     "LORA_FILE",
     "WEIGHT_DTYPES",
-    "add_lora",
     "freeze",
     "load_quantization_config",
     "missing_components",
@@ -69,32 +63,3 @@ def load_quantization_config(path: Path | None, dtype: torch.dtype) -> Quantizat
 def freeze(module: torch.nn.Module) -> torch.nn.Module:
     """Switch gradients and dropout off."""
     return module.requires_grad_(False).eval()
-
-
-def add_lora(transformer: torch.nn.Module, config: TrainingConfig) -> None:
-    """Add the run's LoRA, in float32, to a frozen transformer.
-
-    Args:
-        transformer: of the pipeline, quantised or not.
-        config: with rank, scale, layers and seed.
-
-    Raises:
-        ValueError: where no layer has one of the names of `--lora_layers`.
-    """
-    torch.manual_seed(derive_seed("lora", config.seed))
-    lora = LoraConfig(
-        r=config.rank,
-        lora_alpha=config.lora_alpha,
-        init_lora_weights="gaussian",
-        target_modules=[name.strip() for name in config.lora_layers.split(",")],
-    )
-    try:
-        transformer.add_adapter(lora)
-    except ValueError as error:
-        layers = {
-            name.rpartition(".")[2] for name, part in transformer.named_modules() if type(part) is torch.nn.Linear
-        }
-        raise ValueError(
-            f"--lora_layers {config.lora_layers}: {error} Its linear layers are called {', '.join(sorted(layers))}."
-        ) from error
-    cast_training_params(transformer, dtype=torch.float32)

@@ -47,7 +47,11 @@ def tell_plan(run: Run) -> None:
 
 
 def _what_is_trained(config: TrainingConfig) -> str:
-    return "all weights, in shards (FSDP2)" if config.train == "full" else f"LoRA of rank {config.rank}"
+    if config.train == "full":
+        return "all weights, in shards (FSDP2)"
+    rank = "several ranks" if config.rank is None else f"rank {config.rank}"
+    start = "" if config.init_lora is None else f", from {config.init_lora}"
+    return f"{'DoRA' if config.use_dora else 'LoRA'} of {rank}{start}"
 
 
 def tell_update(run: Run, step: Step, entry: Mapping[str, Any]) -> None:

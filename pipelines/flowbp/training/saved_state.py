@@ -22,8 +22,9 @@ from .optimizers import OPTIMIZERS, OptimizerSpec
 _MAYBE = (float, None)
 _STATE = {
     "format": int,
-    "settings": {"lora_alpha": float, "train": str},
+    "settings": {"train": str},
     "ingredients": dict,
+    "scales": {str: float},
     "training": {
         "update": int,
         "skipped": int,

@@ -35,7 +35,8 @@ from .distributed import (
 )
 from .evaluation import Evaluation
 from .ingredients import check_same_prompts, ingredients
-from .model import add_lora, freeze
+from .lora import InitLora, add_lora, read_init_lora
+from .model import freeze
 from .optimizers import check_optimizer
 from .output_folder import OutputFolder
 from .prompts import Record, load_records
@@ -115,8 +116,12 @@ def prepare(
         config, reward = replace(config, reward=reward), None
     config = config.settle(backbone_class)
     method, records, backbone = check_settings(config, backbone_class)
+    checkpoint = None
     if config.resume_from_checkpoint is not None:
-        find_checkpoint(config.output_dir, config.resume_from_checkpoint, tell=lambda message: None)
+        checkpoint = find_checkpoint(config.output_dir, config.resume_from_checkpoint, tell=lambda message: None)
+    init = read_init_lora(config, backbone, checkpoint)
+    if init is not None:
+        config = backbone.config = init.fill(config)
     accelerator = make_accelerator(config)
     if config.train == "full":
         check_full(accelerator)
@@ -128,7 +133,7 @@ def prepare(
     if config.push_to_hub:
         config = backbone.config = replace(config, hub_model_id=_repository(config, accelerator))
     console = Console(accelerator)
-    sampling, trained, wrapped = load_model(config, accelerator, backbone, rewards, records)
+    sampling, trained, wrapped = load_model(config, accelerator, backbone, rewards, records, init)
     for note in backbone.notes:
         console.tell(note)
     if config.verify:
@@ -138,7 +143,7 @@ def prepare(
     reports = Reports(config, accelerator, parts)
     signals = StopSignals()
     evaluation = Evaluation(config, accelerator, state, rewards, sampling, console, reports, signals)
-    made_of = ingredients(config, records, rewards.evaluation, reward)
+    made_of = ingredients(config, records, rewards.evaluation, reward, None if init is None else init.digest)
     checkpoints = Checkpointer(config, accelerator, state, evaluation, console, signals, folder, made_of)
     resumed = checkpoints.resume()
     earlier = [] if resumed is None else read_log(resumed.parent / "log.jsonl", state.update)
@@ -258,6 +263,7 @@ def load_model(
     backbone: Backbone,
     rewards: RunRewards,
     records: Sequence[Record],
+    init: InitLora | None,
 ) -> tuple[Sampling, TrainedWeights, torch.nn.Module]:
     """Text first, which may be freed, then the pipeline with what is trained of its transformer.
 
@@ -274,7 +280,7 @@ def load_model(
     if config.attention_backend is not None:
         set_attention_backend(transformer, config.attention_backend)
     if config.train == "lora":
-        add_lora(transformer, config)
+        add_lora(transformer, config, init)
         if config.lora_dtype == "base":
             compute_lora_in_base_dtype(transformer)
     if config.gradient_checkpointing:

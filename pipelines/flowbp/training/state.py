@@ -237,7 +237,8 @@ class TrainingState:
         expected = {name: tensor.shape for name, tensor in full_lora(self.transformer).items()}
         if {name: tensor.shape for name, tensor in lora.items()} != expected:
             raise CheckpointError(
-                f"{where}: its LoRA has other layers or another rank; use the --lora_layers and --rank of that run."
+                f"{where}: its LoRA has other layers or another rank; use the --lora_layers, --rank, --use_dora and "
+                "--init_lora of that run."
             )
         self.trained.restore(lora)
         moments = load_tensors(folder / "optimizer.safetensors")
