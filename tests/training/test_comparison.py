@@ -190,11 +190,11 @@ def test_a_run_that_fails_keeps_no_other_from_running(
 def test_options_of_one_method_in_base_are_for_that_method_alone(
     script: ModuleType, recipe: dict[str, Any], tmp_path: Path
 ) -> None:
-    shared = {**recipe["base"], "method": "flowbp-sparse", "num_active": 3, "use_ema": True}
+    shared = {**recipe["base"], "method": "flowbp-sparse", "num_active": 3, "use_ema": True, "num_inference_steps": 6}
     (tmp_path / "shared.yaml").write_text(yaml.safe_dump(shared))
     recipe |= {
         "base": {"config": str(tmp_path / "shared.yaml"), "use_ema": False, "learning_rate": 0.5},
-        "methods": {"flowbp-sparse": None, "flowbp-bridge": {"num_active": 2}, "one": {"method": "flowbp-sparse"}},
+        "methods": {"flowbp-sparse": None, "flowbp-bridge": {"alpha": 0.25}, "one": {"method": "flowbp-sparse"}},
         "axes": {"learning_rate": [0.25, 0.125], "rank": [1, 2]},
         "seeds": [7],
     }
@@ -203,8 +203,9 @@ def test_options_of_one_method_in_base_are_for_that_method_alone(
     assert not notes and len(runs) == 3 * 4
     assert runs[1].line == "flowbp-sparse learning_rate 0.25 rank 2" and runs[1].folder.name == "seed-7"
     configs, _ = script.check_runs(runs, load_script("train_flowbp_sd3").SD3, script.RECIPES)
-    found = [(each.method, each.method_options["num_active"]) for each in configs.values()]
-    assert found == [("flowbp-sparse", 3)] * 4 + [("flowbp-bridge", 2)] * 4 + [("flowbp-sparse", 3)] * 4
+    found = [(each.method, each.method_options) for each in configs.values()]
+    sparse = [("flowbp-sparse", {"num_active": 3})] * 4
+    assert found == [*sparse, *[("flowbp-bridge", {"alpha": 0.25})] * 4, *sparse]
     assert [(each.learning_rate, each.rank) for each in configs.values()][:4] == [
         (0.25, 1), (0.25, 2), (0.125, 1), (0.125, 2)
     ]  # fmt: skip
