@@ -18,12 +18,12 @@ sys.path.insert(0, str(BENCHMARKS))
 from gpu_measures import busy_and_gaps  # noqa: E402
 from journal import Journal  # noqa: E402
 
-PARTS = ("exact", "replays", "scripts", "speed", "flux", "full", "waiting", "sd3")
+PARTS = ("exact", "replays", "scripts", "speed", "full", "waiting", "sd3")
 
 
 def _run(*options):
     command = [sys.executable, str(BENCHMARKS / "gpu.py"), *map(str, options)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=600)
+    return subprocess.run(command, capture_output=True, text=True, timeout=900)
 
 
 @pytest.fixture(scope="module")

@@ -2,9 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """A LoRA in the base's dtype, compiled blocks, attention backends, deterministic kernels."""
 
+import contextlib
 import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from training_scripts import SHARED_ARGUMENTS, check_refusal, command_line, load
 from updates_by_hand import make_config
 
 from flowbp import FlowBPCallback, get_method
+from flowbp.checks import RecordingError
 from flowbp.rewards import preprocessing
 from flowbp.training import speed
 from flowbp.training.speed import compute_lora_in_base_dtype
@@ -118,6 +120,15 @@ def test_loaded_in_the_base_s_dtype_it_computes_the_same() -> None:
     assert torch.equal(layers[0](x), layers[1](x))
 
 
+def update(pipe: DiffusionPipeline, strict: bool) -> None:
+    """Record a call and give its LoRA gradients."""
+    callback = FlowBPCallback(get_method("full"), unconditional_gradient=True, strict=strict)
+    size = {"max_sequence_length": MAX_SEQUENCE_LENGTH, "height": 8, "width": 8, "output_type": "pt"}
+    with callback.record(pipe):
+        images = pipe(["a", "b"], num_inference_steps=4, guidance_scale=3.0, **size).images
+    callback.backward(lambda images, prompts: images.float().square().mean((1, 2, 3)), images, ["a", "b"])
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_engine_replays_it(checkpointing: bool) -> None:
     """On a CPU a replay that is not equal bit for bit is refused."""
@@ -126,13 +137,31 @@ def test_the_engine_replays_it(checkpointing: bool) -> None:
     compute_lora_in_base_dtype(transformer)
     if checkpointing:
         transformer.enable_gradient_checkpointing()
-    callback = FlowBPCallback(get_method("full"), strict=True)
-    size = {"max_sequence_length": MAX_SEQUENCE_LENGTH, "height": 8, "width": 8, "output_type": "pt"}
-    with callback.record(pipe):
-        images = pipe(["a", "b"], num_inference_steps=4, guidance_scale=3.0, **size).images
-    callback.backward(lambda images, prompts: images.float().square().mean((1, 2, 3)), images, ["a", "b"])
+    update(pipe, strict=True)
     trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
     assert all(each.grad.dtype == torch.float32 and each.grad.abs().max() > 0 for each in trained)
+
+
+@pytest.mark.usefixtures("cheap_compiler")
+@pytest.mark.parametrize(("rounding", "is_refused"), [(2**-8, False), (2**-2, True)])
+def test_compiled_code_may_round_differently_with_gradients(
+    rounding: float, is_refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Inductor's does, in bfloat16, and with other sizes; but no more than replays may."""
+
+    def rounds(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+        factor = 1 + rounding * torch.is_grad_enabled()
+        return lambda *given: tuple(
+            each * factor if isinstance(each, torch.Tensor) and each.is_floating_point() else each
+            for each in graph(*given)
+        )
+
+    monkeypatch.setattr(speed, "COMPILER", rounds)
+    pipe = tiny_sd3_pipeline(torch.bfloat16)
+    speed.compile_blocks(with_lora(pipe, torch.bfloat16))
+    refused = pytest.raises(RecordingError, match="does not reproduce") if is_refused else contextlib.nullcontext()
+    with refused:
+        update(pipe, strict=False)
 
 
 # Options.
