@@ -134,12 +134,13 @@ RESUMED = ["--resume_from_checkpoint", "{first}/checkpoint-1"]
 CHAINS: dict[str, list[list[str]]] = {
     "deterministic, resumed": [DETERMINISTIC, [*DETERMINISTIC, *RESUMED]],
     "full fine-tuning under torchrun, resumed": [FULL, [*FULL, *RESUMED]],
-    "compiled blocks": [["--mixed_precision", "bf16", "--compile_blocks"]],
     "AdamW with 8-bit state": [["--mixed_precision", "bf16", "--optimizer", "adamw-8bit"]],
     "Prodigy": [["--mixed_precision", "bf16", "--optimizer", "prodigy"]],
     "fp16, checkpointing, samples_per_decode, group offload": [
         ["--mixed_precision", "fp16", "--gradient_checkpointing", "--samples_per_decode", "1", "--group_offload"]
     ],
+    # Compiling takes longest.
+    "compiled blocks": [["--mixed_precision", "bf16", "--compile_blocks"]],
 }
 # At a time.
 PROCESSES = 6
@@ -165,7 +166,7 @@ class Scripts:
     def finish(self, journal: Journal) -> None:
         """Wait for the runs and write down how they ended."""
         for name, chain in self.chains.items():
-            journal.attempt(name, functools.partial(self._outcome, chain))
+            journal.attempt(name, functools.partial(self._outcome, chain), seconds=120)
 
     def kill(self) -> None:
         """End the runs that have not ended themselves."""
@@ -470,7 +471,7 @@ def measure(run: Run, parts: Sequence[str]) -> None:
                     with run.journal.part(name, seconds):
                         part(run)
             if beside and scripts.chains:
-                with run.journal.part("scripts", 60):
+                with run.journal.part("scripts", 150):
                     scripts.finish(run.journal)
                 scripts.kill()
     finally:
