@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from loopback_hub import GOOD_TOKEN, PUSH_ENDPOINTS, USER, LoopbackHub, loopback_hub
+from loopback_hub import GOOD_TOKEN, PUSH_ENDPOINTS, USER, LoopbackHub, Repository, loopback_hub
 from PIL import Image
 from safetensors.numpy import save_file
 
@@ -349,58 +349,86 @@ def test_token_canary(hub: LoopbackHub, output: Path) -> None:
 
 CHECK = (
     "import sys\nfrom flowbp.publishing.push import check_access\n"
-    "try:\n    print(check_access(sys.argv[1], tries=3, first_wait=0.01))\n"
+    "try:\n    print(check_access(sys.argv[1], len(sys.argv) > 2, tries=3, first_wait=0.01))\n"
     "except ValueError as error:\n    sys.exit(str(error))"
 )
 
 
-def check_access(hub: LoopbackHub, home: Path, repo: str, token: str | None = GOOD_TOKEN) -> tuple[int, str, str]:
+def check_access(
+    hub: LoopbackHub, home: Path, repo: str, token: str | None = GOOD_TOKEN, private: bool = False
+) -> tuple[int, str, str]:
     """`check_access` in a process of its own."""
     home.mkdir(exist_ok=True)
-    return python(hub, home, ["-c", CHECK, repo], token)
+    return python(hub, home, ["-c", CHECK, repo, *["private"] * private], token)
 
 
 def test_check_access(hub: LoopbackHub, tmp_path: Path) -> None:
-    """The repository is made, or is there; the user's name is added; temporary faults are got over."""
+    """Nothing is created; the user's name is added; temporary faults are got over."""
     home = tmp_path / "home"
-    assert check_access(hub, home, "fresh")[:2] == (0, f"{USER}/fresh\n")
-    hub.fail("create", times=2)
-    assert check_access(hub, home, "fresh")[:2] == (0, f"{USER}/fresh\n")
-    assert hub.counts["create"] == 4 and list(hub.repositories) == [f"{USER}/fresh"]
+    for endpoint in ("whoami", "info"):
+        hub.fail(endpoint, times=2)
+        assert check_access(hub, home, "fresh")[:2] == (0, f"{USER}/fresh\n")
+    assert check_access(hub, home, "team/fresh", private=True)[:2] == (0, "team/fresh\n")
+    assert hub.repositories == {} and not hub.counts["create"] and not hub.counts["auth-check"]
+    hub.repositories = {REPO: Repository(), "other/repo": Repository(private=True)}
+    # Whether the token may write to a repository of others is for the Hub to say.
+    assert check_access(hub, home, "other/repo", private=True)[:2] == (0, "other/repo\n")
     # A fault of the server is no answer to whether the token may write.
-    hub.read_only = True
-    hub.fail("auth-check", times=1)
-    assert check_access(hub, home, f"{USER}/fresh")[0] == 1
-    hub.read_only = False
-    hub.fail("auth-check", times=1)
-    assert check_access(hub, home, "fresh")[0] == 0
+    for read_only in (True, False):
+        hub.read_only = read_only
+        hub.fail("auth-check", times=1)
+        assert check_access(hub, home, "repo")[0] == read_only
     # A server that does not know the check of permissions.
     hub.fail("auth-check", status=404)
-    assert check_access(hub, home, "team/fresh")[:2] == (0, "team/fresh\n")
-    assert hub.repositories[f"{USER}/fresh"].commits == []
+    assert check_access(hub, home, "repo")[:2] == (0, f"{REPO}\n")
+    assert hub.repositories[REPO].commits == [] and not hub.counts["create"]
 
 
 def test_check_access_refuses(hub: LoopbackHub, tmp_path: Path) -> None:
     """One line that says what to do, for each thing that can be wrong."""
     home, bad = tmp_path / "home", "hf_badTokenOfTheTests0123456789"
-    assert check_access(hub, home, "repo")[0] == 0
+    hub.repositories = {REPO: Repository()}
     refused = [
         (check_access(hub, home, "repo", token=bad), "hf auth login"),
         (check_access(hub, home, "repo", token=None), "HF_TOKEN"),
         (check_access(hub, home, "a b/c"), "Expected user/name"),
+        (check_access(hub, home, "other/fresh"), "user may not create it; choose a --hub_model_id in user, team."),
+        (check_access(hub, home, "readers/fresh"), "user may not create it; choose a --hub_model_id in user, team."),
+        (check_access(hub, home, "repo", private=True), f"{REPO} exists and is public, and --hub_private_repo does"),
     ]
-    # A token that may only read can still "create" a repository that exists.
-    hub.read_only = True
+    hub.role = "read"
+    refused.append((check_access(hub, home, "fresh"), "the token may only read; log in"))
+    hub.role, hub.read_only = "fineGrained", True
     refused.append((check_access(hub, home, REPO), "(403: the token may only read)"))
     hub.read_only = False
-    hub.fail("create", times=float("inf"))
-    refused.append((check_access(hub, home, "repo"), "503"))
-    hub.fail("create", times=0)
-    hub.fail("auth-check", times=float("inf"))
-    refused.append((check_access(hub, home, "repo"), "503"))
+    for endpoint in ("whoami", "info", "auth-check"):
+        hub.fail(endpoint, times=float("inf"))
+        refused.append((check_access(hub, home, "repo"), "503"))
+        hub.fail(endpoint, times=0)
     hub.server.server_close()
     refused.append((check_access(hub, home, "repo"), "--push_to_hub"))
     for (code, printed, errors), text in refused:
         assert code == 1 and printed == "" and bad not in errors
         message = errors.splitlines()[-1]
         assert text in message and message.startswith("--push_to_hub: ")
+
+
+def test_a_private_repository(hub: LoopbackHub, output: Path) -> None:
+    """As the run was told, or the command; nothing goes to a public one, and the command for later says it too."""
+    (output / "run.json").write_text(json.dumps({"hub_model_id": REPO, "settings": {"hub_private_repo": True}}))
+    before = content_of(output)
+    hub.repositories = {REPO: Repository(), "team/public": Repository()}
+    check_failure(push(hub, output), output, before, f"{REPO} exists and is public", "--hub_private_repo")
+    assert not hub.counts["preupload"] and not hub.repositories[REPO].private
+    del hub.repositories[REPO]
+    assert push(hub, output)[0] == 0
+    assert hub.repositories[REPO].private and hub.repositories[REPO].commits
+    # One that is private already, and another name.
+    assert push(hub, output)[0] == 0
+    code, _, errors = push(hub, output, "--hub_model_id", "team/public")
+    assert code == 1 and "team/public exists and is public" in message_of(errors)
+    (output / "run.json").write_text(json.dumps({"hub_model_id": "team/own"}))
+    assert push(hub, output, "--hub_private_repo")[0] == 0 and hub.repositories["team/own"].private
+    hub.fail("preupload", status=403)
+    result = push(hub, output, "--hub_private_repo")
+    assert message_of(result[2]).endswith("--hub_model_id team/own --hub_private_repo")

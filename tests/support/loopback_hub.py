@@ -26,6 +26,7 @@ GOOD_TOKEN = "hf_goodTokenOfTheLoopbackHub0123456789"
 
 # Name of an endpoint -> method and pattern of its path.
 ENDPOINTS = {
+    "whoami": ("GET", r"/api/whoami-v2"),
     "create": ("POST", r"/api/repos/create"),
     "validate-yaml": ("POST", r"/api/validate-yaml"),
     "auth-check": ("GET", r"/api/models/([^/]+/[^/]+)/auth-check/write"),
@@ -48,10 +49,11 @@ PUSH_ENDPOINTS = ["create", "validate-yaml", "preupload", "lfs-batch", "lfs-put"
 
 @dataclass
 class Repository:
-    """A repository: the files of its only branch, and the ids of its commits."""
+    """A repository: the files of its only branch, the ids of its commits, and who sees it."""
 
     files: dict[str, bytes] = field(default_factory=dict)
     commits: list[str] = field(default_factory=list)
+    private: bool = False
 
     def object_id(self, name: str) -> str | None:
         """The id that the client compares with its own: SHA-256 for LFS, git's SHA-1 for others."""
@@ -86,7 +88,8 @@ class LoopbackHub:
         datasets: of datasets, and of files of GitHub below `/raw`.
         objects: LFS data by SHA-256.
         counts: requests by endpoint, failed ones included; `unknown` for others.
-        read_only: whether the token may only read.
+        read_only: whether the token may write to no repository.
+        role: of the token, as `whoami` tells it.
         put_tokens: Authorization headers that came with `lfs-put`: the storage is another machine, so none must.
     """
 
@@ -95,7 +98,7 @@ class LoopbackHub:
         self.datasets: dict[str, Repository] = {}
         self.objects: dict[str, bytes] = {}
         self.counts: Counter[str] = Counter()
-        self.read_only = False
+        self.read_only, self.role = False, "write"
         self.put_tokens: list[str] = []
         self.faults: dict[str, Fault] = {}
         self.lock = threading.Lock()
@@ -209,11 +212,15 @@ class _Handler(BaseHTTPRequestHandler):
             return 401, {"error": message}, {"X-Error-Message": message}
         if hub.read_only and name in ("create", "auth-check", "preupload", "lfs-batch", "commit"):
             return 403, {"error": "the token may only read"}, {"X-Error-Message": "the token may only read"}
+        if name == "whoami":
+            orgs = [{"name": "team", "roleInOrg": "contributor"}, {"name": "readers", "roleInOrg": "read"}]
+            auth = {"type": "access_token", "accessToken": {"displayName": "t", "role": hub.role}}
+            return 200, {"type": "user", "name": USER, "orgs": orgs, "auth": auth}, {}
         if name == "create":
             content = json.loads(body)
             repo_id = f"{content['organization'] or USER}/{content['name']}"
             exists = repo_id in hub.repositories
-            hub.repositories.setdefault(repo_id, Repository())
+            hub.repositories.setdefault(repo_id, Repository(private=content.get("visibility") == "private"))
             return 409 if exists else 200, {"url": f"{hub.url}/{repo_id}"}, {}
         if name == "validate-yaml":
             return 200, {"errors": [], "warnings": []}, {}
@@ -265,7 +272,11 @@ class _Handler(BaseHTTPRequestHandler):
     def _info(self, repository: Repository, words: tuple[str, ...], body: bytes) -> tuple[int, Any, dict]:
         siblings = [{"rfilename": name} for name in sorted(repository.files)]
         commit = repository.commits[-1] if repository.commits else "0" * 40
-        return 200, {"id": words[0], "modelId": words[0], "sha": commit, "siblings": siblings, "private": False}, {}
+        return (
+            200,
+            {"id": words[0], "modelId": words[0], "sha": commit, "siblings": siblings, "private": repository.private},
+            {},
+        )
 
     def _tree(self, repository: Repository, words: tuple[str, ...], body: bytes) -> tuple[int, Any, dict]:
         files = [

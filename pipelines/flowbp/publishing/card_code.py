@@ -28,7 +28,7 @@ DTYPES = {"no": "torch.float32", "fp16": "torch.float16", "bf16": "torch.bfloat1
 # Scripts that are installed as modules of `flowbp.scripts`.
 INSTALLED_SCRIPTS = ("train_flowbp", "train_flowbp_flux", "train_flowbp_flux2", "train_flowbp_sd3")
 # Options that publish a run, or need its checkpoints.
-NOT_REPRODUCED = ("--push_to_hub", "--hub_model_id", "--resume_from_checkpoint")
+NOT_REPRODUCED = ("--push_to_hub", "--hub_model_id", "--hub_private_repo", "--resume_from_checkpoint")
 
 
 def _pipeline(run: Mapping[str, Any]) -> type[DiffusionPipeline] | None:

@@ -13,15 +13,15 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from httpx2 import HTTPError
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
@@ -130,33 +130,69 @@ def _check_login(repo_id: str) -> None:
         raise ValueError(f"no token for the Hugging Face Hub was found; {LOG_IN}.")
 
 
-def check_access(repo_id: str, tries: int = TRIES, first_wait: float = FIRST_WAIT) -> str:
-    """Check, before a training, that its result can be pushed; creates the repository if it does not exist.
+def check_access(repo_id: str, private: bool = False, tries: int = TRIES, first_wait: float = FIRST_WAIT) -> str:
+    """Check, before a training, that its result can be pushed. Creates nothing.
+
+    What a fine-grained token may do in a namespace is not known before the repository exists.
 
     Args:
         repo_id: `user/name`, or a name in the account of the token.
+        private: whether the repository is to be private.
         tries, first_wait: see `with_retries`.
 
     Returns:
         `user/name`.
 
     Raises:
-        ValueError: in one line that says what to do: bad name, no or bad token, no permission, no network.
+        ValueError: in one line that says what to do: bad name, no or bad token, no permission, no network, or a
+            repository that exists and is public although it is to be private.
     """
+    api = HfApi()
+
+    def ask(request: Callable[[], Answer]) -> Answer:
+        return with_retries(request, tries, first_wait)
+
     try:
         _check_login(repo_id)
-        api = HfApi()
-        repo_id = with_retries(lambda: api.create_repo(repo_id, exist_ok=True), tries, first_wait).repo_id
+        account = ask(api.whoami)
+        repo_id = repo_id if "/" in repo_id else f"{account['name']}/{repo_id}"
+        if account.get("auth", {}).get("accessToken", {}).get("role") == "read":
+            raise ValueError(f"the token may only read; {LOG_IN}.")
+        try:
+            is_private = ask(lambda: api.model_info(repo_id)).private
+        except RepositoryNotFoundError:
+            _check_namespace(repo_id, account)
+            return repo_id
+        _check_private(repo_id, private, is_private)
     except Exception as error:
         raise ValueError(f"--push_to_hub: {_explain(error, repo_id)}") from None
-    # Creating a repository that exists succeeds with a read-only token too.
     try:
-        with_retries(lambda: api.auth_check(repo_id, write=True), tries, first_wait)
+        ask(lambda: api.auth_check(repo_id, write=True))
     except HTTPError as error:
         # Other answers decide nothing: not every server of this protocol has this check.
         if _status(error) in (401, 403) or _is_temporary(error):
             raise ValueError(f"--push_to_hub: {_explain(error, repo_id)}") from None
     return repo_id
+
+
+def _check_namespace(repo_id: str, account: Mapping[str, Any]) -> None:
+    """Raise ValueError unless a token's account may create this repository."""
+    name = repo_id.partition("/")[0]
+    roles = {each["name"]: each.get("roleInOrg") for each in account.get("orgs", [])}
+    if name != account["name"] and roles.get(name, "read") == "read":
+        own = ", ".join([account["name"], *(each for each, role in roles.items() if role != "read")])
+        raise ValueError(
+            f"{repo_id} does not exist, and {account['name']} may not create it; choose a --hub_model_id in {own}."
+        )
+
+
+def _check_private(repo_id: str, private: bool, is_private: bool | None) -> None:
+    """Raise ValueError for a public repository that is to be private."""
+    if private and not is_private:
+        raise ValueError(
+            f"{repo_id} exists and is public, and --hub_private_repo does not change that; make it private in its "
+            "settings, choose another --hub_model_id, or leave --hub_private_repo out."
+        )
 
 
 def _operation(path: Path, output_dir: Path) -> CommitOperationAdd:
@@ -184,7 +220,9 @@ def _operation(path: Path, output_dir: Path) -> CommitOperationAdd:
     return CommitOperationAdd(path_in_repo=name, path_or_fileobj=path if content is None else content)
 
 
-def push_folder(output_dir: Path, repo_id: str, tries: int = TRIES, first_wait: float = FIRST_WAIT) -> str:
+def push_folder(
+    output_dir: Path, repo_id: str, private: bool = False, tries: int = TRIES, first_wait: float = FIRST_WAIT
+) -> str:
     """Push the files of `allowed_files` in one commit; no commit is made if the Hub has all of them.
 
     If a commit succeeds but its answer is lost, the next try finds it and has nothing to do.
@@ -192,6 +230,7 @@ def push_folder(output_dir: Path, repo_id: str, tries: int = TRIES, first_wait: 
     Args:
         output_dir: the run's folder.
         repo_id: `user/name`, or a name in the account of the token; created if it does not exist.
+        private: create it as a private one, and push to no other; else a new one has the account's default.
         tries, first_wait: of each request, see `with_retries`.
 
     Returns:
@@ -201,6 +240,7 @@ def push_folder(output_dir: Path, repo_id: str, tries: int = TRIES, first_wait: 
         PushError: if it failed for good. The files are kept.
     """
     later = f"python -m flowbp.publishing.push {shlex.quote(str(output_dir))} --hub_model_id {shlex.quote(repo_id)}"
+    later += " --hub_private_repo" if private else ""
     try:
         files = allowed_files(output_dir)
         if output_dir / LORA_FILE not in files:
@@ -209,7 +249,12 @@ def push_folder(output_dir: Path, repo_id: str, tries: int = TRIES, first_wait: 
             _operation(path, output_dir)
         _check_login(repo_id)
         api = HfApi()
-        repository = with_retries(lambda: api.create_repo(repo_id, exist_ok=True), tries, first_wait)
+        repository = with_retries(
+            lambda: api.create_repo(repo_id, private=private or None, exist_ok=True), tries, first_wait
+        )
+        if private:
+            is_private = with_retries(lambda: api.model_info(repository.repo_id), tries, first_wait).private
+            _check_private(repository.repo_id, private, is_private)
 
         def commit() -> None:
             # The client changes operations, so every try has its own.
@@ -233,6 +278,7 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add("output_dir", type=Path, help="Folder of a run.")
     add("--hub_model_id", help="Repository. Default: the one of the run, or the folder's name.")
+    add("--hub_private_repo", action="store_true", help="Private repository. Default: as the run was told.")
     add("--tries", type=int, default=TRIES, help="How often each request is tried.")
     add("--first_wait", type=float, default=FIRST_WAIT, help="Seconds before the second try, then doubled each time.")
 
@@ -249,22 +295,26 @@ def main(argv: list[str] | None = None) -> None:
     if not args.output_dir.is_dir():
         parser.error(f"{args.output_dir} is not a folder; give the --output_dir of a run")
     record = args.output_dir / "run.json"
+    of_run, private = None, args.hub_private_repo
     try:
-        of_run = json.loads(record.read_text(encoding="utf-8"))["hub_model_id"] if record.exists() else None
-    except (OSError, ValueError, KeyError, TypeError) as wrong:
+        if record.exists():
+            content = json.loads(record.read_text(encoding="utf-8"))
+            of_run = content["hub_model_id"]
+            private = private or content.get("settings", {}).get("hub_private_repo", False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as wrong:
         if args.hub_model_id is None:
             parser.error(f"{record} cannot be read as a run's record ({wrong}); give --hub_model_id")
         of_run = args.hub_model_id
     repo_id = args.hub_model_id or of_run or args.output_dir.resolve().name
     try:
         if record.exists() and repo_id != of_run:
-            repo_id = check_access(repo_id, args.tries, args.first_wait)
+            repo_id = check_access(repo_id, private, args.tries, args.first_wait)
             if repo_id != of_run:
                 # Here, because it imports diffusers: seconds that most pushes do not need.
                 from .model_card import name_repository
 
                 name_repository(args.output_dir, repo_id)
-        print(push_folder(args.output_dir, repo_id, args.tries, args.first_wait))
+        print(push_folder(args.output_dir, repo_id, private, args.tries, args.first_wait))
     except (ValueError, OSError, PushError) as failure:
         sys.exit(f"{parser.prog}: error: {one_line(failure)}")
 

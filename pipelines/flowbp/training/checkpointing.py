@@ -37,7 +37,7 @@ from .state import TrainingError, TrainingState, save_files
 MAY_CHANGE = (
     "output_dir resume_from_checkpoint max_train_steps checkpointing_steps checkpointing_minutes "
     "checkpoints_total_limit report_to logging_dir run_name tracker_project tracker_group tracker_tags push_to_hub "
-    "hub_model_id prompt_embeds_dir dry_run strict select verify overwrite_output_dir strict_resume "
+    "hub_model_id hub_private_repo prompt_embeds_dir dry_run strict select verify overwrite_output_dir strict_resume "
     "process_timeout_minutes"
 ).split()
 

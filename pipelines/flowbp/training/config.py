@@ -325,6 +325,9 @@ class TrainingConfig:
     )
     push_to_hub: bool = _reports(False, "Push LoRA, card, run.json and images to the Hub at the end.")
     hub_model_id: str | None = _reports(None, "Repository on the Hub. Default: the output folder's name.")
+    hub_private_repo: bool = _reports(
+        False, "Push to a private repository; one that is public is refused. Default: the account's for new ones."
+    )
 
     def __post_init__(self) -> None:
         check_options(self)

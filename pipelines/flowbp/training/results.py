@@ -86,7 +86,7 @@ def finish(run: "Run") -> TrainingResult:
     url = None
     try:
         if config.push_to_hub and accelerator.is_main_process:
-            url = push_folder(config.output_dir, config.hub_model_id)
+            url = push_folder(config.output_dir, config.hub_model_id, config.hub_private_repo)
             run.console.print(f"Pushed to {url}")
     finally:
         accelerator.end_training()

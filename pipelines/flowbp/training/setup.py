@@ -242,7 +242,7 @@ def claim_folder(config: TrainingConfig, accelerator: Accelerator, closing: Exit
 def _repository(config: TrainingConfig, accelerator: Accelerator) -> str:
     """The repository of `--push_to_hub`; a bad token or name fails here, not after the training."""
     name = config.hub_model_id or config.output_dir.resolve().name
-    return check_access(name) if accelerator.is_main_process and not config.dry_run else name
+    return check_access(name, config.hub_private_repo) if accelerator.is_main_process and not config.dry_run else name
 
 
 def make_objective(config: TrainingConfig, method: Method, guidance_gain: float) -> Objective:
