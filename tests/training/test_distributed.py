@@ -123,7 +123,8 @@ def test_a_sharded_transformer_trains_like_a_whole_one(tmp_path: Path) -> None:
     assert found["largest"] == [1.0, 0.0, float("inf")]
 
 
-def test_the_script_trains_the_same_however_its_batch_is_split(tmp_path: Path) -> None:
+@pytest.mark.parametrize("use_dora", [None, True])
+def test_the_script_trains_the_same_however_its_batch_is_split(tmp_path: Path, use_dora: bool | None) -> None:
     tiny_pipeline(torch.float32, 0.1, lora=False).save_pretrained(tmp_path / "model")
     arguments = {
         **SHARED_ARGUMENTS,
@@ -132,6 +133,7 @@ def test_the_script_trains_the_same_however_its_batch_is_split(tmp_path: Path) -
         "resolution": 8,
         "max_sequence_length": MAX_SEQUENCE_LENGTH,
         "method": "flowbp-bridge",
+        "use_dora": use_dora,
         "max_train_steps": 1,
         # So that a step is about the learning rate times the gradient, and not its sign.
         "adam_epsilon": 1,
