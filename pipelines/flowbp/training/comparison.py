@@ -26,6 +26,7 @@ from .checkpoints import checkpoints
 from .command_line import find_recipe, read_recipe
 from .config import TrainingConfig, parse_training_config
 from .ingredients import changes, ingredients
+from .lora import read_init_lora
 from .model import LORA_FILE
 from .options import COUNT, check_options, declarations, option, without_none
 from .rewards import check_reward
@@ -270,8 +271,9 @@ def check_runs(
             if run.line not in configs:
                 configs[run.line] = config
                 check_reward(config, None)
-                _, records, _ = check_settings(config, backbone)
-                made_of[run.line] = ingredients(config, records, (), None)
+                _, records, checked = check_settings(config, backbone)
+                init = read_init_lora(config, checked, None)
+                made_of[run.line] = ingredients(config, records, (), None, None if init is None else init.digest)
         except (ValueError, OSError) as error:
             raise ValueError(f"{run.name}: {error}") from error
     return configs, made_of
