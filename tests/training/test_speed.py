@@ -234,6 +234,14 @@ def test_compiled_blocks_train_and_compile_no_more_after_the_third_update(
         assert max((compiled[name] - eager[name]).abs().max() for name in eager) < 1e-4
 
 
+def test_compiled_shards_are_refused(
+    arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = {"compile_blocks": True, "train": "full", "rank": None, "lora_alpha": None}
+    message = "--compile_blocks is not tested with shards"
+    check_refusal("train_flowbp_sd3", {**arguments, **changes}, message, monkeypatch, capsys)
+
+
 def test_a_model_whose_blocks_are_not_known(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--compile_blocks: expected class names of blocks of Sequential, got none"):
         speed.compile_blocks(torch.nn.Sequential(torch.nn.Linear(1, 1)))

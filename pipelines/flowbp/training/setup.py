@@ -215,6 +215,8 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
         ),
     )
     check_distributed(accelerator)
+    if config.compile_blocks and (config.train == "full" or uses_fsdp2(accelerator)):
+        raise ValueError("--compile_blocks is not tested with shards (FSDP2, --train full); leave it out")
     if config.deterministic:
         make_deterministic()
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
