@@ -30,7 +30,14 @@ from loopback_hub import Repository, loopback_hub
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import load_file
-from tiny_pipelines import tiny_klein_pipeline, tiny_ovis_image_pipeline, tiny_wan_22_pipeline, tiny_wan_pipeline
+from tiny_pipelines import (
+    tiny_flux_pipeline,
+    tiny_klein_pipeline,
+    tiny_ovis_image_pipeline,
+    tiny_wan_22_pipeline,
+    tiny_wan_pipeline,
+)
+from tiny_sd3 import tiny_sd3_pipeline
 
 from flowbp.publishing.card_code import INSTALLED_SCRIPTS
 from flowbp.publishing.card_text import code_block, hide_paths, markdown
@@ -52,7 +59,7 @@ def interval(mean: float, half: float) -> dict[str, float]:
 
 # What a training writes into run.json.
 RUN = {
-    "format": 2,
+    "format": 3,
     "script": "train_flowbp_sd3.py",
     "command": [
         "training/train_flowbp_sd3.py",
@@ -105,7 +112,7 @@ RUN = {
             "name": "hpsv2.1",
             "role": "trained",
             "base": interval(0.281, 0.006),
-            "lora": interval(0.331, 0.006),
+            "trained": interval(0.331, 0.006),
             "difference": interval(0.05, 0.003),
             "images": 128,
         },
@@ -113,15 +120,15 @@ RUN = {
             "name": "pickscore",
             "role": "held out",
             "base": interval(21.3, 0.2),
-            "lora": interval(21.1, 0.2),
+            "trained": interval(21.1, 0.2),
             "difference": interval(-0.2, 0.11),
             "images": 128,
         },
     ],
     "alarms": [],
     "images": [
-        {"prompt": 'the text "42"', "base": "images/0_base.png", "lora": "images/0_lora.png"},
-        {"prompt": HOSTILE, "base": "images/1_base.png", "lora": "images/1_lora.png"},
+        {"prompt": 'the text "42"', "base": "images/0_base.png", "trained": "images/0_trained.png"},
+        {"prompt": HOSTILE, "base": "images/1_base.png", "trained": "images/1_trained.png"},
     ],
     "hub_model_id": "alice/sd35-flowbp",
 }
@@ -138,7 +145,7 @@ def card_of(folder: Path, images_on_disk: bool = True, **changes: Any) -> ModelC
     write_run_json(folder / "run.json", make_run(**changes))
     if images_on_disk:
         (folder / "images").mkdir(exist_ok=True)
-        for name in ("before_after.png", "images/0_base.png", "images/0_lora.png", "images/1_lora.png"):
+        for name in ("before_after.png", "images/0_base.png", "images/0_trained.png", "images/1_trained.png"):
             Image.new("RGB", (2, 2)).save(folder / name)
     path = write_card(folder)
     assert path == folder / "README.md"
@@ -167,7 +174,7 @@ def test_metadata(tmp_path: Path) -> None:
     # No network, so the base's licence is not known.
     assert data["license"] == "other"
     assert {"diffusers", "lora", "flowbp", "flow-matching", "hpsv2.1", "pickscore"} <= set(data["tags"])
-    assert data["widget"][0] == {"text": 'the text "42"', "output": {"url": "images/0_lora.png"}}
+    assert data["widget"][0] == {"text": 'the text "42"', "output": {"url": "images/0_trained.png"}}
     (result,) = data["model-index"][0]["results"]
     assert data["model-index"][0]["name"] == "sd35-flowbp" and result["dataset"]["name"] == "eval.txt"
     assert [(metric["type"], metric["value"]) for metric in result["metrics"]] == [
@@ -199,7 +206,7 @@ def test_hostile_prompts(tmp_path: Path) -> None:
 
 def test_a_hostile_prompt_in_the_commands(tmp_path: Path) -> None:
     """It stays one literal of the Python code and one word of the shell command."""
-    images = [{"prompt": HOSTILE, "base": "images/0_base.png", "lora": "images/0_lora.png"}]
+    images = [{"prompt": HOSTILE, "base": "images/0_base.png", "trained": "images/0_trained.png"}]
     card = card_of(tmp_path, images=images, command=["--validation_prompt", HOSTILE])
     code = ast.parse(block(card, "python"))
     (prompt,) = [node.value.value for node in code.body if ast.unparse(node).startswith("prompt = ")]
@@ -251,7 +258,7 @@ def test_what_is_not_known_is_said(tmp_path: Path) -> None:
     assert "the images of validation prompts, with 95 % confidence intervals over prompts.\nBase" in card.text
     assert "the images of eval.txt, with 95 % confidence intervals over prompts.\nBase" in card_of(tmp_path / "g").text
     broken = {"mean": None, "low": None, "high": None}
-    card = card_of(tmp_path / "c", rewards=[{**trained[0], "lora": broken, "difference": broken}], git=None)
+    card = card_of(tmp_path / "c", rewards=[{**trained[0], "trained": broken, "difference": broken}], git=None)
     assert rows_under(card, "Rewards")[2][4:] == ["– [–, –]", "– [–, –]"] and "model-index" not in card.data.to_dict()
     assert "commit unknown" in card.text
     card = card_of(tmp_path / "d", images_on_disk=False, rewards=[], hub_model_id=None, skipped_updates=2)
@@ -451,6 +458,63 @@ def test_the_code_runs(
         assert np.asarray(found["image"]).shape == size
 
 
+FULL = {"train": "full", "rank": None, "lora_alpha": None}
+
+
+def test_the_card_of_a_full_fine_tuning(tmp_path: Path) -> None:
+    """It is a model of its own, and nothing in its card speaks of a LoRA."""
+    settings = {**make_run()["settings"], **FULL}
+    card = card_of(tmp_path, settings=settings, transformer_class="SD3Transformer2DModel")
+    data = card.data.to_dict()
+    assert data["base_model_relation"] == "finetune" and "full-finetune" in data["tags"]
+    assert "lora" not in card.content.lower()
+    assert "All weights of the transformer of [stab" in card.text
+    assert "folder `transformer` holds the fine-tuned transformer of update 250 of 300" in card.text
+    assert rows_under(card, "Rewards")[0][4] == "fine-tuned transformer"
+    assert ["`train`", "full"] in rows_under(card, "Method and settings")
+    code = block(card, "python")
+    assert "from_pretrained('alice/sd35-flowbp', subfolder=\"transformer\", dtype=torch.bfloat16)" in code
+
+
+@pytest.mark.parametrize(
+    ("build", "component", "call"),
+    [
+        (lambda: tiny_sd3_pipeline(torch.float32), None, {"height": 8, "width": 8, "max_sequence_length": 16}),
+        (tiny_flux_pipeline, None, {"height": 8, "width": 8, "max_sequence_length": 16}),
+        (tiny_klein_pipeline, None, {"height": 8, "width": 8, "max_sequence_length": 16}),
+        # diffusers ignores the argument transformer_2 of its from_pretrained, which has a default.
+        (tiny_wan_22_pipeline, "transformer_2", {"height": 16, "width": 16, "num_frames": 1}),
+    ],
+)
+def test_the_code_of_a_full_fine_tuning_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, build: Callable[[], DiffusionPipeline], component: str, call: Any
+) -> None:
+    """The trained component has the run's weights, the others the base's."""
+    pipe, trained = build(), component or "transformer"
+    pipe.save_pretrained(tmp_path / "base")
+    transformer = getattr(pipe, trained)
+    with torch.no_grad():
+        for parameter in transformer.parameters():
+            parameter.add_(0.01)
+    transformer.save_pretrained(tmp_path / "run" / "transformer")
+    card = card_of(
+        tmp_path / "run",
+        images_on_disk=False,
+        base_model=str(tmp_path / "base"),
+        pipeline_class=type(pipe).__name__,
+        transformer_class=type(transformer).__name__,
+        settings=settings_of(**FULL, lora_component=component, pipeline_arguments=call),
+        hub_model_id=None,
+    )
+    monkeypatch.chdir(tmp_path)
+    found: dict[str, Any] = {}
+    exec(block(card, "python").replace('"cuda"', '"cpu"'), found)
+    for name in {trained, "transformer"}:
+        own, loaded = getattr(pipe, name).state_dict(), getattr(found["pipe"], name).state_dict()
+        assert own.keys() == loaded.keys() and all(torch.equal(own[key].float(), loaded[key]) for key in own)
+    assert found["image"] is not None
+
+
 def test_the_command_to_reproduce(tmp_path: Path) -> None:
     """The run's own, without what publishes and with paths shortened."""
     command = block(card_of(tmp_path), "bash").replace(" \\\n", " ")
@@ -572,14 +636,14 @@ def test_links_are_not_shown_and_not_followed(tmp_path: Path) -> None:
     Image.new("RGB", (2, 2)).save(outside)
     out = tmp_path / "out"
     card_of(out)
-    (out / "images" / "0_lora.png").unlink()
-    (out / "images" / "0_lora.png").symlink_to(outside)
+    (out / "images" / "0_trained.png").unlink()
+    (out / "images" / "0_trained.png").symlink_to(outside)
     (out / "README.md").unlink()
     target = tmp_path / "target"
     target.write_text("kept")
     (out / "README.md").symlink_to(target)
     card = ModelCard.load(write_card(out))
-    assert [item["output"]["url"] for item in card.data.to_dict()["widget"]] == ["images/1_lora.png"]
+    assert [item["output"]["url"] for item in card.data.to_dict()["widget"]] == ["images/1_trained.png"]
     assert target.read_text() == "kept" and not (out / "README.md").is_symlink()
 
 

@@ -8,7 +8,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from email.utils import formatdate
 from pathlib import Path
@@ -41,7 +41,7 @@ def make_output(folder: Path) -> Path:
     save_file({"a": np.arange(300, dtype=np.float32)}, folder / LORA_FILE, metadata={"format": "pt"})
     (folder / "README.md").write_text("---\nlicense: mit\n---\n\n# Card\n")
     (folder / "run.json").write_text(json.dumps({"hub_model_id": REPO}))
-    for name in ("before_after.png", "reward_curve.png", "images/0_base.png", "images/0_lora.png"):
+    for name in ("before_after.png", "reward_curve.png", "images/0_base.png", "images/0_trained.png"):
         Image.new("RGB", (3, 2)).save(folder / name)
     return folder
 
@@ -259,15 +259,90 @@ def test_decoys(hub: LoopbackHub, output: Path) -> None:
     for name in ("checkpoint-5/lora.safetensors", "best/" + LORA_FILE, "images/sub/3_lora.png", "images/5_lora.png/x"):
         (output / name).parent.mkdir(parents=True, exist_ok=True)
         (output / name).write_bytes(b"private")
-    (output / "images" / "8_lora.png").symlink_to(outside / "private.png")
+    (output / "images" / "8_trained.png").symlink_to(outside / "private.png")
     (output / "images" / "9_base.png").symlink_to(output / "before_after.png")
-    (output / "images" / "١_lora.png").write_bytes(b"a digit, but not one of the list's")
-    os.mkfifo(output / "images" / "6_lora.png")
+    (output / "images" / "١_trained.png").write_bytes(b"a digit, but not one of the list's")
+    os.mkfifo(output / "images" / "6_trained.png")
     (output / "README.md").unlink()
     (output / "README.md").symlink_to(outside / "passwords.txt")
     del expected["README.md"]
     assert push(hub, output)[0] == 0
     assert hub.repositories[REPO].files == expected
+
+
+def make_transformer(output: Path, shards: int = 1) -> Path:
+    """Replace the LoRA of `make_output` by a transformer as a run writes it; returns its folder."""
+    (output / LORA_FILE).unlink()
+    suffixes = [""] if shards == 1 else [f"-{place:05d}-of-{shards:05d}" for place in range(1, shards + 1)]
+    names = [f"diffusion_pytorch_model{suffix}.safetensors" for suffix in suffixes]
+    folder = output / "transformer"
+    folder.mkdir()
+    for name in names:
+        save_file({name: np.arange(300, dtype=np.float32)}, folder / name, metadata={"format": "pt"})
+    if shards > 1:
+        index = {"metadata": {}, "weight_map": {name: name for name in names}}
+        (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "config.json").write_text('{"_class_name": "SD3Transformer2DModel"}')
+    return folder
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_transformer(hub: LoopbackHub, output: Path, shards: int) -> None:
+    """Config, weights and their index arrive; the manifest, links and everything else there do not."""
+    folder = make_transformer(output, shards)
+    expected = content_of(output)
+    (folder / "config.json").rename(output.parent / "config.json")
+    (folder / "config.json").symlink_to(output.parent / "config.json")
+    code, _, error = push(hub, output)
+    assert code == 1 and "the folder transformer lacks config.json" in error
+    (folder / "config.json").unlink()
+    (output.parent / "config.json").rename(folder / "config.json")
+    for name in ("manifest.json", "README.md", "x.safetensors", "optimizer.bin", "sub/config.json"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("private")
+    assert push(hub, output)[0] == 0
+    assert hub.repositories[REPO].files == expected
+
+
+def test_a_transformer_beside_a_lora_or_behind_a_link(output: Path) -> None:
+    """A run writes one of the two, so of a run with a LoRA such a folder is somebody else's."""
+    lora = (output / LORA_FILE).read_bytes()
+    folder = make_transformer(output)
+    assert {path.name for path in allowed_files(output) if path.parent == folder} == {
+        path.name for path in folder.iterdir()
+    }
+    folder.rename(output.parent / "elsewhere")
+    folder.symlink_to(output.parent / "elsewhere")
+    check_refusal(output, "no transformer's weights in this folder")
+    folder.unlink()
+    (output.parent / "elsewhere").rename(folder)
+    (output / LORA_FILE).write_bytes(lora)
+    assert len(allowed_files(output)) == 7
+
+
+@pytest.mark.parametrize(
+    ("break_it", "text"),
+    [
+        (
+            lambda folder: next(folder.glob("*2-of*")).unlink(),
+            "lacks diffusion_pytorch_model-00002-of",
+        ),
+        (
+            lambda folder: next(folder.glob("*.index.json")).unlink(),
+            "has a file of another transformer, diffusion_pytorch_model-00001",
+        ),
+        (
+            lambda folder: (folder / "diffusion_pytorch_model.safetensors").write_bytes(b"an earlier one"),
+            "has a file of another transformer, diffusion_pytorch_model.safetensors",
+        ),
+        (lambda folder: next(folder.glob("*2-of*")).write_bytes(b"\x80\x04K\x01."), "is not a safetensors file"),
+        (lambda folder: (folder / "config.json").write_text(f'"{CANARY}"'), "transformer/config.json holds a secret"),
+    ],
+)
+def test_a_transformer_that_is_not_whole(output: Path, break_it: Callable[[Path], None], text: str) -> None:
+    """Refused by the name of the file."""
+    break_it(make_transformer(output, shards=2))
+    check_refusal(output, text)
 
 
 def test_the_folder_of_images_is_a_link(hub: LoopbackHub, output: Path) -> None:
@@ -310,8 +385,8 @@ def test_files_that_are_not_what_they_are_called(output: Path) -> None:
     check_refusal(output, f"no file {LORA_FILE}")
     (output / LORA_FILE).unlink()
     (output / LORA_FILE).write_bytes(weights)
-    (output / "images" / "0_lora.png").write_bytes(b"PASSWORD=1")
-    check_refusal(output, "images/0_lora.png is not a PNG file")
+    (output / "images" / "0_trained.png").write_bytes(b"PASSWORD=1")
+    check_refusal(output, "images/0_trained.png is not a PNG file")
 
 
 @pytest.mark.parametrize("name", ["README.md", "run.json", LORA_FILE])

@@ -336,6 +336,14 @@ def test_settings_are_json_without_secrets(monkeypatch: pytest.MonkeyPatch, tmp_
     assert {name: settings[name] for name in expected} == expected
 
 
+def test_settings_of_a_full_fine_tuning_have_none_of_a_lora(
+    backbones: dict[str, type[Backbone]], tmp_path: Path
+) -> None:
+    for way in WAYS:
+        settings = way(tmp_path, backbones["train_flowbp_sd3"], train="full", mixed_precision="bf16").settings()
+        assert not any(settings[name] for name in ("rank", "lora_alpha", "lora_layers", "lora_dtype"))
+
+
 @pytest.mark.parametrize("backbone", BACKBONES)
 @pytest.mark.parametrize("name", METHODS)
 def test_options_of_a_method_that_are_left_out_are_the_row_s_for_the_backbone(name: str, backbone: str):

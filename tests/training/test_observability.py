@@ -39,6 +39,8 @@ from training_scripts import (
 )
 
 from flowbp.publishing.run_info import versions
+from flowbp.training.config import TrainingConfig
+from flowbp.training.overview import _bytes_written
 
 NAME = "train_flowbp_sd3"
 REDNESS, BRIGHTNESS = "toy_reward:make_reward", "toy_reward:make_held_out_reward"
@@ -257,7 +259,7 @@ def test_run_json_tells_what_was_run(observed: tuple[Path, list[str], str], scri
     assert run["updates"] == 3 and run["selected"] == {"kind": "last", "update": 3}
     assert [image["prompt"] for image in run["images"]] == list(PROMPTS[:2])
     for image in run["images"]:
-        assert all((folder / image[name]).is_file() for name in ("base", "lora"))
+        assert all((folder / image[name]).is_file() for name in ("base", "trained"))
     # Without an evaluation the images are the validation's.
     names = [row["name"] for row in run["rewards"]]
     assert names == [f"{REDNESS}:2,{BRIGHTNESS}:0.5", REDNESS, BRIGHTNESS]
@@ -273,7 +275,7 @@ def test_the_end_is_printed(observed: tuple[Path, list[str], str]):
     table = {line.split()[0]: line for line in lines[lines.index("Done") + 1 :] if line.startswith("  ")}
     assert "of update 3 of 3, the last one" in table["LoRA"]
     found = run["rewards"][0]
-    means = [found[part]["mean"] for part in ("base", "lora", "difference")]
+    means = [found[part]["mean"] for part in ("base", "trained", "difference")]
     assert f"{found['name']} {means[0]:.3g} -> {means[1]:.3g}, {means[2]:+.3g}" in table["gain"]
     assert str(folder) in table["files"] and f'pipe.load_lora_weights("{folder}")' in table["load"]
 
@@ -313,6 +315,24 @@ def test_a_dry_run_estimates_the_whole_run(
     assert "5 evaluations of 8, 2 validations of 2, 4 at the end" in lines["images"]
     assert f"{(100 * of_update + images * of_image) // 3600:.0f} h" in lines["in"]
     assert "at most 2 of" in lines["checkpoints"] and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "result", "checkpoint"),
+    [
+        # A LoRA, its two moments, and the result; an average and the best one.
+        ({}, 4, 16),
+        ({"use_ema": True, "eval_reward": "clip", "mixed_precision": "bf16"}, 4, 24),
+        # All weights: results are in the dtype of the computation, and only the best one is in a checkpoint.
+        ({"train": "full"}, 4, 12),
+        ({"train": "full", "use_ema": True, "eval_reward": "clip", "mixed_precision": "bf16"}, 2, 18),
+    ],
+)
+def test_bytes_of_a_parameter_that_a_run_writes(options: dict[str, Any], result: int, checkpoint: int):
+    config = TrainingConfig(pretrained_model_name_or_path="m", prompts="p", **options)
+    parameters = [torch.empty(3, 5, device="meta"), torch.empty(7, device="meta")]
+    run = SimpleNamespace(config=config, state=SimpleNamespace(parameters=parameters))
+    assert _bytes_written(run) == (22 * result, 22 * checkpoint)
 
 
 # Secrets.

@@ -85,7 +85,7 @@ def test_the_result_has_paths_log_and_scores(configure: Callable[..., TrainingCo
         HELD_OUT: "held out",
     }
     for found in result.scores.values():
-        difference = found["lora"]["mean"] - found["base"]["mean"]
+        difference = found["trained"]["mean"] - found["base"]["mean"]
         assert found["difference"]["mean"] == pytest.approx(difference, abs=1e-6) and found["images"] == 2
     run = json.loads((config.output_dir / "run.json").read_text())
     assert run["command"] is None and run["script"] is None and run["settings"]["reward"] == "redness"

@@ -361,11 +361,11 @@ def test_resuming_the_latest_in_place_continues_its_log(script: ModuleType, argu
     assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-2"]
     first = log_of(output)
     # Pictures of a run that drew more of them; what others have put there stays.
-    for name in ("7_base.png", "7_lora.png", "my_lora.png"):
+    for name in ("7_base.png", "7_trained.png", "7_lora.png", "my_lora.png"):
         (output / "images" / name).write_bytes(b"old")
     script.main(command_line(arguments, **shared, max_train_steps=3, resume_from_checkpoint="latest"))
     found = sorted(path.name for path in (output / "images").iterdir())
-    assert found == ["0_base.png", "0_lora.png", "my_lora.png"]
+    assert found == ["0_base.png", "0_trained.png", "my_lora.png"]
     assert log_of(output)[:2] == first and [row["step"] for row in log_of(output)] == [1, 2, 3]
 
 
@@ -380,4 +380,4 @@ def test_nothing_is_written_or_removed_where_a_link_leads(
     (output / "images").symlink_to(outside)
     script.main(command_line(arguments, max_train_steps=1, method="draft-k"))
     assert [path.name for path in outside.iterdir()] == ["7_base.png"]
-    assert not (output / "images").is_symlink() and (output / "images" / "0_lora.png").is_file()
+    assert not (output / "images").is_symlink() and (output / "images" / "0_trained.png").is_file()

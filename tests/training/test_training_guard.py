@@ -235,9 +235,9 @@ def test_numbers_and_images_are_those_of_the_saved_lora(peaked: Path, model: Pat
         means = {name: sum(found[name]["scores"][row["name"]]) / 4 for name in ("base", "best")}
         assert row["images"] == 4
         assert row["base"]["mean"] == pytest.approx(means["base"], abs=1e-7)
-        assert row["lora"]["mean"] == pytest.approx(means["best"], abs=1e-7)
+        assert row["trained"]["mean"] == pytest.approx(means["best"], abs=1e-7)
         assert row["difference"]["mean"] == pytest.approx(means["best"] - means["base"], abs=1e-7)
-        for part in ("base", "lora", "difference"):
+        for part in ("base", "trained", "difference"):
             assert row[part]["low"] <= row[part]["mean"] <= row[part]["high"]
 
 
@@ -275,7 +275,7 @@ def test_the_chosen_update_is_printed_at_the_end(
     assert [path.name for path in (tmp_path / "run" / "evaluation").iterdir()] == ["000008.png"]
     (found,) = (row for row in run["rewards"] if row["name"] == PEAKED)
     gain, low, high = (found["difference"][name] for name in ("mean", "low", "high"))
-    expected = f"{found['base']['mean']:.3g} -> {found['lora']['mean']:.3g}, {gain:+.3g} [{low:+.3g}, {high:+.3g}]"
+    expected = f"{found['base']['mean']:.3g} -> {found['trained']['mean']:.3g}, {gain:+.3g} [{low:+.3g}, {high:+.3g}]"
     assert f"{PEAKED} {expected} on 4 images (held out)" in printed and "Evaluation" not in printed
 
 
@@ -314,7 +314,7 @@ def test_the_last_lora_is_the_result_where_that_is_asked_for(opposed: tuple[Path
     redness = [make_reward()(images, [""] * 4).mean().item() for images in (last, best)]
     assert redness[0] > redness[1]
     rows = {row["name"]: row for row in run_of(folder)["rewards"]}
-    assert rows[REDNESS]["lora"]["mean"] == pytest.approx(redness[0], abs=1e-6)
+    assert rows[REDNESS]["trained"]["mean"] == pytest.approx(redness[0], abs=1e-6)
     assert rows[OPPOSED]["difference"]["high"] < 0 < rows[REDNESS]["difference"]["low"]
 
 
@@ -349,7 +349,7 @@ def test_with_an_average_that_is_what_is_evaluated_and_saved(
     pipe.unload_lora_weights()
     pipe.load_lora_weights(folder)
     end = to_pil(sample(pipe, PROMPTS[0], make_generator("validation", 0, 0)))
-    with Image.open(folder / "images" / "0_lora.png") as image:
+    with Image.open(folder / "images" / "0_trained.png") as image:
         assert np.array_equal(np.asarray(image), np.asarray(end[0]))
         assert not np.array_equal(np.asarray(image), np.asarray(to_pil(middle)[0]))
 

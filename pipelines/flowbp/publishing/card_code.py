@@ -1,6 +1,6 @@
 # Copyright 2026 The FlowBP for diffusers authors
 # SPDX-License-Identifier: Apache-2.0
-"""The code in a model card: Python that loads the LoRA and samples, and the command that repeats the training.
+"""The code in a model card: Python that loads the result and samples, and the command that repeats the training.
 
 Everything is read from `run`, the content of a run's `run.json`.
 """
@@ -16,7 +16,7 @@ import diffusers
 from diffusers import DiffusionPipeline
 
 from .card_text import code_block, last_part
-from .published_files import LORA_FILE
+from .published_files import LORA_FILE, TRANSFORMER_FOLDER
 
 # Options that are arguments of the pipeline's call under the same name; height and width are added for each size.
 CALL = "num_frames num_inference_steps guidance_scale max_sequence_length".split()
@@ -51,16 +51,21 @@ def _has_frames(run: Mapping[str, Any]) -> bool:
     return any(name in inspect.signature(pipeline.__call__).parameters for name in FRAMES)
 
 
+def is_full(run: Mapping[str, Any]) -> bool:
+    """Whether all weights of the transformer were trained."""
+    return run["settings"].get("train") == "full"
+
+
 def makes_videos(run: Mapping[str, Any]) -> bool:
     """Whether the run's pipeline makes videos of several frames."""
     return _has_frames(run) and _number_of_frames(run) != 1
 
 
 def has_lora_loader(run: Mapping[str, Any]) -> bool:
-    """Whether `load_lora_weights` loads the file: it loads into `transformer` only, and not all pipelines have it."""
+    """Whether `load_lora_weights` loads the result: a LoRA of `transformer`, and not in all pipelines."""
     pipeline = _pipeline(run)
     is_main = run["settings"].get("lora_component") in (None, "transformer")
-    return is_main and (pipeline is None or hasattr(pipeline, "load_lora_weights"))
+    return not is_full(run) and is_main and (pipeline is None or hasattr(pipeline, "load_lora_weights"))
 
 
 def missing_components(base_model: str) -> list[str]:
@@ -107,40 +112,62 @@ def _call_words(settings: Mapping[str, Any]) -> list[str]:
     return words
 
 
-def usage_code(run: Mapping[str, Any], missing: Sequence[str], lora: str, prompt: str) -> str:
-    """A block of Python that loads base model and LoRA and samples with the training's settings.
+def _is_required(run: Mapping[str, Any], component: str) -> bool:
+    """Whether `from_pretrained` takes the component: it ignores arguments that have a default in the pipeline."""
+    pipeline = _pipeline(run)
+    parameters = {} if pipeline is None else inspect.signature(pipeline.__init__).parameters
+    return component in parameters and parameters[component].default is inspect.Parameter.empty
+
+
+def _loading(run: Mapping[str, Any], missing: Sequence[str], result: str) -> list[str]:
+    """Lines of Python that import what is needed and make `pipe`, as in `usage_code`."""
+    settings = run["settings"]
+    component = settings.get("lora_component") or "transformer"
+    dtype = f"dtype={DTYPES.get(settings.get('mixed_precision') or 'no', 'torch.float32')}"
+    words = [dtype, *(f"{name}={settings[name]!r}" for name in ("revision", "variant") if settings.get(name))]
+    words += [f"{name}=None" for name in missing]
+    names, before, after = ["DiffusionPipeline"], [], []
+    if is_full(run):
+        transformer = run["transformer_class"]
+        names.append(transformer)
+        source = f'{result!r}, subfolder="{TRANSFORMER_FOLDER}"'
+        load = f"{transformer}.from_pretrained({source}, {dtype})"
+        if _is_required(run, component):
+            before.append(f"{component} = {load}")
+            words.insert(0, f"{component}={component}")
+        else:
+            after.append(f"pipe.{component} = {load}")
+    elif has_lora_loader(run):
+        after.append(f"pipe.load_lora_weights({result!r})")
+    else:
+        after.append(f'pipe.{component}.load_lora_adapter({result!r}, weight_name="{LORA_FILE}")')
+    if (shift := settings.get("flow_shift")) is not None:
+        names.append("FlowMatchEulerDiscreteScheduler")
+        after.append(f"pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift={shift!r})")
+    base = f"pipe = DiffusionPipeline.from_pretrained({run['base_model']!r}, {', '.join(words)})"
+    return ["import torch", f"from diffusers import {', '.join(names)}", "", *before, base, *after]
+
+
+def usage_code(run: Mapping[str, Any], missing: Sequence[str], result: str, prompt: str) -> str:
+    """A block of Python that loads base model and result and samples with the training's settings.
 
     Args:
         run: of `run.json`.
         missing: of `missing_components`.
-        lora: the LoRA's repository or folder.
+        result: the run's repository or folder.
         prompt: any text.
     """
-    settings = run["settings"]
-    loading = [f"dtype={DTYPES.get(settings.get('mixed_precision') or 'no', 'torch.float32')}"]
-    loading += [f"{name}={settings[name]!r}" for name in ("revision", "variant") if settings.get(name)]
-    loading += [f"{name}=None" for name in missing]
-    load = f"load_lora_weights({lora!r})"
-    if not has_lora_loader(run):
-        component = settings.get("lora_component") or "transformer"
-        load = f'{component}.load_lora_adapter({lora!r}, weight_name="{LORA_FILE}")'
-    shift = settings.get("flow_shift")
     video = makes_videos(run)
     output = "frames" if _has_frames(run) else IMAGE_OUTPUTS.get(run["pipeline_class"], "images")
     # Of a video of one frame, the frame.
     first = f"{output}[0][0]" if output == "frames" and not video else f"{output}[0]"
     lines = [
-        "import torch",
-        f"from diffusers import DiffusionPipeline{'' if shift is None else ', FlowMatchEulerDiscreteScheduler'}",
-        "",
-        f"pipe = DiffusionPipeline.from_pretrained({run['base_model']!r}, {', '.join(loading)})",
-        f"pipe.{load}",
-        *([] if shift is None else [f"pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift={shift!r})"]),
+        *_loading(run, missing, result),
         'pipe.to("cuda")',
         f"prompt = {prompt!r}",
         f"{'video' if video else 'image'} = pipe(",
         # By name: the first argument of some pipelines is an image.
-        *(f"    {word}," for word in ["prompt=prompt", *_call_words(settings)]),
+        *(f"    {word}," for word in ["prompt=prompt", *_call_words(run["settings"])]),
         f").{first}",
     ]
     return code_block("python", "\n".join(lines))

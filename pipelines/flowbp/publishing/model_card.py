@@ -18,7 +18,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..files import write_atomically
-from .card_code import has_lora_loader, makes_videos, missing_components, sizes, training_command, usage_code
+from .card_code import has_lora_loader, is_full, makes_videos, missing_components, sizes, training_command, usage_code
 from .card_text import WHOLE_PATH, hide_paths, last_part, markdown
 from .published_files import allowed_files
 from .run_info import redact, write_run_json
@@ -26,8 +26,8 @@ from .run_info import redact, write_run_json
 TEMPLATE = files(__package__) / "card_template.md"
 # Options in the card's short table of settings; the long one has all.
 SUMMARY = (
-    "init_lora lora_layers rank lora_alpha use_dora use_rslora optimizer learning_rate lr_scheduler max_grad_norm "
-    "mixed_precision use_ema ema_decay velocity_anchor reward_clip"
+    "train init_lora lora_layers rank lora_alpha use_dora use_rslora optimizer learning_rate lr_scheduler "
+    "max_grad_norm mixed_precision use_ema ema_decay velocity_anchor reward_clip"
 ).split()
 
 
@@ -51,7 +51,7 @@ def _rewards_table(rewards: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]
                 "role": reward["role"],
                 "images": reward["images"],
                 "base": _interval(reward["base"], decimals),
-                "lora": _interval(reward["lora"], decimals),
+                "trained": _interval(reward["trained"], decimals),
                 "difference": _interval(reward["difference"], decimals, "+"),
             }
         )
@@ -121,7 +121,7 @@ def _metadata(
         run: of `run.json`, without images and paths.
         images: prompts and files that are in the folder.
         local: whether the base model is a folder, which is not named.
-        name: of the LoRA.
+        name: of the result.
         license_data: of `_license`.
     """
     task = "text-to-video" if makes_videos(run) else "text-to-image"
@@ -134,20 +134,21 @@ def _metadata(
             dataset_name=_evaluation_prompts(run["settings"]),
             metric_type=reward["name"],
             metric_name=f"{reward['name']} ({reward['role']})",
-            metric_value=reward["lora"]["mean"],
+            metric_value=reward["trained"]["mean"],
         )
         for reward in run["rewards"]
-        if reward["lora"]["mean"] is not None
+        if reward["trained"]["mean"] is not None
     ]
+    kind = ["full-finetune"] if is_full(run) else ["lora", "template:sd-lora"]
     optional = {
         "base_model": None if local else run["base_model"],
-        "base_model_relation": None if local else "adapter",
-        "widget": [{"text": image["prompt"], "output": {"url": image["lora"]}} for image in images] or None,
+        "base_model_relation": None if local else "finetune" if is_full(run) else "adapter",
+        "widget": [{"text": image["prompt"], "output": {"url": image["trained"]}} for image in images] or None,
     }
     return ModelCardData(
         library_name="diffusers",
         pipeline_tag=task,
-        tags=[task, "diffusers", "lora", "template:sd-lora", "flowbp", "flow-matching", *filter(None, tags)],
+        tags=[task, "diffusers", *kind, "flowbp", "flow-matching", *filter(None, tags)],
         eval_results=results or None,
         model_name=name,
         **license_data,
@@ -165,6 +166,8 @@ def _run_text(run: Mapping[str, Any]) -> dict[str, Any]:
     options, git, selected = run["settings"], run["git"], run["selected"]
     best = selected["kind"] == "best"
     return {
+        "is_full": is_full(run),
+        "trained": "fine-tuned transformer" if is_full(run) else "LoRA",
         "method": markdown(run["method"]["title"]),
         "reward": markdown(options.get("reward") or [reward["name"] for reward in run["rewards"]] or [""]),
         "versions": run["versions"],
@@ -203,23 +206,23 @@ def make_card(output_dir: Path) -> str:
     # Lone surrogates, which a command line may have, are not Unicode text and cannot be in a card.
     run = json.loads(json.dumps(content, ensure_ascii=False).encode("utf-8", "replace"))
     published = {path.relative_to(output_dir).as_posix() for path in allowed_files(output_dir)}
-    images = [image for image in run.pop("images") if image["lora"] in published]
+    images = [image for image in run.pop("images") if image["trained"] in published]
     base_path = run["base_model"]
     local = bool(WHOLE_PATH.match(base_path)) or Path(base_path).expanduser().exists()
     license_data, license_text = _license(base_path, local)
     # In everything but the prompts; the base model's folder also where its path is relative.
     run = hide_paths(run, base_path if local else None)
-    base, lora = markdown(run["base_model"]), run["hub_model_id"] or output_dir.resolve().name
+    base, result = markdown(run["base_model"]), run["hub_model_id"] or output_dir.resolve().name
     prompt = images[0]["prompt"] if images else "a photo of a cat"
     with as_file(TEMPLATE) as template:
         card = ModelCard.from_template(
-            _metadata(run, images, local, last_part(lora), license_data),
+            _metadata(run, images, local, last_part(result), license_data),
             template_path=str(template),
-            title=markdown(last_part(lora)),
+            title=markdown(last_part(result)),
             base=base if local else f"[{base}](https://huggingface.co/{run['base_model']})",
             gallery=bool(images),
             before_after="before_after.png" in published,
-            use=usage_code(run, missing_components(base_path), lora, prompt),
+            use=usage_code(run, missing_components(base_path), result, prompt),
             license_text=license_text,
             **_run_text(run),
         )
@@ -234,7 +237,7 @@ def write_card(output_dir: Path) -> Path:
 
 
 def name_repository(output_dir: Path, repo_id: str) -> None:
-    """Name a repository in `run.json` and in the card, which says how to load the LoRA from it.
+    """Name a repository in `run.json` and in the card, which says how to load the result from it.
 
     A card that differs from what the training wrote was edited: it stays as it is, and a line says so.
 

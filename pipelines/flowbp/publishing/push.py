@@ -1,6 +1,6 @@
 # Copyright 2026 The FlowBP for diffusers authors
 # SPDX-License-Identifier: Apache-2.0
-"""Publish a run's LoRA on the Hugging Face Hub: the files on a list and nothing else; temporary failures are retried.
+"""Publish a run's result on the Hugging Face Hub: files on a list and nothing else; temporary failures are retried.
 
     python -m flowbp.publishing.push OUTPUT_DIR
 
@@ -13,7 +13,7 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -25,7 +25,7 @@ from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
-from .published_files import LORA_FILE, TEXT_FILES, allowed_files
+from .published_files import LORA_FILE, TEXT_FILES, TRANSFORMER_FOLDER, allowed_files
 from .run_info import one_line, redact_text
 
 TRIES = 6
@@ -34,6 +34,7 @@ FIRST_WAIT = 2.0
 LONGEST_WAIT = 300.0
 """Seconds that a call waits in all, whatever the Hub asks for in Retry-After."""
 
+WEIGHTS = "diffusion_pytorch_model"
 PNG = b"\x89PNG\r\n\x1a\n"
 LOG_IN = "log in with `hf auth login` or set HF_TOKEN to a token with write permission"
 Answer = TypeVar("Answer")
@@ -202,7 +203,7 @@ def _operation(path: Path, output_dir: Path) -> CommitOperationAdd:
         ValueError: naming the file, if it holds a secret or its content does not fit its name.
     """
     name = path.relative_to(output_dir).as_posix()
-    if name == LORA_FILE:
+    if path.suffix == ".safetensors":
         try:
             with safe_open(path, "np") as file:
                 text = json.dumps(file.metadata())
@@ -214,10 +215,28 @@ def _operation(path: Path, output_dir: Path) -> CommitOperationAdd:
         text = content.decode("utf-8", errors="replace")
         if path.suffix == ".png" and not content.startswith(PNG):
             raise ValueError(f"{name} is not a PNG file.")
-    if redact_text(text) != text and (content is None or name in TEXT_FILES):
+    if redact_text(text) != text and (content is None or name in TEXT_FILES or path.suffix == ".json"):
         raise ValueError(f"{name} holds a secret (a token or password); remove it from the file.")
     # The bytes that were checked are sent; weights are large and stay on disk.
     return CommitOperationAdd(path_in_repo=name, path_or_fileobj=path if content is None else content)
+
+
+def _check_weights(output_dir: Path, files: Sequence[Path]) -> None:
+    """Raise ValueError where a LoRA, or a file of a transformer, is missing among the files to publish."""
+    folder = output_dir / TRANSFORMER_FOLDER
+    if output_dir / LORA_FILE in files:
+        return
+    weights = {path.name for path in files if path.parent == folder}
+    if not any(name.endswith(".safetensors") for name in weights):
+        raise ValueError(f"no file {LORA_FILE} and no transformer's weights in this folder.")
+    index, expected = f"{WEIGHTS}.safetensors.index.json", {"config.json", f"{WEIGHTS}.safetensors"}
+    if index in weights:
+        shards = json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values()
+        expected = {"config.json", index, *shards}
+    if weights != expected:
+        name = min(weights ^ expected)
+        found = "lacks" if name in expected else "has a file of another transformer,"
+        raise ValueError(f"the folder {TRANSFORMER_FOLDER} {found} {name}.")
 
 
 def push_folder(
@@ -243,8 +262,7 @@ def push_folder(
     later += " --hub_private_repo" if private else ""
     try:
         files = allowed_files(output_dir)
-        if output_dir / LORA_FILE not in files:
-            raise ValueError(f"no file {LORA_FILE} in this folder.")
+        _check_weights(output_dir, files)
         for path in files:
             _operation(path, output_dir)
         _check_login(repo_id)
@@ -259,7 +277,8 @@ def push_folder(
         def commit() -> None:
             # The client changes operations, so every try has its own.
             operations = [_operation(path, output_dir) for path in files]
-            api.create_commit(repository.repo_id, operations, commit_message="FlowBP LoRA")
+            message = "FlowBP LoRA" if output_dir / LORA_FILE in files else "FlowBP transformer"
+            api.create_commit(repository.repo_id, operations, commit_message=message)
 
         with_retries(commit, tries, first_wait)
     except Exception as error:

@@ -477,8 +477,13 @@ class TrainingConfig:
         return get_method(self.method, backbone=backbone, **(self.method_options or {}))
 
     def settings(self) -> dict[str, Any]:
-        """All options as JSON has them, those of the method beside the others, without secrets."""
+        """All options as JSON has them, those of the method beside the others, without secrets.
+
+        Those of a LoRA are None where none is trained.
+        """
         own = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "method_options"}
+        if self.train == "full":
+            own |= dict.fromkeys(_OF_LORA)
         return settings({**own, **(self.method_options or {})})
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from filelock import FileLock, Timeout
 
-from ..publishing.published_files import TRANSFORMER_FOLDER
+from ..publishing.published_files import PUBLISHED_IMAGES, TRANSFORMER_FOLDER
 from .checkpoints import MANIFEST
 
 LOCK = ".flowbp.lock"
@@ -19,7 +19,7 @@ RESCUE = ".flowbp.rescue"
 FILES = ("log.jsonl", "run.json", "README.md", LORA_WEIGHT_NAME_SAFE, "before_after.png", "reward_curve.png")
 # Folders, and the names of the files that a run writes there.
 FOLDERS = {
-    "images": re.compile(r"[0-9]+_(?:base|lora)\.png"),
+    "images": PUBLISHED_IMAGES,
     "validation": re.compile(r"[0-9]{6}\.png"),
     "evaluation": re.compile(r"[0-9]{6}\.png"),
 }

@@ -91,8 +91,7 @@ def estimate(run: Run, meter: StageMeter) -> str:
     of_image = meter.seconds["rollout"] / config.train_batch_size
     of_images = images * of_image / processes
     seconds = left * of_update + of_images
-    lora = sum(parameter.numel() * parameter.element_size() for parameter in run.state.parameters)
-    copies = 2 + OPTIMIZERS[config.optimizer].copies + config.use_ema + (config.eval_reward is not None)
+    result, checkpoint = _bytes_written(run)
     # One more is kept for a while: see `_checkpoint_times`.
     count = math.ceil(left / config.checkpointing_steps) + 1
     kept = count if config.checkpoints_total_limit is None else min(count, config.checkpoints_total_limit)
@@ -102,11 +101,26 @@ def estimate(run: Run, meter: StageMeter) -> str:
         f"  images       {images} x {of_image:.2f} s = {duration(of_images)}: {evaluations} evaluations of "
         f"{evaluated}, {validations} validations of {shown}, {2 * shown} at the end",
         f"  in all       {duration(seconds)}, without loading and rewards of images",
-        f"  checkpoints  at most {kept} of {size(copies * lora)} at a time: {size(kept * copies * lora)}, "
+        f"  checkpoints  at most {kept} of {size(checkpoint)} at a time: {size(kept * checkpoint)}, "
         f"{_checkpoint_times(run)} (--checkpoints_total_limit)",
-        f"  at the end   the LoRA, {size(lora)}, its card, run.json and images in {config.output_dir}",
+        f"  at the end   the {run.state.trained.title}, {size(result)}, its card, run.json and images "
+        f"in {config.output_dir}",
     ]
     return "\n".join(lines)
+
+
+def _bytes_written(run: Run) -> tuple[int, int]:
+    """Of the result and of a checkpoint: weights, moments and an average in float32, and the best result.
+
+    A LoRA is small: its checkpoints have the result too.
+    """
+    config = run.config
+    count = sum(parameter.numel() for parameter in run.state.parameters)
+    is_full = config.train == "full"
+    result = count * (2 if is_full and config.mixed_precision == "bf16" else 4)
+    kept_results = (not is_full) + (config.eval_reward is not None)
+    copies = 1 + OPTIMIZERS[config.optimizer].copies + config.use_ema
+    return result, round(copies * 4 * count) + kept_results * result
 
 
 def _checkpoint_times(run: Run) -> str:

@@ -1,8 +1,7 @@
 # Copyright 2026 The FlowBP for diffusers authors
 # SPDX-License-Identifier: Apache-2.0
-"""The end of a run: the LoRA that is chosen, closing images, run.json, the card, and the push."""
+"""The end of a run: the weights that are chosen, closing images, run.json, the card, and the push."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -14,12 +13,13 @@ from ..judging.figures import before_after, reward_curve
 from ..judging.images import Drawn
 from ..judging.statistics import estimate
 from ..publishing.model_card import write_card
+from ..publishing.published_files import PUBLISHED_IMAGES, TRANSFORMER_FOLDER
 from ..publishing.push import push_folder
 from ..publishing.run_info import git_commit, hardware, versions, write_run_json
 from .console import duration, table
 from .optimizers import OPTIMIZERS
 from .reports import finite
-from .trained import TRANSFORMER_FOLDER, LoraWeights
+from .trained import FullWeights
 
 if TYPE_CHECKING:
     from .setup import Run
@@ -35,8 +35,8 @@ class TrainingResult:
         update: that they are of.
         selected: "best" by the held-out reward, or "last".
         log: an entry for each update, as in log.jsonl; empty in processes but the main one.
-        scores: by reward: `role` ("trained" or "held out"), and `base`, `lora` and `difference`, each with the `mean`
-            and the ends `low` and `high` of its 95 % interval over prompts.
+        scores: by reward: `role` ("trained" or "held out"), and `base`, `trained` and `difference`, each with the
+            `mean` and the ends `low` and `high` of its 95 % interval over prompts.
         alarms: that the guard raised.
         url: of the repository on the Hub, with `push_to_hub`; in the main process only.
     """
@@ -97,7 +97,7 @@ def finish(run: "Run") -> TrainingResult:
 
 
 def compared_scores(run: "Run", selected: str, base: Drawn, aligned: Drawn) -> dict[str, dict[str, Any]]:
-    """Base and LoRA by reward, on the evaluation's images, or without an evaluation on the closing images."""
+    """Base and trained model by reward, on the evaluation's images, or without an evaluation on the closing images."""
     evaluation = run.evaluation
     if run.rewards.evaluation:
         before, after = evaluation.found["base"]["scores"], evaluation.found[selected]["scores"]
@@ -109,7 +109,7 @@ def compared_scores(run: "Run", selected: str, base: Drawn, aligned: Drawn) -> d
         name: {
             "role": "held out" if name in evaluation.held_out else "trained",
             "base": estimate(before[name], count),
-            "lora": estimate(after[name], count),
+            "trained": estimate(after[name], count),
             "difference": estimate(_differences(before[name], after[name]), count),
             "images": len(before[name]),
         }
@@ -153,18 +153,19 @@ def write_record(
     aligned: Drawn,
 ) -> None:
     """run.json and the images that the card shows."""
-    config, accelerator, log = run.config, run.accelerator, run.reports.log
+    config, accelerator, trained, log = run.config, run.accelerator, run.state.trained, run.reports.log
     stages = sorted({name for entry in log for name in entry if name.startswith("seconds/")})
     write_run_json(
         config.output_dir / "run.json",
         {
-            "format": 2,
+            "format": 3,
             "script": run.script,
             "command": run.command,
             "settings": {**config.settings(), "reward": run.rewards.name},
             "method": {"name": config.method, "title": run.title, "options": dict(run.method.options)},
             "base_model": config.pretrained_model_name_or_path,
             "pipeline_class": type(run.sampling.pipe).__name__,
+            "transformer_class": trained.model_class.__name__ if isinstance(trained, FullWeights) else None,
             "versions": versions(OPTIMIZERS[config.optimizer].library),
             "git": git_commit(),
             "hardware": {
@@ -199,14 +200,14 @@ def save_images(run: "Run", base: Drawn, aligned: Drawn) -> list[dict[str, str]]
     folder.mkdir(exist_ok=True)
     # Those of an earlier run into the same folder would be published with this one's.
     for path in folder.glob("*_*.png"):
-        if re.fullmatch(r"[0-9]+_(base|lora)\.png", path.name):
+        if PUBLISHED_IMAGES.fullmatch(path.name):
             path.unlink()
     entries = []
     pairs = zip(run.rewards.validation, base.images, aligned.images, strict=True)
     for place, (record, old, new) in enumerate(pairs):
-        entry = {"prompt": record.prompt, "base": f"images/{place}_base.png", "lora": f"images/{place}_lora.png"}
+        entry = {"prompt": record.prompt, "base": f"images/{place}_base.png", "trained": f"images/{place}_trained.png"}
         old.save(run.config.output_dir / entry["base"])
-        new.save(run.config.output_dir / entry["lora"])
+        new.save(run.config.output_dir / entry["trained"])
         entries.append(entry)
     return entries
 
@@ -224,7 +225,7 @@ def tell_result(run: "Run", selected: str, update: int, scores: Mapping[str, Map
         lines.append(
             (
                 "gain",
-                f"{name} {found['base']['mean']:.3g} -> {found['lora']['mean']:.3g}, "
+                f"{name} {found['base']['mean']:.3g} -> {found['trained']['mean']:.3g}, "
                 f"{found['difference']['mean']:+.3g}{interval} on {found['images']} images ({found['role']})",
             )
         )
@@ -241,7 +242,7 @@ def tell_result(run: "Run", selected: str, update: int, scores: Mapping[str, Map
 def how_to_load(run: "Run") -> str:
     """Python that makes the pipeline of the result."""
     folder, trained = run.config.output_dir, run.state.trained
-    if isinstance(trained, LoraWeights):
+    if not isinstance(trained, FullWeights):
         return run.backbone.how_to_load(folder)
     load = f'{trained.model_class.__name__}.from_pretrained("{folder}", subfolder="{TRANSFORMER_FOLDER}"'
     return f"pipe.{trained.component} = {load}, dtype={trained.dtype})"
