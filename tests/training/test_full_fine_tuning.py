@@ -228,7 +228,7 @@ def test_a_run_of_two_processes_trains_and_resumes_like_one(
     again = transformer_of(tmp_path / "two")
     assert max((one[name] - again[name]).abs().max().item() for name in one) < 1e-4 * moved
     records = [json.loads((tmp_path / name / "run.json").read_text()) for name in ("run", "two")]
-    for key in ("base", "lora"):
+    for key in ("base", "trained"):
         values = [[each[key]["mean"] for each in record["rewards"]] for record in records]
         assert values[0] == pytest.approx(values[1], abs=1e-5)
     images = [Image.open(tmp_path / name / "images" / "0_base.png").tobytes() for name in ("run", "two")]
@@ -251,7 +251,7 @@ def test_a_resumed_run_ends_bit_for_bit_the_same(
     script.main(command_line(resumed))
     whole, again = transformer_of(trained), transformer_of(tmp_path / "run")
     assert all(torch.equal(whole[name], again[name]) for name in whole)
-    names = [f"images/0_{kind}.png" for kind in ("base", "lora")]
+    names = [f"images/0_{kind}.png" for kind in ("base", "trained")]
     assert [(trained / name).read_bytes() for name in names] == [
         (tmp_path / "run" / name).read_bytes() for name in names
     ]
