@@ -1,6 +1,6 @@
 # Copyright 2026 The FlowBP for diffusers authors
 # SPDX-License-Identifier: Apache-2.0
-"""Judge LoRAs against their base model: the same prompts, the same noise, any rewards.
+"""Judge LoRAs and fully trained transformers against their base model: the same prompts, the same noise, any rewards.
 
     accelerate launch training/evaluate_flowbp.py \
         --pretrained_model_name_or_path stabilityai/stable-diffusion-3.5-medium --mixed_precision bf16 \
@@ -35,9 +35,10 @@ from flowbp.inference import call_arguments, saved_class
 from flowbp.judging.images import are_finite, to_pil
 from flowbp.judging.lora_files import check_lora_file, download_lora
 from flowbp.judging.loras import load_loras, scores_by_reward, use_model
-from flowbp.judging.models import BASE, EvaluatedModel, Line, evaluated_lines, reward_names
+from flowbp.judging.models import BASE, EvaluatedModel, Line, check_names, evaluated_lines, reward_names
 from flowbp.judging.results import write_results
 from flowbp.judging.store import Store
+from flowbp.judging.transformers import Transformers, transformer_lines
 from flowbp.rewards import check_columns, check_prompts, load_reward, reward_needs, reward_spec
 from flowbp.rewards.loading import parse_model_paths
 from flowbp.rewards.ocr import quoted_text
@@ -69,9 +70,15 @@ class EvaluationConfig:
     revision: str | None = _models(None, "Branch, tag or commit of the model on the Hub.")
     variant: str | None = _models(None, "Variant of the model files, such as fp16.")
     lora: tuple[str, ...] = _models(
-        MISSING,
+        (),
         "[NAME=]SOURCE: LoRAs, folders, .safetensors files or Hub ids, each with the name that it gets in the tables. "
         "NAME=SOURCE,SOURCE: LoRAs of one method with different seeds, which get one line.",
+        is_path=True,
+    )
+    transformer: tuple[str, ...] = _models(
+        (),
+        "[NAME=]SOURCE: transformers of which all weights were trained (--train full), output folders, their folders "
+        "transformer or Hub ids, a line of the tables for each. NAME=SOURCE,SOURCE: several seeds.",
         is_path=True,
     )
     against: str = _models(BASE, "Line of the tables that the others are compared with.")
@@ -239,6 +246,12 @@ def make_plan(config: EvaluationConfig) -> Plan:
         ValueError, OSError: in one line.
     """
     lines = evaluated_lines(config.lora, config.lora_scale, config.base_for_last)
+    if config.transformer:
+        saved = SavedPipeline(DiffusionPipeline, config.pretrained_model_name_or_path, config.revision, config.variant)
+        lines += transformer_lines(config.transformer, saved.config(config.lora_component))
+        check_names(lines, "--transformer")
+    elif not config.lora:
+        raise ValueError("expected a model to evaluate; give --lora or --transformer.")
     names = [line.name for line in lines]
     if config.against not in names:
         raise ValueError(f"--against {config.against}: expected a line of the tables; choose from {', '.join(names)}.")
@@ -360,6 +373,7 @@ def draw_and_score(
     """Finish this process' batches."""
     count = plan.config.num_images_per_prompt
     pipe, adapters, remarks = load_pipeline(plan, accelerator.device)
+    trained = Transformers(pipe, plan.config.lora_component)
     for source, remark in remarks.items():
         accelerator.print(f"--lora {source}: {remark}.")
     if accelerator.is_main_process:
@@ -369,6 +383,7 @@ def draw_and_score(
     told: EvaluatedModel | None = None
     for model, batch in progress:
         if model is not current:
+            trained.use(model.transformer)
             callback, current = use_model(pipe, model, adapters, plan.config.num_inference_steps), model
             progress.set_description(model.name)
         places = store.places(batch)

@@ -31,6 +31,7 @@ from training_scripts import ROOT, check_refusal, command_line, environment, loa
 
 from flowbp.judging.images import are_finite, to_pil
 from flowbp.judging.loras import scores_by_reward
+from flowbp.judging.transformers import Transformers
 
 NAME = "evaluate_flowbp"
 STEPS = 4
@@ -582,3 +583,91 @@ def test_the_demo_s_table_by_this_script(
         assert {name: {**row[name], "over": "prompts"} for name in found} == found
     # The random LoRA changed what is compared.
     assert records[1]["change"]["mean"] != 0
+
+
+# Transformers of which all weights were trained.
+
+
+def save_transformer(folder: Path, seed: int = 0) -> Path:
+    """A tiny Stable Diffusion 3's transformer with other weights, in shards, as a run with --train full leaves it."""
+    transformer = tiny_sd3_pipeline(torch.float32).transformer
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in transformer.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
+    transformer.save_pretrained(folder / "transformer", max_shard_size="60KB")
+    return folder
+
+
+def test_transformers_beside_loras_are_what_users_get(
+    script: ModuleType, models: dict[str, Path], arguments: dict[str, Any], tmp_path: Path
+) -> None:
+    """Each is loaded in place of another, and the base comes back: a LoRA's weights lie around the base's."""
+    full = [save_transformer(tmp_path / name, seed) for seed, name in enumerate(("a", "b"))]
+    given = [f"a={full[0]}", str(full[1] / "transformer")]
+    script.main(command_line(arguments, transformer=given, num_prompts=2, num_images_per_prompt=1, batch_size=1))
+    lines = pyarrow.parquet.read_table(arguments["output_dir"] / "scores.parquet").to_pylist()
+    names = [line["model"] for line in lines[::2]]
+    assert names == ["base", "one", "a", "transformer"]
+    for name, source in zip(names, (None, models["one"], *full), strict=True):
+        pipe = load_pipeline(models["base"])
+        if name == "one":
+            pipe.load_lora_weights(source)
+        elif source is not None:
+            pipe.transformer = type(pipe.transformer).from_pretrained(source, subfolder="transformer")
+        for line in [line for line in lines if line["model"] == name]:
+            (image,) = images_of(pipe, [line["prompt"]], [line["seed"]])
+            drawn = Image.open(arguments["output_dir"] / line["image"])
+            assert image.tobytes() == drawn.tobytes(), line["model"]
+    # The same name with other weights is another model, and with the same ones elsewhere it is not.
+    again = command_line(arguments, num_prompts=2, num_images_per_prompt=1, batch_size=1, transformer=[f"a={full[1]}"])
+    with pytest.raises(ValueError, match="holds another model named 'a'"):
+        script.main(again)
+    moved = full[0].rename(tmp_path / "moved")
+    kept = command_line(arguments, num_prompts=2, num_images_per_prompt=1, batch_size=1, transformer=[f"a={moved}"])
+    script.main(kept)
+
+
+def test_switching_transformers_puts_the_base_back(tmp_path: Path) -> None:
+    pipe = tiny_sd3_pipeline(torch.bfloat16)
+    add_random_lora(pipe, 3, torch.Generator().manual_seed(0))
+    before = {name: tensor.clone() for name, tensor in pipe.transformer.state_dict().items()}
+    trained, source = Transformers(pipe, "transformer"), str(save_transformer(tmp_path / "a"))
+    trained.use(source)
+    expected = type(pipe.transformer).from_pretrained(source, subfolder="transformer", dtype=torch.bfloat16)
+    now = {name.replace(".base_layer.", "."): tensor for name, tensor in pipe.transformer.state_dict().items()}
+    assert all(torch.equal(tensor, now[name]) for name, tensor in expected.state_dict().items())
+    assert any(not torch.equal(before[name], tensor) for name, tensor in pipe.transformer.state_dict().items())
+    trained.use(None)
+    assert all(torch.equal(before[name], tensor) for name, tensor in pipe.transformer.state_dict().items())
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    path = folder / "transformer" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            lambda folder: change_config(folder, _class_name="FluxTransformer2DModel"),
+            "expected a SD3Transformer2DModel",
+        ),
+        (lambda folder: change_config(folder, num_layers=3), "expected num_layers 2"),
+        (lambda folder: next(folder.glob("*/*00001-of*")).unlink(), "not whole"),
+        (lambda folder: next(folder.glob("*/*00001-of*")).write_bytes(b"\x80\x04K\x01."), "not whole"),
+        (lambda folder: save_file({}, next(folder.glob("*/*00001-of*"))), "expected the tensors of the base's"),
+        (lambda folder: (folder / "transformer" / "config.json").unlink(), "got no config.json"),
+    ],
+)
+def test_transformers_that_are_refused(
+    arguments: dict[str, Any],
+    tmp_path: Path,
+    damage: Callable[[Path], object],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    damage(save_transformer(tmp_path / "a"))
+    check_refusal(NAME, {**arguments, "transformer": [tmp_path / "a"]}, message, monkeypatch, capsys)

@@ -92,7 +92,7 @@ def test_options_of_the_scripts_that_may_name_a_local_path():
     training = {"eval_prompts", "resume_from_checkpoint", "logging_dir"}
     training |= {"prompt_embeds_dir", "quantization_config_path"}
     assert paths(TrainingConfig) == both | training
-    assert paths(load_script("evaluate_flowbp").EvaluationConfig) == both | {"lora"}
+    assert paths(load_script("evaluate_flowbp").EvaluationConfig) == both | {"lora", "transformer"}
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,8 @@ def use_model(
     Returns:
         The `callback_on_step_end` that its calls need, if any.
     """
+    if not adapters:
+        return None
     # Loaders of pipelines know LoRAs of text encoders too.
     parts = [pipe] if hasattr(pipe, "set_adapters") else lora_models(pipe)
     for part in parts:

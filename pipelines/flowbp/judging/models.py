@@ -1,6 +1,6 @@
 # Copyright 2026 The FlowBP for diffusers authors
 # SPDX-License-Identifier: Apache-2.0
-"""What an evaluation compares: the base model, its LoRAs, and the rewards that score them."""
+"""What an evaluation compares: the base model, trained ones, and the rewards that score them."""
 
 import hashlib
 import re
@@ -18,14 +18,16 @@ _NO_FOLDER = re.compile(r"(?:(?:CON|PRN|AUX|NUL|COM\d|LPT\d)(?:\..*)?|.*\.|.{101
 
 @dataclass(frozen=True)
 class EvaluatedModel:
-    """The base model, or the base model with a LoRA.
+    """The base model, alone, with a LoRA, or with a transformer of which all weights were trained.
 
     Attributes:
         name: name in tables and in the report.
         lora: folder, file or Hub id of the LoRA; None for the base model.
         scale: factor on the LoRA.
         base_for_last: number of last steps that run without the LoRA.
-        digest: SHA-256 of the LoRA's file in hexadecimal; None for the base model and for a LoRA on the Hub.
+        digest: SHA-256 of the LoRA's file, or of the transformer's files, in hexadecimal; None for the base model and
+            for a LoRA on the Hub.
+        transformer: folder or Hub id of the transformer; None for the base's.
     """
 
     name: str
@@ -33,6 +35,7 @@ class EvaluatedModel:
     scale: float = 1.0
     base_for_last: int = 0
     digest: str | None = None
+    transformer: str | None = None
 
     @property
     def folder(self) -> str:
@@ -73,9 +76,9 @@ def evaluated_lines(loras: Sequence[str], scales: Sequence[float], base_for_last
     """
     lines = [Line(BASE, (EvaluatedModel(BASE),))]
     for given in loras:
-        name, sources = _name_and_sources(given)
+        name, sources = name_and_sources(given)
         digests = [_digest(source) for source in sources]
-        labels = _seed_labels(sources)
+        labels = seed_labels(sources)
         for place, digest in enumerate(digests):
             if sources[place] in sources[:place] or (digest is not None and digest in digests[:place]):
                 raise ValueError(f"--lora {name}: expected LoRAs of different seeds, got {sources[place]} twice.")
@@ -89,11 +92,12 @@ def evaluated_lines(loras: Sequence[str], scales: Sequence[float], base_for_last
                 each = zip(labels, sources, digests, strict=True)
                 models = [EvaluatedModel(title + label, source, scale, last, digest) for label, source, digest in each]
                 lines.append(Line(title, tuple(models)))
-    _check_names(lines)
+    check_names(lines)
     return lines
 
 
-def _check_names(lines: Sequence[Line]) -> None:
+def check_names(lines: Sequence[Line], option: str = "--lora") -> None:
+    """Raise ValueError where two models have the same folder, or a name cannot be that of a folder."""
     names = [model.name for line in lines for model in line.models]
     # A line of several seeds has a name of its own.
     names += [line.name for line in lines if len(line.models) > 1]
@@ -102,28 +106,29 @@ def _check_names(lines: Sequence[Line]) -> None:
     for name in names:
         if _NO_FOLDER.fullmatch(folder_name(name)):
             raise ValueError(
-                f"--lora: expected a name that folders can have on all systems, got {name!r}; choose another in "
+                f"{option}: expected a name that folders can have on all systems, got {name!r}; choose another in "
                 "NAME=SOURCE."
             )
         if folders.count(folder_name(name).casefold()) > 1:
-            raise ValueError(f"--lora: expected different names, got {name!r} twice; write NAME=SOURCE.")
+            raise ValueError(f"{option}: expected different names, got {name!r} twice; write NAME=SOURCE.")
 
 
-def _name_and_sources(given: str) -> tuple[str, list[str]]:
+def name_and_sources(given: str, option: str = "--lora") -> tuple[str, list[str]]:
+    """The name and the sources of `NAME=SOURCE`, `SOURCE` or `NAME=SOURCE,SOURCE,...`."""
     name, equals, source = given.partition("=")
     if not equals:
         source = given
         name = Path(source).resolve().name if Path(source).exists() else source.rpartition("/")[2]
     sources = [source] if Path(source).exists() else source.split(",")
     if not name or not all(sources):
-        raise ValueError(f"--lora {given}: expected NAME=SOURCE or SOURCE; write the missing part.")
+        raise ValueError(f"{option} {given}: expected NAME=SOURCE or SOURCE; write the missing part.")
     if len(sources) > 1 and not equals:
-        raise ValueError(f"--lora {given}: expected a name for several seeds; write NAME=SOURCE,SOURCE.")
+        raise ValueError(f"{option} {given}: expected a name for several seeds; write NAME=SOURCE,SOURCE.")
     # The option's own check has expanded the first one.
     return name, [str(Path(each).expanduser()) if each.startswith("~") else each for each in sources]
 
 
-def _seed_labels(sources: Sequence[str]) -> list[str]:
+def seed_labels(sources: Sequence[str]) -> list[str]:
     """What follows the line's name in those of its models: the sources' last parts, or numbers where these are equal.
 
     The last parts keep their model when a seed is added.

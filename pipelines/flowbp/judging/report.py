@@ -190,9 +190,9 @@ def _short(value: float, sign: str = "") -> str:
 def _described(models: Sequence[EvaluatedModel]) -> Table:
     columns = [
         [model.name for model in models],
-        [model.lora or "" for model in models],
+        [model.lora or model.transformer or "" for model in models],
         ["" if model.lora is None else f"{model.scale:g}" for model in models],
         [str(model.base_for_last or "") for model in models],
         [(model.digest or "")[:12] for model in models],
     ]
-    return Table("Models", ["", "LoRA", "scale", "base for last", "SHA-256"], columns)
+    return Table("Models", ["", "LoRA or transformer", "scale", "base for last", "SHA-256"], columns)

@@ -121,6 +121,7 @@ def _columns(
         "model": [model.name for model in models for _ in places],
         "line": [line_of[model.name] for model in models for _ in places],
         "lora": [model.lora for model in models for _ in places],
+        "transformer": [model.transformer for model in models for _ in places],
         "lora_scale": [model.scale for model in models for _ in places],
         "base_for_last": [model.base_for_last for model in models for _ in places],
         "prompt_index": [place // count for place in places] * len(models),
@@ -155,7 +156,7 @@ def _draw_grid(
         images,
         [prompts[place // count] for place in first],
         store.folder / "grid.png",
-        title="Base and LoRAs on the first prompts",
+        title="Base and trained models on the first prompts",
         subtitle=f"The same noise in each column. Under each image: {titles(rewards)[rewards[0]]}",
         scores={name: [values[rewards[0]][place] for place in first] for name, values in found.items()},
     )

@@ -92,12 +92,16 @@ class Store:
             # A model without images, because its LoRA could not be loaded, may change.
             has_batches = any((self.folder / "scores" / model.folder).glob("*.json"))
             before = kept.get(model.folder)
+            if before is not None:
+                # Evaluations before there were transformers.
+                before = {"transformer": None, **before}
             if model.digest is not None and before is not None and before["digest"] == model.digest:
-                # A local LoRA is known by its content, wherever it is.
-                before = {**before, "lora": model.lora}
+                # What is local is known by its content, wherever it is.
+                before = {**before, "lora": model.lora, "transformer": model.transformer}
             if has_batches and before not in (None, asdict(model)):
+                kind = "LoRA" if model.lora else "model"
                 raise ValueError(
-                    f"--output_dir {self.folder} holds another LoRA named {model.name!r} (its source or file "
+                    f"--output_dir {self.folder} holds another {kind} named {model.name!r} (its source or file "
                     "changed); choose another name or folder."
                 )
 
