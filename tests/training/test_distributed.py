@@ -401,6 +401,7 @@ accelerator.end_training()
         ("one_gpu", ["--cpu"], [1, "cpu", False]),
         ("several_gpus", ["--num_processes", "2", "--main_process_port", "0"], [2, "cpu", False]),
         ("fsdp2_12b", ["--num_processes", "2", "--main_process_port", "0"], [2, "cpu", True]),
+        ("fsdp2_full", ["--num_processes", "2", "--main_process_port", "0"], [2, "cpu", True]),
     ],
 )
 def test_config_files_launch_what_they_say(tmp_path: Path, name: str, words: list[str], expected: list[Any]) -> None:

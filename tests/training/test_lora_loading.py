@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from flowbp.publishing.published_files import LORA_FILE
 
 ROOT = Path(__file__).parents[2]
 RANK = 3
-*_, FUSING, EXPORT = re.findall(
+*_, FUSING, FULL, EXPORT = re.findall(
     r"```python\n(.*?)```", (ROOT / "docs" / "loading.md").read_text(encoding="utf-8"), re.DOTALL
 )
 
@@ -182,6 +183,24 @@ def test_two_adapters_with_weights(lora: Path, tmp_path: Path) -> None:
     single.load_lora_weights(lora)
     torch.testing.assert_close(draw(pipe), draw(single), rtol=1e-5, atol=1e-6)
     assert (drawn - draw(single)).abs().max() > 1e-2
+
+
+def test_a_fully_trained_transformer(tmp_path: Path) -> None:
+    """docs/loading.md puts it into the base pipeline."""
+    pipe, code = base(), FULL
+    pipe.save_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        pipe.transformer.proj_out.weight.add_(1)
+    pipe.transformer.save_pretrained(tmp_path / "run" / "transformer")
+    for name, path in (("sd35-full", "run"), ("stabilityai/stable-diffusion-3.5-medium", "base")):
+        assert code.count(f'"{name}"') == 1
+        code = code.replace(f'"{name}"', repr(str(tmp_path / path)))
+    missing = ("text_encoder_3", "tokenizer_3", "feature_extractor", "image_encoder")
+    found: dict[str, Any] = {"missing": dict.fromkeys(missing)}
+    exec(code.replace("transformer=transformer,", "transformer=transformer, **missing,"), found)
+    expected = pipe.transformer.to(torch.bfloat16).state_dict()
+    loaded = found["pipe"].transformer.state_dict()
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in expected.items())
 
 
 def export(source: Path, target: Path) -> dict[str, torch.Tensor]:

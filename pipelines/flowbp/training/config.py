@@ -91,7 +91,7 @@ class TrainingConfig:
     use_rslora: bool = _model(False, "Multiply the LoRA's update by lora_alpha / sqrt(rank).")
     mixed_precision: str | None = _model(
         None,
-        "Dtype of the frozen model; the LoRA stays float32. Default: what accelerate launch was told.",
+        "Dtype that the model computes in; what is trained stays float32. Default: what accelerate launch was told.",
         choices=("no", "fp16", "bf16"),
     )
     quantization_config_path: Path | None = _model(
@@ -243,7 +243,7 @@ class TrainingConfig:
         1.0, "Factor on the size of the steps that Prodigy finds.", range=POSITIVE, source="prodigyopt"
     )
     max_grad_norm: float = _training(1.0, "Gradients are clipped to this norm.", range=NORM, source=PAPER)
-    use_ema: bool = _training(False, "Validate, evaluate and save an average of the LoRA over the updates.")
+    use_ema: bool = _training(False, "Validate, evaluate and save an average of what is trained over the updates.")
     ema_decay: float = _training(
         0.995, "Decay of that average, constant from the first update.", range=SHARE, source=PAPER
     )
@@ -301,7 +301,7 @@ class TrainingConfig:
     num_eval_images: int = _guard(2, "Images of each evaluation prompt, always from the same noise.", range=COUNT)
     select: str | None = _guard(
         None,
-        "Which LoRA is the result: the one with the best held-out reward, or the last. Default: best with "
+        "Which weights are the result: those with the best held-out reward, or the last. Default: best with "
         "--eval_reward.",
         choices=("best", "last"),
     )
@@ -323,7 +323,7 @@ class TrainingConfig:
     tracker_tags: tuple[str, ...] = _reports(
         (), "Tags of the run, where the tracker has tags (wandb, swanlab, mlflow, clearml)."
     )
-    push_to_hub: bool = _reports(False, "Push LoRA, card, run.json and images to the Hub at the end.")
+    push_to_hub: bool = _reports(False, "Push the result, its card, run.json and images to the Hub at the end.")
     hub_model_id: str | None = _reports(None, "Repository on the Hub. Default: the output folder's name.")
     hub_private_repo: bool = _reports(
         False, "Push to a private repository; one that is public is refused. Default: the account's for new ones."
