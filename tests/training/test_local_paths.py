@@ -90,7 +90,7 @@ def test_options_of_the_scripts_that_may_name_a_local_path():
 
     both = {"pretrained_model_name_or_path", "prompts", "reward_model_path", "output_dir"}
     training = {"eval_prompts", "resume_from_checkpoint", "logging_dir"}
-    training |= {"prompt_embeds_dir", "quantization_config_path"}
+    training |= {"prompt_embeds_dir", "quantization_config_path", "init_lora"}
     assert paths(TrainingConfig) == both | training
     assert paths(load_script("evaluate_flowbp").EvaluationConfig) == both | {"lora", "transformer"}
 
