@@ -27,14 +27,14 @@ GATHERED, EXCHANGED = 2, 4
 
 
 @cache
-def groups(name: str) -> tuple[int, int, int]:
-    """Parameters of a model: all, those of its largest block, and those outside of blocks."""
+def groups(name: str) -> tuple[int, int, int, int]:
+    """Parameters of a model: all, those of its largest block, and those outside of blocks; bytes of its buffers."""
     transformer = build(*MODELS[name].transformer)
     names = transformer._no_split_modules
     blocks = [part for part in transformer.modules() if type(part).__name__ in names]
     sizes = [sum(each.numel() for each in block.parameters()) for block in blocks]
     total = sum(each.numel() for each in transformer.parameters())
-    return total, max(sizes), total - sum(sizes)
+    return total, max(sizes), total - sum(sizes), sum(each.nbytes for each in transformer.buffers())
 
 
 @cache
@@ -62,12 +62,13 @@ def compute(name: str, gpus: int, pixels: int, batch: int, keeps_average: bool) 
         batch: samples of each GPU.
         keeps_average: whether the average over the updates is on the GPU.
     """
-    total, block, outside = groups(name)
+    total, block, outside, buffers = groups(name)
     static = memory._static(name, 4, None)
     shard = -(-total // gpus)
     resident = {
         "weights_gradients_adamw": shard * RESIDENT,
         "average": shard * AVERAGE * keeps_average,
+        "buffers": buffers,
         "vae": static["vae"],
         "reward": static["reward"],
     }

@@ -26,6 +26,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import memory  # noqa: E402
+import memory_full  # noqa: E402
 import model_sizes  # noqa: E402
 
 TINY_SD3 = {
@@ -245,6 +246,20 @@ def test_decoding_one_at_a_time_does_not_grow_with_the_batch():
 def test_checkpointing_of_the_vae_saves_less():
     assert _decode(None, True)["peak"] < 0.9 * _decode(None, False)["peak"]
     assert _decode(None, True)["decode"] < 0.5 * _decode(None, False)["decode"]
+
+
+# All weights, in shards.
+
+
+def test_memory_of_full_fine_tuning_is_shared_by_the_gpus():
+    one, two = (memory_full.compute("sd3.5-medium", gpus, 256, 1, keeps_average=True) for gpus in (1, 2))
+    count = one["parameters"]
+    assert 2.2e9 < count < 2.5e9
+    # Float32 weights, gradients, two moments and an average.
+    assert one["resident"]["weights_gradients_adamw"] + one["resident"]["average"] == 20 * count
+    assert one["peak"] - two["peak"] == pytest.approx(10 * count, rel=1e-3)
+    without = memory_full.compute("sd3.5-medium", 1, 256, 1, keeps_average=False)
+    assert one["peak"] - without["peak"] == 4 * count and one["fits"]["80 GB"] and not one["fits"]["40 GB"]
 
 
 # Weights.
