@@ -117,7 +117,8 @@ class Run:
         row = get_method(method.pop("method"), **method)
 
         def make_gradients(stages: Stages) -> None:
-            sweep_update(bench, row, stages, measure_gradients=True)
+            # As a run does: their norms need whole gradients.
+            sweep_update(bench, row, stages, measure_gradients=bench.sharded is None)
 
         self.journal.attempt(label, lambda: measures.timed(bench, make_gradients, repeats, warm_up), seconds)
 
