@@ -298,6 +298,7 @@ def test_damage_is_found(trained: Path, tmp_path: Path, damage: Any, message: st
         ({"rank": 8}, "--rank is an option of a LoRA; leave it out"),
         ({"lora_layers": "to_q"}, "--lora_layers is an option of a LoRA"),
         ({"velocity_anchor": 0.1}, "--velocity_anchor compares with the base model"),
+        ({"verify": True}, "--verify needs whole parameters; leave it out, or train a LoRA"),
         ({"mixed_precision": "fp16"}, "--train full computes in bf16 or float32"),
         ({"offload_ema": True}, "--offload_ema has no effect without --use_ema"),
         ({"offload_ema": True, "use_ema": True, "train": "lora"}, "--offload_ema needs --train full"),

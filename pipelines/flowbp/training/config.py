@@ -413,6 +413,7 @@ class TrainingConfig:
             "optimizer": "other than adamw does not train shards",
             "quantization_config_path": "leaves weights that cannot be trained",
             "velocity_anchor": "compares with the base model, which is gone after the first update",
+            "verify": "needs whole parameters",
         }
         for name, reason in refused.items():
             if getattr(self, name) != declared[name][0].default:
