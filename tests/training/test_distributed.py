@@ -370,7 +370,7 @@ def test_blocks_that_the_transformer_does_not_have_are_refused(monkeypatch: pyte
 
 
 def test_there_is_a_config_file_for_each_kind_of_machine() -> None:
-    assert [path.stem for path in CONFIGS] == ["cpu", "fsdp2_12b", "one_gpu", "several_gpus"]
+    assert [path.stem for path in CONFIGS] == ["cpu", "fsdp2_12b", "fsdp2_full", "one_gpu", "several_gpus"]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
