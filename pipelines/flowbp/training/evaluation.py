@@ -263,6 +263,8 @@ class Evaluation:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, but for `best_weights` and the base's images."""
+        # JSON has no NaN, which the score of an image that is not finite is.
+        scores = {} if self._base is None else {name: finite(each) for name, each in self._base.scores.items()}
         return {
             "made_with": self._made_with(),
             "is_pending": self.is_pending,
@@ -271,7 +273,7 @@ class Evaluation:
             "alarms": self.alarms,
             "found": self.found,
             "history": self.history,
-            "base_images": None if self._base is None else self._of_base_images() | {"scores": self._base.scores},
+            "base_images": None if self._base is None else self._of_base_images() | {"scores": scores},
         }
 
     def _of_base_images(self) -> dict[str, Any]:
@@ -300,7 +302,10 @@ class Evaluation:
             images = [Image.open(folder / f"base_{place}.png") for place in range(len(kept["prompts"]))]
             for image in images:
                 image.load()
-            self._base = Drawn(images, kept["scores"], *[math.nan] * 3, None)
+            scores = {
+                name: [math.nan if score is None else score for score in each] for name, each in kept["scores"].items()
+            }
+            self._base = Drawn(images, scores, *[math.nan] * 3, None)
 
 
 def _with_interval(score: Mapping[str, float | None]) -> str:

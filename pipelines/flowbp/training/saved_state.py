@@ -48,7 +48,7 @@ _STATE = {
         },
         "alarms": [{"name": str, "update": int, "message": str}],
         "found": {str: {"update": int, "scores": {str: [_MAYBE]}}},
-        "base_images": ({"prompts": [str], "made_with": dict, "scores": {str: [float]}}, None),
+        "base_images": ({"prompts": [str], "made_with": dict, "scores": {str: [_MAYBE]}}, None),
         "history": [{"update": int, "mean": _MAYBE, "low": _MAYBE, "high": _MAYBE}],
     },
 }
