@@ -17,6 +17,7 @@ from accelerate import Accelerator
 
 from flowbp.training.ingredients import check_same_prompts
 from flowbp.training.prompts import Record
+from flowbp.training.script import run_script
 from flowbp.training.watch import ProcessWatch
 
 
@@ -37,4 +38,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    # As the scripts do: Python's own shutdown aborts now and then while another process leaves.
+    run_script(main)
