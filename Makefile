@@ -1,4 +1,4 @@
-# make demo, make test, make matrix, make style, make quality: each makes its own environment in .venv first.
+# make demo, make test, make matrix, make style, make quality, make dist: each makes its own environment in .venv first.
 # PYTHON chooses the interpreter: make demo PYTHON=python3.12
 # PIP_TORCH_OPTIONS is given to pip where it installs torch. Without a GPU this saves gigabytes on Linux:
 #   make demo PIP_TORCH_OPTIONS="--index-url https://download.pytorch.org/whl/cpu"
@@ -7,7 +7,7 @@ PYTHON ?= python3
 PIP_TORCH_OPTIONS ?=
 SOURCES = pipelines training demo tests benchmarks docs setup.py
 
-.PHONY: demo test matrix style quality venv
+.PHONY: demo test matrix style quality dist venv
 
 demo: .venv/.installed
 	.venv/bin/python demo/run.py
@@ -25,6 +25,12 @@ style: .venv/.installed
 quality: .venv/.installed
 	.venv/bin/ruff check $(wildcard $(SOURCES))
 	.venv/bin/ruff format --check $(wildcard $(SOURCES))
+
+# What PyPI gets, in dist/.
+dist: .venv/.installed
+	rm -rf dist
+	.venv/bin/python -m build --no-isolation
+	.venv/bin/python -m twine check --strict dist/*
 
 venv: .venv/.installed
 

@@ -11,13 +11,23 @@ from pathlib import Path
 from setuptools import setup
 
 REPOSITORY_URL = ""
-"""Address of the public repository, such as `https://github.com/user/name`. While it is empty, relative links become
-plain text and relative images are left out."""
+"""Address of the public repository, such as `https://github.com/user/name`: the only place where it stands.
+
+While it is empty, the description has relative links as plain text and no relative images, and there are no project
+links but the paper. Everything builds and installs, but release.yml refuses to publish.
+"""
 
 PROJECT_URLS = {
     "Paper": "https://arxiv.org/abs/2606.11075",
-    "Hugging Face Hub": "https://huggingface.co/docs/hub",
-    **({"Source": REPOSITORY_URL} if REPOSITORY_URL else {}),
+    **(
+        {
+            "Source": REPOSITORY_URL,
+            "Changelog": f"{REPOSITORY_URL}/blob/main/CHANGELOG.md",
+            "Issues": f"{REPOSITORY_URL}/issues",
+        }
+        if REPOSITORY_URL
+        else {}
+    ),
 }
 
 # Code blocks, inline code, images and links; code comes first because what looks like a link in it is not one.

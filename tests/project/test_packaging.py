@@ -22,9 +22,13 @@ from email.parser import HeaderParser
 from pathlib import Path
 
 import pytest
+import yaml
+from check_release import problems
 from huggingface_hub import ModelCard
 from resume_harness import sd3_arguments
 from training_scripts import ROOT, check_run, command_line
+
+import flowbp
 
 SUPPORT = ROOT / "tests" / "support"
 REPOSITORY = "https://github.com/user/name"
@@ -76,8 +80,8 @@ def distributions(tmp_path_factory: pytest.TempPathFactory) -> Distributions:
             shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
         else:
             shutil.copy(ROOT / name, source / name)
-    code = "from setuptools import build_meta; build_meta.build_wheel('..'); build_meta.build_sdist('..')"
-    run(sys.executable, "-c", code, cwd=source)
+    # The sdist, and from it the wheel.
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, cwd=source)
     (wheel,), (sdist,) = folder.glob("*.whl"), folder.glob("*.tar.gz")
     return Distributions(source, wheel, sdist)
 
@@ -101,7 +105,7 @@ def installation(
     python = environment / "bin" / "python"
     site_packages = Path(sysconfig.get_path("purelib", vars={"base": str(environment)}))
     target = environment / "target"
-    dependencies = {sysconfig.get_path(name) for name in ("purelib", "platlib")}
+    dependencies = {path for path in sys.path if path.endswith("-packages")}
     (site_packages / "dependencies.pth").write_text("\n".join([str(target), *dependencies]))
     target.mkdir()
     source, wheel, sdist = distributions.source, distributions.wheel, distributions.sdist
@@ -137,6 +141,7 @@ def test_the_wheel_has_the_package_and_nothing_else(distributions: Distributions
         assert name in expected
     with zipfile.ZipFile(distributions.wheel) as wheel:
         names = set(wheel.namelist())
+        assert max(member.file_size for member in wheel.infolist()) < 200e3
     assert {name for name in names if ".dist-info/" not in name} == expected
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
 
@@ -153,10 +158,16 @@ def test_the_sdist_has_the_package_and_what_builds_it(distributions: Distributio
     assert {name for name in names if not name.startswith("flowbp.egg-info/")} == expected | build
 
 
+def test_twine_accepts_both(distributions: Distributions) -> None:
+    said = run(sys.executable, "-m", "twine", "check", "--strict", distributions.wheel, distributions.sdist, cwd=ROOT)
+    assert said.count("PASSED") == 2
+
+
 def test_the_description_for_pypi_has_no_relative_link(distributions: Distributions) -> None:
     with zipfile.ZipFile(distributions.wheel) as wheel:
         (name,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
         metadata = HeaderParser().parsestr(wheel.read(name).decode())
+    assert metadata["Version"] == flowbp.__version__ and metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Description-Content-Type"] == "text/markdown"
     assert "Paper, https://arxiv.org/abs/2606.11075" in metadata.get_all("Project-URL")
     description = metadata.get_payload()
@@ -177,6 +188,32 @@ def test_links_become_links_into_the_repository() -> None:
         f"[one\nmore]({REPOSITORY}#d) and [paper](https://e.org/f)"
     )
     assert setup.absolute_links(text, "") == code + " `b`, one\nmore and [paper](https://e.org/f)"
+
+
+def test_only_what_is_a_release_is_published(tmp_path: Path) -> None:
+    """release.yml asks `problems`; only its last job may get a token of PyPI, after the tests and the build."""
+    assert problems("v0", REPOSITORY)[0].startswith("the tag is v0")
+    package = tmp_path / "pipelines" / "flowbp"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text('__version__ = "1.2.0"\n')
+    for notes, address, expected in (
+        ("## 1.2.0 - unreleased", "", 2),
+        ("## 1.2.0 - 2026-12-01", "", 1),
+        ("## 1.2.0 - unreleased", REPOSITORY, 1),
+        ("## 1.2.0 - 2026-12-01", REPOSITORY, 0),
+    ):
+        (tmp_path / "CHANGELOG.md").write_text(f"# Changelog\n\n{notes}\n")
+        (tmp_path / "setup.py").write_text(f'REPOSITORY_URL = "{address}"\n')
+        assert len(problems("v1.2.0", REPOSITORY, tmp_path)) == expected
+        assert len(problems("v1.2.1", REPOSITORY, tmp_path)) == expected + 1
+    flows = {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / ".github" / "workflows").glob("*.yml")}
+    jobs = flows["release"]["jobs"]
+    assert all(flow["permissions"] == {"contents": "read"} for flow in flows.values())
+    assert {name: (job.get("needs"), job.get("permissions")) for name, job in jobs.items()} == {
+        "tests": (None, None),
+        "build": ("tests", None),
+        "publish": ("build", {"id-token": "write"}),
+    }
 
 
 def test_scripts_recipes_and_configurations_are_found(installation: Installation, tmp_path: Path) -> None:
