@@ -45,7 +45,8 @@ from transformers import AutoConfig, CLIPModel
 from flowbp.rewards import load_reward
 from flowbp.rewards.blip import imagereward
 from flowbp.rewards.geneval import geneval
-from flowbp.rewards.judges import hpsv3, unifiedreward_quality
+from flowbp.rewards.hpsv3 import hpsv3
+from flowbp.rewards.judges import unifiedreward_quality
 from flowbp.rewards.onnx_module import OnnxModule
 from flowbp.rewards.openclip import hpsv2_1
 from flowbp.training.command_line import read_recipe
@@ -315,6 +316,12 @@ REWARD_FOLDERS: dict[str, tuple[Callable[[Path], None], Callable[[Path], Any], t
     ),
     "hpsv3": (hpsv3_files, lambda folder: hpsv3(folder, QUESTION), ("HPSv3.safetensors",)),
     "unifiedreward": (unifiedreward_files, unifiedreward_quality, ("model.safetensors",)),
+    "vqa": (unifiedreward_files, lambda folder: load_reward("vqa", {"vqa": folder}), ("model.safetensors",)),
+    "similarity": (
+        clip_files,
+        lambda folder: load_reward("similarity", {"similarity": folder}),
+        ("model.safetensors",),
+    ),
     "geneval": (
         geneval_files,
         lambda folder: geneval(folder / "metadata.jsonl", folder),

@@ -17,18 +17,17 @@ from tiny_rewards import GOLDEN, save_qwen_processor
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText
 
+from flowbp.rewards import hpsv3 as hpsv3_module
 from flowbp.rewards import judges, load_reward
+from flowbp.rewards.hpsv3 import REWARD_TOKEN, HPSv3, hpsv3, hpsv3_question
 from flowbp.rewards.judges import (
     MAX_NEW_TOKENS,
-    REWARD_TOKEN,
-    HPSv3,
     UnifiedReward,
-    hpsv3,
-    hpsv3_question,
     parse_score,
     unifiedreward_alignment,
     unifiedreward_quality,
 )
+from flowbp.rewards.preprocessing import to_pil_images
 
 
 @pytest.fixture(autouse=True)
@@ -112,10 +111,10 @@ def test_hpsv3_scores_are_the_references(judge: HPSv3, images: Tensor, golden: d
 
 
 def test_hpsv3_inputs_are_the_references(judge: HPSv3, images: Tensor, golden: dict[str, Tensor]) -> None:
-    pictures = judges.to_pil_images("hpsv3", images, PROMPTS)
+    pictures = to_pil_images("hpsv3", images, PROMPTS)
     pixels = []
     for number, (picture, prompt) in enumerate(zip(pictures, PROMPTS, strict=True)):
-        inputs = judge.conversation(picture, QUESTION, prompt, torch.device("cpu"))
+        inputs = judge.conversation([picture], QUESTION, prompt, torch.device("cpu"))
         real = golden["attention_mask"][number].bool()
         assert torch.equal(inputs["input_ids"][0], golden["input_ids"][number][real])
         assert torch.equal(inputs["image_grid_thw"][0], golden["image_grid_thw"][number])
@@ -125,7 +124,7 @@ def test_hpsv3_inputs_are_the_references(judge: HPSv3, images: Tensor, golden: d
 
 def test_hpsv3_counts_positions_as_the_reference(judge: HPSv3, images: Tensor, golden: dict[str, Tensor]) -> None:
     """With Qwen2-VL's own positions of an image the score is another: the parity above could fail."""
-    inputs = judge.conversation(judges.to_pil_images("hpsv3", images, PROMPTS)[0], QUESTION, PROMPTS[0], "cpu")
+    inputs = judge.conversation(to_pil_images("hpsv3", images, PROMPTS)[:1], QUESTION, PROMPTS[0], "cpu")
     with torch.no_grad():
         hidden = judge.model(**inputs).last_hidden_state[inputs["input_ids"] == judge.reward_token_id]
         first, second, third = judge.head
@@ -147,14 +146,26 @@ def test_hpsv3_in_bfloat16_and_under_autocast(hpsv3_folder: Path, images: Tensor
     torch.testing.assert_close(scores, golden["scores"][:, 0], rtol=0, atol=0.05)
 
 
-def test_judges_refuse_to_give_a_gradient(judge: HPSv3, images: Tensor) -> None:
+def test_judges_refuse_to_give_a_gradient(written_folder: Path, images: Tensor) -> None:
+    judge = unifiedreward_quality(written_folder, dtype=torch.float32)
     leaf = images.clone().requires_grad_()
     with pytest.raises(ValueError, match="images that require a gradient") as error:
         judge(leaf, PROMPTS)
-    assert "\n" not in str(error.value) and "hpsv3" in str(error.value)
+    assert "\n" not in str(error.value) and "unifiedreward-quality" in str(error.value)
     with torch.no_grad():
         assert not judge(leaf, PROMPTS).requires_grad
     assert not any(parameter.requires_grad for parameter in judge.parameters())
+
+
+def test_hpsv3_with_a_gradient_has_the_references_scores(judge: HPSv3, images: Tensor, golden: dict[str, Tensor]):
+    """To the rounding to 8 bits that the reference makes and a gradient does without."""
+    leaf = images.clone().requires_grad_()
+    scores = judge(leaf, PROMPTS)
+    torch.testing.assert_close(scores.detach(), golden["scores"][:, 0], rtol=0, atol=5e-4)
+    (gradient,) = torch.autograd.grad(scores.sum(), leaf)
+    direction = gradient / gradient.norm()
+    ends = [judge((images + step * direction).clamp(0, 1).requires_grad_(), PROMPTS).sum() for step in (0.1, -0.1)]
+    torch.testing.assert_close((ends[0] - ends[1]) / 0.2, gradient.norm(), rtol=0.02, atol=0)
 
 
 def test_hpsv3_refuses_other_weights(hpsv3_folder: Path, tmp_path: Path) -> None:
@@ -202,8 +213,8 @@ def test_the_question_comes_from_the_authors_package(tmp_path: Path, monkeypatch
     sys.path_importer_cache.pop(str(tmp_path), None)
     with pytest.raises(ValueError, match="another text"):
         hpsv3_question()
-    digest = judges.hashlib.sha256(b"Rate {text_prompt}.<|Reward|>").hexdigest()
-    monkeypatch.setattr(judges, "HPSV3_QUESTION_SHA256", digest)
+    digest = hpsv3_module.hashlib.sha256(b"Rate {text_prompt}.<|Reward|>").hexdigest()
+    monkeypatch.setattr(hpsv3_module, "HPSV3_QUESTION_SHA256", digest)
     assert hpsv3_question() == "Rate {prompt}.<|Reward|>"
 
 
@@ -218,7 +229,7 @@ def test_unifiedreward_by_name(written_folder: Path, images: Tensor, name: str) 
 def test_unifiedreward_reads_the_score_that_is_written(written_folder: Path, images: Tensor) -> None:
     reward = unifiedreward_alignment(written_folder, dtype=torch.float32)
     make_it_say(reward, "Final Score:3")
-    assert reward.answer(judges.to_pil_images("x", images, PROMPTS)[0], PROMPTS[0]) == "Final Score:3"
+    assert reward.answer(to_pil_images("x", images, PROMPTS)[0], PROMPTS[0]) == "Final Score:3"
     scores = reward(images, PROMPTS)
     assert scores.tolist() == [3.0, 3.0] and scores.dtype == torch.float32 and reward.unparsed == 0
 
@@ -237,7 +248,7 @@ def test_an_answer_without_a_score_is_nan_and_counted(
 def test_unifiedreward_writes_what_greedy_decoding_writes(written_folder: Path, images: Tensor) -> None:
     """Random weights, and the model's own forward pass token by token instead of `generate`."""
     reward = unifiedreward_alignment(written_folder, "{prompt}?", torch.float32)
-    picture = judges.to_pil_images("x", images, PROMPTS)[0]
+    picture = to_pil_images("x", images, PROMPTS)[0]
     inputs = reward.inputs(picture, PROMPTS[0])
     assert inputs["image_grid_thw"].tolist() == [[1, 36, 36]]  # 512 rounded to a multiple of 28, by 14
     start, written = inputs["input_ids"].shape[1], 12

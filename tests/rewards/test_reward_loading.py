@@ -26,8 +26,10 @@ WEIGHTS = {
     "imagereward": ("THUDM/ImageReward", "ImageReward.pt"),
     "pickscore": ("yuvalkirstain/PickScore_v1", "model.safetensors"),
     "pickscore/26": ("yuvalkirstain/PickScore_v1", "model.safetensors"),
+    "similarity": ("openai/clip-vit-large-patch14", "model.safetensors"),
     "unifiedreward-alignment": ("CodeGoat24/UnifiedReward-qwen-7b", "model.safetensors"),
     "unifiedreward-quality": ("CodeGoat24/UnifiedReward-qwen-7b", "model.safetensors"),
+    "vqa": ("Qwen/Qwen2.5-VL-7B-Instruct", "model.safetensors"),
 }
 
 

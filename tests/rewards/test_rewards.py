@@ -471,7 +471,7 @@ def test_users_own_reward(images, user_module):
         (
             "ocr-v6",
             {},
-            "pickscore/26, unifiedreward-alignment, unifiedreward-quality or package.module:factory, got 'ocr-v6'; "
+            "unifiedreward-alignment, unifiedreward-quality, vqa or package.module:factory, got 'ocr-v6'; "
             "the nearest is 'ocr-v",
         ),
         ("", {}, "expected aesthetic, clip, "),
@@ -516,7 +516,7 @@ def test_every_spec_is_complete(spec):
     assert spec is reward_spec(spec.name) and part_names(spec.name) == [spec.name]
     assert all([spec.score, spec.weights, spec.licence]) and "|" not in spec.score + spec.weights + spec.licence
     # Judges, and only these, are known before they are loaded.
-    assert spec.is_trainable == (spec.name not in ("geneval", "hpsv3") and "unified" not in spec.name)
+    assert spec.is_trainable == (spec.name != "geneval" and "unified" not in spec.name)
     assert spec.has_model_path == (spec.needs != {"texts"})
 
 

@@ -118,8 +118,12 @@ def test_a_reward_that_is_given_counts_in_place_of_the_option(given: Any, name: 
     ("given", "values", "message"),
     [
         (None, {"reward": None}, "expected a reward, got none; set `reward` in the config, or give it to train"),
-        (None, {"reward": f"{TOY}:0.5,hpsv3"}, "--reward .*: expected rewards with a gradient, got hpsv3, which can"),
-        ("hpsv3", {}, "--reward hpsv3: expected rewards with a gradient"),
+        (
+            None,
+            {"reward": f"{TOY}:0.5,geneval"},
+            "--reward .*: expected rewards with a gradient, got geneval, which",
+        ),
+        ("geneval", {}, "--reward geneval: expected rewards with a gradient"),
         (None, {"reward_augment": True}, f"--reward_augment: {TOY} does not have it, expected an ocr reward"),
         (redness, {"reward_augment": True}, "--reward_augment: redness does not have it"),
         (None, {"reward_model_path": "pickscore=."}, "pickscore"),

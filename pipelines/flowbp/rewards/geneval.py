@@ -41,8 +41,8 @@ from transformers import (
 )
 
 from .clip import CLIP_REPOSITORY, MODEL, VOCABULARY, clip_pixels, crop_short
-from .judges import to_pil_images
 from .loading import MODEL_FILES, TOKENIZER_FILES, Source, find_files, find_tokenizer, load_pretrained
+from .preprocessing import to_pil_images
 from .tokens import Tokens
 
 THRESHOLD, COUNTING_THRESHOLD = 0.3, 0.9

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 # Mean and standard deviation of the images that CLIP was trained on, by channel.
@@ -39,6 +40,22 @@ def check_images(images: Tensor, prompts: Sequence[str] | None = None) -> None:
     if prompts is not None and (isinstance(prompts, str) or len(prompts) != len(images)):
         got = "one string" if isinstance(prompts, str) else f"{len(prompts)}"
         raise ValueError(f"prompts: expected a list of {len(images)}, one per image, got {got}.")
+
+
+def to_pil_images(reward: str, images: Tensor, prompts: Sequence[str]) -> list[Image.Image]:
+    """Images (B, 3, H, W) in [0, 1] as 8-bit PIL images, for scores without a gradient.
+
+    Raises:
+        ValueError: images that require a gradient; see also `check_images`.
+    """
+    check_images(images, prompts)
+    if images.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"reward {reward!r}: expected images without requires_grad, got images that require a gradient, but this "
+            "reward has none; call it under torch.no_grad() to evaluate, and train with another reward."
+        )
+    pixels = (images.detach().float() * 255).round().clamp(0, 255).to("cpu", torch.uint8)
+    return [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in pixels]
 
 
 def resize(images: Tensor, height: int, width: int) -> Tensor:

@@ -108,6 +108,12 @@ def _from_weights(module: str, factory: str, **fixed: Any) -> Callable[..., nn.M
     return make
 
 
+def _vqa(question: str | None = None, model_path: Path | None = None) -> nn.Module:
+    from .vqa import vqa
+
+    return vqa(model_path, question)
+
+
 def _geneval(metadata_path: Path | None = None, model_path: Path | None = None) -> nn.Module:
     from .geneval import geneval
 
@@ -178,12 +184,11 @@ _SPECS = (
     RewardSpec(
         "hpsv3",
         "HPSv3",
-        _from_weights("judges", "hpsv3"),
+        _from_weights("hpsv3", "hpsv3"),
         score="higher is better",
         weights=f"{_hub('MizzenAI/HPSv3')} on {_hub('Qwen/Qwen2-VL-7B-Instruct')}; the wording of its question is "
         "read from the authors' wheel: `pip install --no-deps hpsv3==1.0.0`",
         licence="not known, see the pages",
-        is_trainable=False,
     ),
     RewardSpec(
         "imagereward",
@@ -222,6 +227,15 @@ _SPECS = (
         **_PICKSCORE,
     ),
     RewardSpec(
+        "similarity",
+        "Similarity",
+        _from_weights("similarity", "similarity"),
+        score="cosine of CLIP's embeddings of an edited image and its source (column `source_image`), outside of the "
+        "white part of the column `mask` if there is one",
+        weights=_CLIP_L,
+        licence=_UNKNOWN_LICENCE,
+    ),
+    RewardSpec(
         "unifiedreward-alignment",
         "UR-Align",
         _from_weights("judges", "unifiedreward_alignment"),
@@ -234,6 +248,15 @@ _SPECS = (
         _from_weights("judges", "unifiedreward_quality"),
         score="1 to 5: how good the image looks",
         **_UNIFIEDREWARD,
+    ),
+    RewardSpec(
+        "vqa",
+        "VQA",
+        _vqa,
+        score="log-odds that a vision-language model answers yes to a question about image and prompt (columns "
+        "`question` and `source_image` if there are any)",
+        weights=_hub("Qwen/Qwen2.5-VL-7B-Instruct"),
+        licence="Apache-2.0",
     ),
 )
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from ..columns import Columns, call_with_columns
+from .held_gradient import hold_gradient
 
 
 def call_reward(
@@ -95,7 +95,7 @@ class WeightedReward(nn.Module):
             ValueError: a part does not return a tensor (B,), or has no gradient although the images require one.
         """
         if torch.is_grad_enabled() and images.requires_grad:
-            return _PartByPart.apply(images, self, prompts, columns)
+            return hold_gradient(images, *self.scores_and_gradient(images, prompts, columns))
         self.last_scores = self.parts(images, prompts, **columns)
         return self._sum(self.last_scores)
 
@@ -142,21 +142,6 @@ class WeightedReward(nn.Module):
             yield
         finally:
             reward.to("cpu")
-
-
-class _PartByPart(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, images: Tensor, reward: WeightedReward, prompts: Sequence[str], columns: Columns) -> Tensor:
-        score, gradient = reward.scores_and_gradient(images, prompts, columns)
-        ctx.save_for_backward(gradient)
-        ctx.dtype = images.dtype
-        return score
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return (gradient * cotangent.to(gradient).view(-1, 1, 1, 1)).to(ctx.dtype), None, None, None
 
 
 def part_means(reward: nn.Module) -> dict[str, float]:
