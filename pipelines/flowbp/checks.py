@@ -456,12 +456,17 @@ def check_handed_on(
 
 
 def check_place(name: str, step: int, scheduler: Any) -> None:
-    """Evenly spaced sigmas hide a rollout that starts later: its steps have the expected length all the same."""
+    """Evenly spaced sigmas hide a rollout that starts later: its steps have the expected length all the same.
+
+    Args:
+        step: counted by the scheduler, whose first steps an image-to-image pipeline leaves out.
+    """
     following = getattr(scheduler, "step_index", None)
     if following is not None and following != step + 1:
         raise RecordingError(
             f"{name}: the scheduler made step {following - 1} of its sigmas, expected step {step}: the rollout must "
-            "begin at the first sigma and make one Euler step for each; use a text-to-image pipeline or strength 1."
+            "begin at the first sigma, or where set_begin_index said before, and make one "
+            "Euler step for each; use a text-to-image pipeline or strength 1."
         )
 
 

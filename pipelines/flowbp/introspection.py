@@ -43,6 +43,11 @@ def guidance_scales(pipe: Any) -> dict[str, float]:
     return found
 
 
+def begin_index(scheduler: Any) -> int:
+    """The scheduler's step from which the pipeline samples: above 0 for images that start from images."""
+    return getattr(scheduler, "begin_index", None) or 0
+
+
 def keyword_arguments(call: inspect.BoundArguments) -> list[dict[str, Any]]:
     """What a call collects in its `**kwargs`."""
     parameters = call.signature.parameters

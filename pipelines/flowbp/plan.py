@@ -14,7 +14,7 @@ class Plan:
     """Which steps of one rollout are evaluated again, what is kept of the others, and where the rollout may end.
 
     Attributes:
-        sigmas: N + 1 numbers, as the scheduler has them.
+        sigmas: N + 1 numbers, as the scheduler has them, from that of the first step on.
         active: steps with a term.
         coupled: active steps whose gradient goes on to earlier terms, so that the path to their latents is needed.
         latents: steps whose latents are kept; N is the sample.
@@ -22,6 +22,8 @@ class Plan:
         last: the last step that must be made.
         posterior_step: the step at whose posterior mean the reward looks; `None` for the sample.
         is_copy: whether the rollout only repeats its last step from a re-noised sample (DRaFT-LV).
+        first: how many of the scheduler's own steps come before step 0, which starts from a noised image
+            (`strength` below 1).
     """
 
     sigmas: tuple[float, ...]
@@ -32,15 +34,16 @@ class Plan:
     last: int
     posterior_step: int | None
     is_copy: bool
+    first: int
 
     @classmethod
-    def of(cls, surrogate: Surrogate, sigmas: torch.Tensor, is_copy: bool = False) -> "Plan":
+    def of(cls, surrogate: Surrogate, sigmas: torch.Tensor, is_copy: bool = False, first: int = 0) -> "Plan":
         """The plan of a rollout.
 
         Args:
             surrogate: that was drawn for it.
-            sigmas: `(N + 1,)`, the scheduler's.
-            is_copy: see the attribute.
+            sigmas: `(N + 1,)`, the scheduler's from step 0 on.
+            is_copy, first: see the attributes.
         """
         num_steps = len(sigmas) - 1
         active = frozenset(term.step for term in surrogate.terms)
@@ -57,6 +60,7 @@ class Plan:
             last=surrogate.last_step(num_steps),
             posterior_step=None if surrogate.endpoint == "sample" else surrogate.endpoint[1],
             is_copy=is_copy,
+            first=first,
         )
 
     @property

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 from . import checks
 from .accounting import Accounting
 from .hooks import Patches
-from .introspection import calling_pipeline, guidance_scales, is_velocity_model, keyword_arguments
+from .introspection import begin_index, calling_pipeline, guidance_scales, is_velocity_model, keyword_arguments
 from .kept_inputs import KeptInputs
 from .marks import TrainedUses
 from .methods import Method
@@ -182,7 +182,8 @@ class Recorder:
         """The trajectory of the rollout that begins, and its plan; draws the surrogate for the first one."""
         checks.check_inference_mode(self.name)
         checks.check_has_sigmas(self.name, self.scheduler)
-        sigmas = self.scheduler.sigmas.detach().clone()
+        first = begin_index(self.scheduler)
+        sigmas = self.scheduler.sigmas[first:].detach().clone()
         on_host = sigmas.cpu()
         if self.trajectories:
             surrogate = self.trajectories[0].surrogate
@@ -194,7 +195,7 @@ class Recorder:
                 raise ValueError(f"{self.name}: {error}") from error
         fingerprints = {module: fingerprint(module) for module in self.transformers}
         trajectory = Trajectory(sigmas, surrogate, fingerprints)
-        plan = Plan.of(surrogate, on_host, is_copy=bool(self.trajectories))
+        plan = Plan.of(surrogate, on_host, is_copy=bool(self.trajectories), first=first)
         self.trajectories.append(trajectory)
         self.on_stage("rollout")
         return trajectory, plan
@@ -366,7 +367,7 @@ class Rollout:
         # Skipped steps too: schedulers count their steps, and not all find their place by the timestep.
         with torch.no_grad():
             result = original(*_detached(args), **_detached(kwargs))
-        checks.check_place(name, self._step, self.recorder.scheduler)
+        checks.check_place(name, self.plan.first + self._step, self.recorder.scheduler)
         if self.plan.skips(self._step):
             following = self.recorder.renoised(self.plan) if self._step == self.plan.last - 1 else sample.detach()
         else:

@@ -123,11 +123,13 @@ def quiet(pipe: DiffusionPipeline) -> DiffusionPipeline:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_image_to_image_is_refused(method: str):
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_image_to_image_begins_later(method: str, shift: float):
     """FLUX.1-schnell's sigmas are evenly spaced, so each step has the expected length though it is another one."""
-    build = flux(FluxImg2ImgPipeline, FlowMatchEulerDiscreteScheduler(shift=1.0))
-    call = functools.partial(flux_call, image=embeddings(2, 3, 8, 12).sigmoid(), strength=0.5)
-    check_refused(build, method, BROKEN[BeginsLater], call=call)
+    build = flux(FluxImg2ImgPipeline, FlowMatchEulerDiscreteScheduler(shift=shift))
+    call = functools.partial(flux_call, image=embeddings(2, 3, 8, 12).sigmoid(), strength=0.75, num_inference_steps=8)
+    violation = Violation("strength", 0, build, "right", call=call)
+    assert problem(violation, method, run(violation, method)) is None
 
 
 @pytest.mark.parametrize("method", METHODS)

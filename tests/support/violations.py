@@ -355,7 +355,7 @@ def surrogate_steps(pipe: Any, surrogate: Surrogate) -> Iterator[None]:
             # Zero, with a gradient.
             move = move - move.detach()
             state.path = move if state.path is None else state.path + move
-        sigmas = pipe.scheduler.sigmas
+        sigmas = pipe.scheduler.sigmas[pipe.scheduler.begin_index or 0 :]
         if surrogate.endpoint != "sample" and surrogate.endpoint[1] == number:
             mean = sample.detach() + (sigmas[-1] - sigmas[number]) * model_output.detach()
             state.endpoint = joined(mean, 1.0)
