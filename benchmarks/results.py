@@ -408,7 +408,7 @@ def collect(state: Path, output: Path, size: Size) -> None:
         if record["environment"] not in environments:
             environments.append(record["environment"])
         record["environment"] = environments.index(record["environment"])
-        records.append(_rounded(record))
+        records.append(rounded(record))
     rates = {name: rate for name in size.lines if (rate := plan.rate(name, found)) is not None}
     head = {"updates": size.updates, "tuning_seed": size.tuning_seed, "learning_rates": rates}
     lines = ",\n".join(json.dumps(record) for record in records)
@@ -418,11 +418,11 @@ def collect(state: Path, output: Path, size: Size) -> None:
     write_atomically(output, text)
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
     if isinstance(value, dict):
-        return {name: _rounded(each) for name, each in value.items()}
+        return {name: rounded(each) for name, each in value.items()}
     if isinstance(value, list):
-        return [_rounded(each) for each in value]
+        return [rounded(each) for each in value]
     return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
