@@ -5,11 +5,10 @@
 Shared by results.py and gradients.py.
 """
 
-import os
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, chdir, contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -49,21 +48,22 @@ MEASURES = dict(zip(evaluate.MEASURES, ("reward", "read_v4", "read_v5", "colours
 
 
 @contextmanager
-def demo_run(options: Mapping[str, Any]) -> Iterator[Run]:
-    """A run of demo/recipe.yaml with other options, ready for `one_update`, in a folder that is removed.
-
-    Args:
-        options: as in a recipe.
-    """
+def demo_config(options: Mapping[str, Any]) -> Iterator[TrainingConfig]:
+    """The config of demo/recipe.yaml with other options, as in a recipe, in a folder that is removed."""
     with ExitStack() as closing:
         # Paths of the recipe are relative to the repository.
-        before = Path.cwd()
-        os.chdir(ROOT)
-        closing.callback(os.chdir, before)
+        closing.enter_context(chdir(ROOT))
         folder = closing.enter_context(tempfile.TemporaryDirectory())
         own = {"output_dir": f"{folder}/run", "report_to": "none", **options}
         words = ["--config", str(RECIPE), *as_words(own, TrainingConfig)]
-        yield prepare(parse_training_config(SD3, "", words), SD3, None, None, closing)
+        yield parse_training_config(SD3, "", words)
+
+
+@contextmanager
+def demo_run(options: Mapping[str, Any]) -> Iterator[Run]:
+    """A run of `demo_config`, ready for `one_update`."""
+    with demo_config(options) as config, ExitStack() as closing:
+        yield prepare(config, SD3, None, None, closing)
 
 
 def held_out_prompts() -> tuple[list[str], list[str]]:

@@ -194,9 +194,9 @@ class Plan:
         """The rates that are tried, as far as they are known: two in the middle, then on the better one's side."""
         rates = self.size.rates
         middle = len(rates) // 2
-        tried = list(rates[middle - 1 : middle + 1])
+        tried = list(rates[max(middle - 1, 0) : middle + 1])
         reads = [self._read(name, rate, found) for rate in tried]
-        if None not in reads:
+        if len(reads) == 2 and None not in reads:
             further = middle - 2 if reads[0] >= reads[1] else middle + 1
             tried += [rates[further]] if 0 <= further < len(rates) else []
         return tried
@@ -211,12 +211,12 @@ class Plan:
 
     def _read(self, name: str, rate: float, found: Mapping[str, Any]) -> float | None:
         updates = self.updates(name, found)
-        record = None if updates is None else found.get(self._key(name, rate, self.size.tuning_seed, updates))
+        record = None if updates is None else found.get(self.key(name, rate, self.size.tuning_seed, updates))
         return None if record is None else record["read_v5"]
 
     # Jobs.
 
-    def _key(self, name: str, rate: float, seed: int, updates: int) -> str:
+    def key(self, name: str, rate: float, seed: int, updates: int) -> str:
         return f"{name} rate {rate:g} seed {seed} updates {updates}"
 
     def _tuning(self, name: str, attempt: int, found: Mapping[str, Any]) -> Iterator[Job | None]:
@@ -234,7 +234,7 @@ class Plan:
         def work(found: Mapping[str, Any], check: Callable[[], None]) -> dict[str, Any]:
             return self._train(name, rate, seed, updates, found["base"], check)
 
-        return Job(self._key(name, rate, seed, updates), work)
+        return Job(self.key(name, rate, seed, updates), work)
 
     def _cost(self, name: str) -> Job:
         return Job(f"cost {name}", lambda found, check: self._measure_cost(name, check))
@@ -247,7 +247,8 @@ class Plan:
     def _base(self, found: Mapping[str, Any], check: Callable[[], None]) -> dict[str, Any]:
         return demo_runs.judged(None, *self._prompts(0))
 
-    def _options(self, line: Line) -> dict[str, Any]:
+    def options(self, line: Line) -> dict[str, Any]:
+        """Of a run, as in a recipe."""
         words = {name: "none" if value is None else value for name, value in line.options.items()}
         return {**self.size.options, **line.run, **words, "method": line.method}
 
@@ -255,7 +256,7 @@ class Plan:
         self, name: str, rate: float, seed: int, updates: int, base: Mapping[str, float], check: Callable[[], None]
     ) -> dict[str, Any]:
         line = ALL_LINES[name]
-        options = {**self._options(line), "learning_rate": rate, "seed": seed, "max_train_steps": updates}
+        options = {**self.options(line), "learning_rate": rate, "seed": seed, "max_train_steps": updates}
         wall, cpu = time.perf_counter(), 0.0
         with demo_runs.demo_run(options) as run:
             if run.method != get_method(line.method, **line.options):
