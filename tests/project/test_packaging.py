@@ -35,7 +35,7 @@ REPOSITORY = "https://github.com/user/name"
 SOURCES = "README.md LICENSE setup.py setup.cfg pyproject.toml pipelines training tests demo model_cards".split()
 # The package of each folder, which is in the distributions without the files that only a checkout needs.
 PACKAGES = {"pipelines/flowbp": "flowbp", "training": "flowbp/scripts"}
-PATTERNS = ("*.py", "*.yaml", "*.json", "*.jinja", "publishing/*.md", "py.typed")
+PATTERNS = ("*.py", "*.yaml", "*.json", "*.jinja", "publishing/*.md", "recognisers/*", "py.typed")
 
 
 def run(*words: str | Path, cwd: Path, modules: Sequence[Path] = ()) -> str:

