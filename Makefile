@@ -9,7 +9,7 @@ SOURCES = pipelines training demo tests benchmarks docs setup.py
 
 .PHONY: demo test matrix style quality dist venv
 
-demo: .venv/.installed
+demo: .venv/.demo
 	.venv/bin/python demo/run.py
 
 test: .venv/.installed
@@ -35,9 +35,13 @@ dist: .venv/.installed
 venv: .venv/.installed
 
 # torch comes first and alone: later installs then find it there and do not choose another build of it.
-.venv/.installed: setup.cfg constraints.txt
-	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v < (3, 13) else f"Python 3.11 or 3.12 expected, got {v[0]}.{v[1]}: choose one with PYTHON=...")'
+.venv/.demo: setup.cfg constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if v >= (3, 11) else f"Python 3.11 or later expected, got {v[0]}.{v[1]}: choose one with PYTHON=...")'
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet -c constraints.txt $(PIP_TORCH_OPTIONS) torch
-	.venv/bin/python -m pip install --quiet -c constraints.txt -e ".[demo,test,dev]"
+	.venv/bin/python -m pip install --quiet -c constraints.txt -e ".[demo]"
+	touch $@
+
+.venv/.installed: .venv/.demo
+	.venv/bin/python -m pip install --quiet -c constraints.txt -e ".[test,dev]"
 	touch $@

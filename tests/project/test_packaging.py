@@ -140,10 +140,15 @@ def test_the_wheel_has_the_package_and_nothing_else(distributions: Distributions
     ):
         assert name in expected
     with zipfile.ZipFile(distributions.wheel) as wheel:
-        names = set(wheel.namelist())
-        assert max(member.file_size for member in wheel.infolist()) < 200e3
-    assert {name for name in names if ".dist-info/" not in name} == expected
-    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
+        sizes = {member.filename: member.file_size for member in wheel.infolist()}
+    recognisers = {name: size for name, size in sizes.items() if name.startswith("flowbp/rewards/recognisers/")}
+    assert set(recognisers) == {
+        f"flowbp/rewards/recognisers/{name}" for name in ("NOTICE.md", "ppocr_v4.safetensors", "ppocr_v5.safetensors")
+    }
+    assert sum(recognisers.values()) <= 14e6
+    assert max(size for name, size in sizes.items() if name not in recognisers) < 200e3
+    assert {name for name in sizes if ".dist-info/" not in name} == expected
+    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in sizes)
 
 
 def test_the_sdist_has_the_package_and_what_builds_it(distributions: Distributions) -> None:
