@@ -5,7 +5,7 @@
 
 PYTHON ?= python3
 PIP_TORCH_OPTIONS ?=
-SOURCES = pipelines training demo tests benchmarks docs setup.py
+SOURCES = pipelines training demo tests benchmarks docs upstream setup.py
 
 .PHONY: demo test matrix style quality dist venv
 

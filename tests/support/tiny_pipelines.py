@@ -16,6 +16,7 @@ from diffusers import (
     Flux2Transformer2DModel,
     FluxPipeline,
     OvisImagePipeline,
+    StableDiffusion3Pipeline,
     WanPipeline,
     ZImagePipeline,
 )
@@ -23,7 +24,7 @@ from families.family import ready
 from families.packed import build_ovis_image, byte_tokenizer, tiny_z_image_parts
 from families.paper import build_flux, tiny_flux2_transformer, tiny_flux2_vae
 from families.videos import build_wan, build_wan_22
-from tiny_sd3 import CHARACTERS, tiny_text_encoder, tiny_tokenizer
+from tiny_sd3 import CHARACTERS, tiny_sd3_pipeline, tiny_text_encoder, tiny_tokenizer
 from transformers import (
     CLIPTextModel,
     PreTrainedModel,
@@ -84,6 +85,12 @@ def complete(pipe: DiffusionPipeline, **text: Any) -> DiffusionPipeline:
     """The pipeline in float32, with text encoders and tokenizers."""
     # Made anew, because pipelines read lengths from their tokenizers when they are made.
     return ready(type(pipe).from_pipe(pipe, dtype=torch.float32, **text), dtype=torch.float32)
+
+
+def tiny_sd3_t5_pipeline() -> StableDiffusion3Pipeline:
+    """Stable Diffusion 3 with all three text encoders."""
+    t5 = {"text_encoder_3": tiny_t5(T5EncoderModel, T5Config, 32), "tokenizer_3": tiny_t5_tokenizer()}
+    return complete(tiny_sd3_pipeline(torch.float32), **t5)
 
 
 def tiny_flux_pipeline() -> FluxPipeline:
