@@ -1,4 +1,5 @@
-# make demo, make test, make matrix, make style, make quality, make dist: each makes its own environment in .venv first.
+# make demo, make test, make matrix, make style, make quality, make dist, make upstream: each makes its own environment
+# in .venv first.
 # PYTHON chooses the interpreter: make demo PYTHON=python3.12
 # PIP_TORCH_OPTIONS is given to pip where it installs torch. Without a GPU this saves gigabytes on Linux:
 #   make demo PIP_TORCH_OPTIONS="--index-url https://download.pytorch.org/whl/cpu"
@@ -7,7 +8,7 @@ PYTHON ?= python3
 PIP_TORCH_OPTIONS ?=
 SOURCES = pipelines training demo tests benchmarks docs upstream setup.py
 
-.PHONY: demo test matrix style quality dist venv
+.PHONY: demo test matrix style quality dist upstream venv
 
 demo: .venv/.demo
 	.venv/bin/python demo/run.py
@@ -17,6 +18,9 @@ test: .venv/.installed
 
 matrix: .venv/.installed
 	.venv/bin/python tests/support/matrix.py --write
+
+upstream: .venv/.installed
+	.venv/bin/python upstream/check.py $(DIFFUSERS)
 
 style: .venv/.installed
 	.venv/bin/ruff check --fix $(wildcard $(SOURCES))

@@ -33,7 +33,9 @@ def test_the_code_of_the_readme_gives_a_gradient(monkeypatch: pytest.MonkeyPatch
     assert torch.stack([gradient.norm() for gradient in gradients]).sum() > 0
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+@pytest.mark.parametrize(
+    "document", [*DOCUMENTS, *(ROOT / "upstream").glob("*.md")], ids=lambda path: path.relative_to(ROOT).as_posix()
+)
 def test_links_to_files_and_headings_lead_somewhere(document: Path) -> None:
     text = re.sub(r"```.*?```", "", document.read_text(encoding="utf-8"), flags=re.DOTALL)
     for target in re.findall(r"\]\(([^)\s]+)\)", text):

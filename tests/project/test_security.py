@@ -697,7 +697,7 @@ def test_the_guard_reaches_processes_and_runs_what_it_hides(tmp_path: Path):
 
 SOURCES = [
     path
-    for folder in ("pipelines", "training", "demo", "benchmarks")
+    for folder in ("pipelines", "training", "demo", "benchmarks", "upstream")
     for path in sorted((ROOT / folder).rglob("*.py"))
     if path.is_file()
 ]

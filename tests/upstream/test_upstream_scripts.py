@@ -1,6 +1,6 @@
 # Copyright 2026 The FlowBP for diffusers authors
 # SPDX-License-Identifier: Apache-2.0
-"""The contribution to diffusers: its scripts train, resume, save what diffusers loads, and have our scripts' gradient."""
+"""The contribution to diffusers: scripts that train, resume and save as ours do, with the same gradient."""
 
 import ast
 import importlib.util

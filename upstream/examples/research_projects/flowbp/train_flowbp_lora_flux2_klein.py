@@ -227,7 +227,7 @@ def main(args):
     if args.bnb_quantization_config_path is not None:
         bnb_config = json.loads(Path(args.bnb_quantization_config_path).read_text())
         bnb_config = BitsAndBytesConfig(**{**bnb_config, "bnb_4bit_compute_dtype": dtype})
-        load_args["quantization_config"] = PipelineQuantizationConfig(quant_mapping={"transformer": bnb_config})
+        load_args.update(quantization_config=PipelineQuantizationConfig(quant_mapping={"transformer": bnb_config}))
     pipeline = Flux2KleinPipeline.from_pretrained(model, text_encoder=None, tokenizer=None, **load_args).to(device)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.transformer.requires_grad_(False)
