@@ -19,7 +19,6 @@ numbers.
 import argparse
 import functools
 import json
-import os
 import statistics
 import sys
 import time
@@ -28,6 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from diffusers.utils.logging import set_verbosity_error
@@ -654,7 +654,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args = parse_args(argv)
     torch.set_num_threads(args.num_threads)
     set_verbosity_error()
-    load_before = os.getloadavg()[0]
+    load_before = psutil.getloadavg()[0]
     bench, cases = build(args), draw_cases(args)
     started = time.time()
     measured = measure(bench, cases, args.repeats)
@@ -671,7 +671,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         },
         "hardware": hardware(bench.device),
         "versions": versions(),
-        "load_average": [load_before, os.getloadavg()[0]],
+        "load_average": [load_before, psutil.getloadavg()[0]],
         "seconds_of_benchmark": time.time() - started,
         "cases": reports,
         "target_clock": clock,

@@ -153,7 +153,7 @@ class Scripts:
     def __init__(self, is_tiny: bool) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="flowbp_gpu_"))
         self.prompts = self.folder / "prompts.txt"
-        self.prompts.write_text("a red square\na blue circle\n")
+        self.prompts.write_text("a red square\na blue circle\n", encoding="utf-8")
         self.is_tiny = is_tiny
         self.processes: set[subprocess.Popen[bytes]] = set()
         self.pool = ThreadPoolExecutor(PROCESSES)
@@ -211,7 +211,9 @@ class Scripts:
             )
         self.processes.add(process)
         if process.wait():
-            raise RuntimeError(f"exit code {process.returncode}: " + log.read_text(errors="replace")[-800:])
+            raise RuntimeError(
+                f"exit code {process.returncode}: " + log.read_text(encoding="utf-8", errors="replace")[-800:]
+            )
 
     def _command(self, output: Path) -> list[str]:
         options = {

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+HAS_ALARM = hasattr(signal, "setitimer")
+
 
 class Late(BaseException):
     """The time of a measurement, a part or the whole run is up."""
@@ -22,7 +24,8 @@ class Late(BaseException):
 class Journal:
     """Runs measurements and writes what they find to a JSON file, atomically and after each of them.
 
-    A measurement that fails, lacks memory or takes too long leaves a note in its place; the next one begins.
+    A measurement that fails, lacks memory or takes too long leaves a note in its place; the next one begins. Windows
+    has no alarms: there a measurement runs to its end, and the next one of a part that is late is left out.
 
     Args:
         path: the file.
@@ -37,7 +40,7 @@ class Journal:
     def __init__(self, path: Path, seconds: float, slower: float = 1.0, began: float | None = None) -> None:
         self.path = path
         self.slower = slower
-        self.report: dict[str, Any] = {"started": time.strftime("%F %T"), "parts": {}}
+        self.report: dict[str, Any] = {"started": time.strftime("%Y-%m-%d %H:%M:%S"), "parts": {}}
         self._results: dict[str, Any] = {}
         self._began = time.monotonic() if began is None else began
         self._deadline = self._began + seconds
@@ -49,12 +52,14 @@ class Journal:
         return time.monotonic() - self._began
 
     def __enter__(self) -> "Journal":
-        self._handler = signal.signal(signal.SIGALRM, self._ring)
+        if HAS_ALARM:
+            self._handler = signal.signal(signal.SIGALRM, self._ring)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, self._handler)
+        if HAS_ALARM:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, self._handler)
         self.save()
 
     def save(self) -> None:
@@ -96,6 +101,8 @@ class Journal:
         seconds *= self.slower
         is_good = False
         try:
+            if time.monotonic() >= self._deadline:
+                raise Late
             with self._limit(seconds):
                 found = measure()
             is_good = True
@@ -130,6 +137,8 @@ class Journal:
             self._set_alarm(at_least=1.0)
 
     def _set_alarm(self, at_least: float = 0.01) -> None:
+        if not HAS_ALARM:
+            return
         if self._depth:
             # It rings again: an exception that is raised in a finalizer is lost.
             signal.setitimer(signal.ITIMER_REAL, max(at_least, self._deadline - time.monotonic()), 5.0)

@@ -4,6 +4,8 @@
 
 from pathlib import Path
 
+from flowbp.files import allow_any_character
+
 FOLDER = Path(__file__).resolve().parent
 
 
@@ -24,4 +26,5 @@ def table() -> str:
 
 
 if __name__ == "__main__":
+    allow_any_character()
     print(table())

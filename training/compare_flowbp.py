@@ -58,7 +58,9 @@ def command(config: ComparisonConfig, script: Path) -> list[str]:
     """The words that start a script: Python alone, to which signals come, or `accelerate launch`."""
     if config.launch is None:
         return [sys.executable, str(script)]
-    return [sys.executable, "-m", "accelerate.commands.launch", *shlex.split(config.launch), str(script)]
+    # Backslashes are a part of Windows' paths.
+    words = shlex.split(config.launch, posix=sys.platform != "win32")
+    return [sys.executable, "-m", "accelerate.commands.launch", *words, str(script)]
 
 
 def train_all(config: ComparisonConfig, runs: Sequence[PlannedRun], script: Path) -> dict[str, int]:

@@ -19,6 +19,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import MISSING, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -45,6 +46,7 @@ from flowbp.rewards.ocr import quoted_text
 from flowbp.training.command_line import add_options, make_config, make_parser, parse_args_with_config
 from flowbp.training.model import WEIGHT_DTYPES, freeze, missing_components
 from flowbp.training.options import COUNT, FINITE, NOT_NEGATIVE, POSITIVE, check_options, option
+from flowbp.training.output_folder import OutputFolder
 from flowbp.training.prompt_sets import PROMPT_SETS, PROMPTS_HELP
 from flowbp.training.prompts import Record, columns_of, load_records, texts_of
 from flowbp.training.saved_pipeline import SavedPipeline
@@ -406,13 +408,30 @@ def draw_and_score(
         store.add(model, batch, to_pil(images), scores, not_finite)
 
 
-@torch.no_grad()
 def main(argv: list[str] | None = None) -> None:
     """Evaluate."""
     config = parse_config(argv)
     plan = make_plan(config)
-    model_paths = parse_model_paths(config.reward_model_path)
     accelerator = make_accelerator()
+    folder = OutputFolder(config.output_dir)
+    with ExitStack() as closing:
+        if accelerator.is_main_process:
+            # Also an earlier evaluation's, which this one resumes.
+            folder.claim(is_resumed=True, overwrite=False)
+            closing.callback(folder.release)
+        accelerator.wait_for_everyone()
+        evaluate(plan, accelerator)
+
+
+@torch.no_grad()
+def evaluate(plan: Plan, accelerator: Accelerator) -> None:
+    """Finish all batches, and write the results. Collective.
+
+    Raises:
+        ValueError, OSError: in one line.
+    """
+    config = plan.config
+    model_paths = parse_model_paths(config.reward_model_path)
     images = len(plan.prompts) * config.num_images_per_prompt
     settings = plan.settings(accelerator.device)
     store = Store(config.output_dir, settings, plan.models, images, config.batch_size, plan.rewards)

@@ -133,7 +133,7 @@ class AnyPipeline(Backbone):
         """By the pipeline, or by its transformer."""
         if self.has_loader:
             return super().how_to_load(folder)
-        return f'pipe.{self.config.lora_component}.load_lora_adapter("{folder}", weight_name="{LORA_FILE}")'
+        return f'pipe.{self.config.lora_component}.load_lora_adapter("{folder.as_posix()}", weight_name="{LORA_FILE}")'
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -3,12 +3,15 @@
 """Errors of files that name the file and the remedy, also where Python and the libraries do not."""
 
 import errno
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 _FULL = "free space on that disk, or choose a folder on another one"
 _FORBIDDEN = "choose another path, or ask for permission"
+if sys.platform == "win32":
+    _FORBIDDEN = f"close the programs that have it open, {_FORBIDDEN}"
 _IN_THE_WAY = "move the file that is in the way, or choose another folder"
 REMEDIES = {
     errno.ENOSPC: _FULL,

@@ -1,12 +1,37 @@
 # Copyright 2026 The FlowBP for diffusers authors
 # SPDX-License-Identifier: Apache-2.0
-"""Writing files that are complete or absent, whatever interrupts the process, and their permissions."""
+"""Writing files that are complete or absent, whatever interrupts the process, their permissions, and any character."""
 
+import io
 import os
 import stat
+import sys
+import time
 from pathlib import Path
 
 from .file_errors import writing
+
+PATIENCE = 5.0
+"""Seconds that Windows gets to let go of a file."""
+
+
+def move(source: Path, target: Path) -> None:
+    """Rename a file or a folder; a file at `target` is replaced, a folder must not be there.
+
+    Windows refuses that while any program has something of either open, as virus scanners have new files for a moment.
+
+    Raises:
+        OSError: it cannot be renamed.
+    """
+    end = time.monotonic() + (PATIENCE if sys.platform == "win32" else 0)
+    while True:
+        try:
+            os.replace(source, target)
+            return
+        except PermissionError:
+            if time.monotonic() >= end:
+                raise
+            time.sleep(0.1)
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -22,11 +47,20 @@ def write_atomically(path: Path, text: str) -> None:
     """
     partial = path.with_name(path.name + ".partial")
     partial.unlink(missing_ok=True)
-    with writing(path), partial.open("x", encoding="utf-8", errors="backslashreplace") as file:
+    with writing(path), partial.open("x", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    partial.replace(path)
+    move(partial, path)
+
+
+def allow_any_character() -> None:
+    """Let stdout write escapes for characters that its encoding lacks, as stderr does; on Windows a pipe's lacks many.
+
+    A stream that is no file, such as a notebook's, has all characters.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def apply_umask(folder: Path) -> None:

@@ -6,6 +6,7 @@
 """
 
 import functools
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -37,11 +38,10 @@ from flowbp.checks import RecordingError
 from flowbp.host import float64_on_host, read
 from flowbp.judging.guard import diversity, high_frequency_energy, saturated_share
 from flowbp.judging.images import draw_images
+from flowbp.judging.loras import scores_by_reward
 from flowbp.judging.statistics import estimate
 from flowbp.replayed import TOLERANCE, deviations
-from flowbp.training import TrainingResult, loop
-from flowbp.training.evaluation import Evaluation
-from flowbp.training.setup import Run
+from flowbp.training.checkpointing import Checkpointer
 
 REWARD = make_reward()
 DEVICE = torch.device("cpu")
@@ -124,6 +124,8 @@ def test_float64_on_the_host_is_allowed(compute: Callable[[torch.Tensor], Any]):
         lambda x: x.cpu() + x,
         lambda x: x.numpy(),
         lambda x: torch.cat([torch.ones(3), x]),
+        lambda x: x.cpu().pin_memory(),
+        lambda x: torch.empty(3, pin_memory=True),
     ],
 )
 def test_the_pretended_device_keeps_its_tensors_apart(compute: Callable[[torch.Tensor], Any]):
@@ -246,20 +248,15 @@ def test_verification_computes_nothing_in_float64_on_the_device():
 def test_a_training_run_computes_nothing_in_float64(
     script: ModuleType, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Updates, evaluation and guard, the optimizer and its average; loading before and saving after are left out."""
-    device, begin, finish = PretendedDevice(), Evaluation.before_training, loop.finish
+    """From what a checkpoint holds to the results of a resumed run; loading of models before is left out."""
+    device, resume = PretendedDevice(), Checkpointer.resume
     opened = ExitStack()
 
-    def begin_on_the_device(evaluation: Evaluation) -> None:
+    def resume_on_the_device(checkpointer: Checkpointer) -> Path | None:
         opened.enter_context(device)
-        begin(evaluation)
+        return resume(checkpointer)
 
-    def finish_on_the_host(run: Run) -> TrainingResult:
-        opened.close()
-        return finish(run)
-
-    monkeypatch.setattr(Evaluation, "before_training", begin_on_the_device)
-    monkeypatch.setattr(loop, "finish", finish_on_the_host)
+    monkeypatch.setattr(Checkpointer, "resume", resume_on_the_device)
     arguments = {
         **SHARED_ARGUMENTS,
         "pretrained_model_name_or_path": model,
@@ -277,12 +274,20 @@ def test_a_training_run_computes_nothing_in_float64(
         "eval_steps": 1,
         "num_eval_images": 2,
     }
-    with opened:
-        script.main(command_line(arguments, output_dir=tmp_path / "run"))
-    assert len(log_of(tmp_path / "run")) == 2
+    for more in ({}, {"max_train_steps": 3, "resume_from_checkpoint": "latest"}):
+        with opened:
+            script.main(command_line(arguments, output_dir=tmp_path / "run", **more))
+    assert len(log_of(tmp_path / "run")) == 3
     # It was used for all of that: replays, the optimizer's norm, the guard's numbers.
     places = {place.rpartition("/")[2].partition(":")[0] for place in device.reads}
-    assert {"replay.py", "guidance.py", "distributed.py", "guard.py", "images.py"} <= places
+    assert {"replay.py", "guidance.py", "distributed.py", "guard.py", "images.py", "trained.py"} <= places
+
+
+def test_an_evaluation_computes_nothing_in_float64_on_the_device():
+    images = torch.rand(2, 3, 8, 8)
+    with PretendedDevice():
+        scores = scores_by_reward(REWARD, ["red"], images, PROMPTS[:2], {})["red"]
+    assert len(scores) == 2 and all(map(math.isfinite, scores))
 
 
 # Waiting for the device.

@@ -32,6 +32,7 @@ from training_scripts import ROOT, check_refusal, command_line, environment, loa
 from flowbp.judging.images import are_finite, to_pil
 from flowbp.judging.loras import scores_by_reward
 from flowbp.judging.transformers import Transformers
+from flowbp.training.output_folder import OutputFolder
 
 NAME = "evaluate_flowbp"
 STEPS = 4
@@ -541,10 +542,16 @@ def test_what_makes_no_sense_is_refused_before_a_model_is_loaded(
     check_refusal(NAME, {**arguments, **changes}, message, monkeypatch, capsys)
 
 
-def test_a_folder_of_other_settings_and_a_lora_of_another_model_are_refused(
+def test_a_folder_in_use_or_of_other_settings_and_a_lora_of_another_model_are_refused(
     script: ModuleType, models: dict[str, Path], arguments: dict[str, Any], tmp_path: Path
 ) -> None:
     few = {"num_prompts": 1, "num_images_per_prompt": 1}
+    other = OutputFolder(arguments["output_dir"])
+    other.claim(is_resumed=True, overwrite=False)
+    with pytest.raises(ValueError, match="another run writes into this folder"):
+        script.main(command_line(arguments, **few))
+    other.release()
+    assert not arguments["output_dir"].exists()
     script.main(command_line(arguments, **few))
     with pytest.raises(ValueError, match="with seed 0, got 1; choose another folder"):
         script.main(command_line(arguments, **few, seed=1))

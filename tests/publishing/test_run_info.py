@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from urllib.parse import quote
 
 import pytest
@@ -254,6 +254,12 @@ def test_run_json_is_whole_or_old(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         write_run_json(path, {"a": object()})
     assert json.loads(path.read_text()) == {"a": 1}
+
+
+def test_run_json_has_no_home_folder_of_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_info.Path, "home", lambda: PureWindowsPath("C:\\Users\\me"))
+    write_run_json(tmp_path / "run.json", {"paths": ["C:\\Users\\me\\run", "C:/Users/me/run", "C:\\Users\\meg"]})
+    assert json.loads((tmp_path / "run.json").read_text())["paths"] == ["~\\run", "~/run", "C:\\Users\\meg"]
 
 
 def test_run_json_has_no_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

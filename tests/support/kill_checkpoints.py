@@ -27,7 +27,7 @@ import torch
 from flowbp.training import checkpoints
 
 # Together they are all calls through which `checkpoints` changes a disk, but for the writing of the files' content.
-CALLS = ("fsync", "mkdir", "open", "rename", "rmdir", "unlink")
+CALLS = ("fsync", "mkdir", "open", "replace", "rmdir", "unlink")
 NUMBER = struct.Struct("q")
 
 

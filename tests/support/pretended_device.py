@@ -1,6 +1,6 @@
 # Copyright 2026 The FlowBP for diffusers authors
 # SPDX-License-Identifier: Apache-2.0
-"""An accelerator without float64 that the CPU pretends to be, and what makes the host wait for it."""
+"""An accelerator without float64 and pinned memory, played by the CPU, and what makes the host wait for it."""
 
 import sys
 import weakref
@@ -41,11 +41,11 @@ class PretendedDevice:
 
     On the host are what `Tensor.cpu` returns, what is made without naming a device, and what is computed of these
     alone. ("cpu" as a string is the host too; the device is a `torch.device`.) All else is on the device, which is as
-    strict as Apple's MPS: float64 and complex128 results, numpy arrays and operations on tensors of both sides raise
-    DeviceError.
+    strict as Apple's MPS: float64 and complex128 results, pinned memory, numpy arrays and operations on tensors of
+    both sides raise DeviceError.
 
     Args:
-        has_float64: whether the device computes in float64, as CUDA does.
+        has_float64: whether the device computes in float64 and takes pinned memory, as CUDA does.
 
     Attributes:
         reads: where the host waited for numbers of the device, each as "operation at file:line", the place in `flowbp`
@@ -79,6 +79,8 @@ class PretendedDevice:
 
     def function(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Call a function of PyTorch."""
+        if self._refused and (func is torch.Tensor.pin_memory or kwargs.get("pin_memory")):
+            raise DeviceError(f"pinned memory, at {_place()}")
         tensor = args[0] if args and isinstance(args[0], torch.Tensor) else None
         if tensor is not None and self.is_on_host(tensor):
             if func is torch.Tensor.to and any(map(self._is_device, (*args[1:], *kwargs.values()))):

@@ -96,7 +96,7 @@ def main() -> None:
     """Import, then serve; in a process that was started, run the program."""
     import tiny_sd3  # noqa: F401  the models' classes, which transformers otherwise imports when they are loaded
     import torch
-    import torch.distributed.fsdp
+    import torch.distributed.fsdp  # noqa: F401
     from matplotlib import pyplot  # noqa: F401
     from training_scripts import load_script
 

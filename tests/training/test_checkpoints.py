@@ -420,14 +420,14 @@ def test_writing_over_what_a_killed_run_left(tmp_path: Path, plain_is_damaged: b
     replaced = shutil.copytree(folder, tmp_path / "checkpoint-1.replaced")
     damage(folder if plain_is_damaged else replaced)
     kept = []
-    original = os.rename
+    original = os.replace
 
     def watch(source, target):
         kept.append(any(checkpoints._is_whole(path) for path in (folder, replaced)))
         original(source, target)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "rename", watch)
+        patch.setattr(os, "replace", watch)
         write(tmp_path, 1)
     assert kept and all(kept)
     assert names(tmp_path) == {"checkpoint-1"}
@@ -477,7 +477,7 @@ def test_only_files_may_be_written(tmp_path: Path, kind: str) -> None:
 def test_all_is_flushed_before_it_is_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (old,) = write(tmp_path, 1)
     calls: list[object] = []
-    flush, rename = os.fsync, os.rename
+    flush, rename = os.fsync, os.replace
 
     def watched_flush(descriptor: int) -> None:
         calls.append(os.fstat(descriptor).st_ino)
@@ -488,7 +488,7 @@ def test_all_is_flushed_before_it_is_in_place(tmp_path: Path, monkeypatch: pytes
         rename(source, target)
 
     monkeypatch.setattr(os, "fsync", watched_flush)
-    monkeypatch.setattr(os, "rename", watched_rename)
+    monkeypatch.setattr(os, "replace", watched_rename)
     write(tmp_path, 1)
     parent, lora, manifest, new = (
         path.stat().st_ino for path in (tmp_path, old / "lora.safetensors", old / "manifest.json", old)

@@ -233,6 +233,7 @@ def changed(recipe: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         ("methods/refl", 3, "methods refl: expected options with values, got 3"),
         ("methods/a=b", {"method": "full"}, "got 'a=b'"),
         ("methods/REFL", {"method": "full"}, "expected lines with different names"),
+        ("methods/con", {"method": "full"}, "that folders can have on all systems"),
         ("methods/base", {"method": "full"}, "none of them base; got 'base'"),
         ("base/rank", 0, "flowbp-sparse, seed 0: --rank must be at least 1"),
         ("base/num_active", 2, "base: num_active belongs to a method"),

@@ -16,7 +16,7 @@ from flowbp.training.state import TrainingError
 
 
 def handlers() -> list[Any]:
-    return [signal.getsignal(getattr(signal, name)) for name in NAMES]
+    return [signal.getsignal(getattr(signal, name)) for name in NAMES if hasattr(signal, name)]
 
 
 def test_the_first_signal_is_remembered_and_handlers_come_back(capfd: pytest.CaptureFixture[str]):

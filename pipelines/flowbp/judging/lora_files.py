@@ -15,7 +15,7 @@ from huggingface_hub import snapshot_download
 from peft import LoraConfig
 from peft.utils import CONFIG_NAME
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load
 
 from ..rewards.loading import HUB_ERRORS
 
@@ -121,7 +121,7 @@ def read_lora(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     Returns:
         Tensors and settings ({} where the file has none), all names with the prefix "transformer.".
     """
-    tensors = load_file(file)
+    tensors = load(file.read_bytes())
     with safe_open(file, framework="pt") as header:
         settings = lora_settings(file, tensors, header.metadata())
     if is_of_peft(file, tensors):

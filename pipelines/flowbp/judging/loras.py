@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline
 from safetensors import safe_open
 
 from ..columns import Columns, call_with_columns
+from ..host import float64_on_host
 from ..inference import BaseForLast, lora_models
 from ..rewards import WeightedReward
 from ..rewards.loading import brief
@@ -149,7 +150,8 @@ def scores_by_reward(
         parts = {names[0]: call_with_columns(reward, each, texts, of_each)}
     for name, values in parts.items():
         # NaN is a judge's answer without a score, and an infinite score is none either.
-        values = values.double().masked_fill(~values.isfinite(), math.nan)
+        values = float64_on_host(values)
+        values = values.masked_fill(~values.isfinite(), math.nan)
         for place, score in zip(places, values.unflatten(0, (len(places), -1)).nanmean(1).tolist(), strict=True):
             found[name][place] = score
     return found

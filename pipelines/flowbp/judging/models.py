@@ -61,6 +61,11 @@ def folder_name(name: str) -> str:
     return re.sub(r"[^\w.-]+", "_", name)
 
 
+def can_be_folder(name: str) -> bool:
+    """Whether folders can have the result of `folder_name` as their name on all systems."""
+    return not _NO_FOLDER.fullmatch(name)
+
+
 def evaluated_lines(loras: Sequence[str], scales: Sequence[float], base_for_last: Sequence[int]) -> list[Line]:
     """The base model, then every LoRA at every scale with every number of last steps without it.
 
@@ -104,7 +109,7 @@ def check_names(lines: Sequence[Line], option: str = "--lora") -> None:
     # Windows and macOS take names that differ in case for the same one.
     folders = [folder_name(name).casefold() for name in names]
     for name in names:
-        if _NO_FOLDER.fullmatch(folder_name(name)):
+        if not can_be_folder(folder_name(name)):
             raise ValueError(
                 f"{option}: expected a name that folders can have on all systems, got {name!r}; choose another in "
                 "NAME=SOURCE."

@@ -128,7 +128,9 @@ def _columns(
         "prompt": [prompts[place // count] for place in places] * len(models),
         "image_index": [place % count for place in places] * len(models),
         "seed": list(seeds) * len(models),
-        "image": [str(store.image(model, place).relative_to(store.folder)) for model in models for place in places],
+        "image": [
+            store.image(model, place).relative_to(store.folder).as_posix() for model in models for place in places
+        ],
     }
     if groups:
         group_of = {place: group for group, places in next(iter(groups.values())).items() for place in places}

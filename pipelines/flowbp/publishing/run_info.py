@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
+import psutil
+
 from ..files import write_atomically
 
 if TYPE_CHECKING:
@@ -114,7 +116,8 @@ def git_commit(folder: Path | None = None) -> dict[str, Any] | None:
     return {"commit": commit.strip(), "dirty": bool(changes.strip())}
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The processor's name, or its family where the system does not tell it."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -132,7 +135,7 @@ def hardware(device: "torch.device", processes: int) -> dict[str, Any]:
 
     Returns:
         `device` (the GPU's name and memory, or the device's type), `processes`, and of the machine `cpu`, `cpu_cores`
-        and `memory_gib` (None where the system does not tell it).
+        and `memory_gib`.
     """
     name = device.type
     if device.type == "cuda":
@@ -140,16 +143,12 @@ def hardware(device: "torch.device", processes: int) -> dict[str, Any]:
 
         properties = torch.cuda.get_device_properties(device)
         name = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
-    try:
-        memory = round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1)
-    except (AttributeError, OSError, ValueError):
-        memory = None
     return {
         "device": name,
         "processes": processes,
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cpu_cores": os.cpu_count(),
-        "memory_gib": memory,
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
     }
 
 
@@ -251,6 +250,8 @@ def write_run_json(path: Path, content: Mapping[str, Any]) -> None:
         OSError: the file cannot be written; an old one is unchanged.
     """
     text = json.dumps(_finite(redact(content)), indent=2, ensure_ascii=False, allow_nan=False)
-    home = json.dumps(str(Path.home()), ensure_ascii=False)[1:-1]
-    text = re.sub(rf"(?<![\w/.~-]){re.escape(home)}(?=[/\\\s\"',:;])", "~", text)
+    # On Windows with slashes of either kind.
+    for home in {str(Path.home()), Path.home().as_posix()}:
+        quoted = re.escape(json.dumps(home, ensure_ascii=False)[1:-1])
+        text = re.sub(rf"(?<![\w/.~-]){quoted}(?=[/\\\s\"',:;])", "~", text)
     write_atomically(path, text + "\n")

@@ -215,4 +215,4 @@ class Backbone:
 
     def how_to_load(self, folder: Path) -> str:
         """Python that loads the result into a pipeline `pipe`."""
-        return f'pipe.load_lora_weights("{folder}")'
+        return f'pipe.load_lora_weights("{folder.as_posix()}")'

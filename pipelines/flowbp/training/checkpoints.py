@@ -20,6 +20,7 @@ import math
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime, timedelta
@@ -33,7 +34,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 
 from ..file_errors import writing
-from ..files import apply_umask
+from ..files import apply_umask, move
 from ..publishing.published_files import TRANSFORMER_FOLDER
 from .distributed import all_ranks_max
 
@@ -41,6 +42,8 @@ MANIFEST = "manifest.json"
 LARGEST_JSON = 64 * 2**20
 """Bytes. A run's state has a few MB at most; parsed, JSON takes up to 20 times its size in memory."""
 _CHECKPOINT = re.compile(r"checkpoint-[0-9]+")
+# What macOS and Windows put into folders that somebody looks into.
+_OF_SYSTEMS = re.compile(r"\.DS_Store|\._.*|Thumbs\.db|desktop\.ini")
 _LEFTOVER = re.compile(rf"(?:checkpoint-[0-9]+|best|{TRANSFORMER_FOLDER})\.(partial|removed|replaced)")
 
 
@@ -229,9 +232,9 @@ def _replacing(folder: Path) -> Iterator[Path]:
         if os.path.lexists(folder) and os.path.lexists(replaced):  # a run was killed before it removed the old one
             remove(replaced if _is_whole(folder) else folder)
         if os.path.lexists(folder):
-            os.rename(folder, replaced)
+            move(folder, replaced)
             _flush_folder(folder.parent)
-        os.rename(partial, folder)
+        move(partial, folder)
         _flush_folder(folder.parent)
     except BaseException as error:
         _delete(partial)
@@ -260,7 +263,7 @@ def check_folder(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise damaged(folder, "a checkpoint folder", _kind(folder))
     try:
-        kinds = {path.name: _kind(path) for path in folder.iterdir()}
+        kinds = {path.name: _kind(path) for path in folder.iterdir() if not _OF_SYSTEMS.fullmatch(path.name)}
     except OSError as error:
         raise damaged(folder, "a checkpoint folder", error.strerror or str(error)) from error
     manifest = _read_manifest(folder)
@@ -501,7 +504,8 @@ def _sha256_of(content: Any) -> str:
 
 def _flush(path: Path) -> None:
     """Wait until a file, or the list of names of a folder, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    # Windows flushes only what is open for writing, which a folder cannot be.
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)
     finally:
@@ -512,15 +516,24 @@ def _flush_folder(path: Path) -> None:
     try:
         _flush(path)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot flush folders
+        # Some network file systems cannot flush folders, and Windows cannot open them (EACCES).
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EACCES):
             raise
 
 
 def remove(folder: Path) -> None:
-    """Delete a checkpoint so that no reader ever takes what is left of it for a damaged one."""
+    """Delete a checkpoint so that no reader ever takes what is left of it for a damaged one.
+
+    One that a program has open on Windows stays whole; the next `rotate` tries again.
+    """
     removed = _beside(folder.with_suffix("") if folder.suffix == ".replaced" else folder, "removed")
     _delete(removed)
-    os.rename(folder, removed)
+    try:
+        move(folder, removed)
+    except PermissionError:
+        if sys.platform != "win32":
+            raise
+        return
     _flush_folder(folder.parent)
     _delete(removed)
 

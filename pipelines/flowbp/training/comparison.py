@@ -19,7 +19,7 @@ from types import ModuleType
 from typing import Any
 
 from ..files import write_atomically
-from ..judging.models import BASE, folder_name
+from ..judging.models import BASE, can_be_folder, folder_name
 from ..methods import OPTIONS, row_options
 from .backbone import Backbone
 from .checkpoints import checkpoints
@@ -236,10 +236,11 @@ def _check_lines(lines: set[str], output_dir: Path) -> None:
     folders = [folder_name(line).casefold() for line in lines]
     for line in sorted(lines):
         name = folder_name(line)
-        if not re.fullmatch(r"[^=]{1,90}", line) or line == BASE or folders.count(name.casefold()) > 1:
+        is_name = re.fullmatch(r"[^=]{1,90}", line) and can_be_folder(name)
+        if not is_name or line == BASE or folders.count(name.casefold()) > 1:
             raise ValueError(
-                f"--methods: expected lines with different names of at most 90 characters without '=', none of them "
-                f"{BASE}; got {line!r}; choose other names or values."
+                f"--methods: expected lines with different names of at most 90 characters without '=', that folders "
+                f"can have on all systems, none of them {BASE}; got {line!r}; choose other names or values."
             )
     if "," in str(output_dir):
         raise ValueError(f"--output_dir {output_dir}: expected a path without commas; choose another.")

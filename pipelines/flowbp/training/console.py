@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
+from ..files import allow_any_character
 from ..publishing.run_info import redact
 
 
@@ -20,6 +21,7 @@ class Console:
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
+        allow_any_character()
         self.accelerator = accelerator
         self._bar: tqdm | None = None
 

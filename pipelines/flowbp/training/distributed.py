@@ -146,11 +146,16 @@ def prepare_transformer(accelerator: Accelerator, transformer: torch.nn.Module) 
 
 
 def check_full(accelerator: Accelerator) -> None:
-    """Refuse processes that do not share the weights of `--train full`.
+    """Refuse processes that do not share the weights of `--train full`, and devices that cannot.
 
     Raises:
-        ValueError: for several processes without FSDP2.
+        ValueError: for several processes without FSDP2, on Windows, and for devices that have no exchange.
     """
+    if sys.platform == "win32" or accelerator.device.type not in ("cpu", "cuda"):
+        raise ValueError(
+            f"--train full: expected CUDA or a CPU on Linux or macOS, where torch shards weights (FSDP2), got "
+            f"{accelerator.device.type} on {sys.platform}; train a LoRA."
+        )
     if accelerator.num_processes > 1 and not uses_fsdp2(accelerator):
         raise ValueError(
             f"--train full: expected FSDP2 for {accelerator.num_processes} processes, got DDP, in which each would "

@@ -4,6 +4,7 @@
 
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -86,7 +87,8 @@ def run_jobs(
                     tell(f"{waiting[0].name}: waiting for the process that writes into {waiting[0].folder}")
                 if signals.number and not passed_on:
                     passed_on = signals.number
-                    for _, process in running.values():
+                    # On Windows they share the console, which has told them.
+                    for _, process in running.values() if sys.platform != "win32" else ():
                         process.send_signal(passed_on)
                 for place, (job, process) in list(running.items()):
                     if (code := process.poll()) is not None:
@@ -96,7 +98,8 @@ def run_jobs(
                 time.sleep(0.1)
         finally:
             for _, process in running.values():
-                process.send_signal(passed_on) if passed_on else process.terminate()
+                is_told = passed_on and sys.platform != "win32"
+                process.send_signal(passed_on) if is_told else process.terminate()
             for _, process in running.values():
                 process.wait()
     return codes, signals.number

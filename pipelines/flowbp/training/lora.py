@@ -18,7 +18,7 @@ from diffusers.training_utils import cast_training_params
 from diffusers.utils import convert_unet_state_dict_to_peft
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import load_file
+from safetensors.torch import load
 
 from ..judging.lora_files import check_lora_file, download_lora, is_of_peft, read_lora, with_prefix
 from ..rewards.loading import brief
@@ -93,7 +93,7 @@ def read_init_lora(config: TrainingConfig, backbone: Backbone, checkpoint: Path 
         model_class = getattr(diffusers, backbone.index[backbone.transformer_name][1])
         transformer = model_class.from_config(backbone.saved.config(backbone.transformer_name))
     layers = {name for name, part in transformer.named_modules() if _takes_lora(part)}
-    original = {name: tensor.float() for name, tensor in load_file(file).items()}
+    original = {name: tensor.float() for name, tensor in load(file.read_bytes()).items()}
     tensors, settings, alphas = _in_diffusers_names(where, file, original, backbone.pipeline_class)
     _check_fit(where, tensors, transformer)
     try:

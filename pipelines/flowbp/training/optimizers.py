@@ -40,6 +40,7 @@ class OptimizerSpec:
         copies: bytes of these tensors, as a multiple of the parameters'.
         numbers: what else its steps change, entries of its parameter group, with their types.
         library: that has it, where torch has not.
+        devices: types of those that it computes on; None for all.
         can_be_sharded: it trains shards of parameters (FSDP2), and a checkpoint has all of its state then.
     """
 
@@ -48,6 +49,7 @@ class OptimizerSpec:
     copies: float
     numbers: Mapping[str, type] = field(default_factory=dict)
     library: str | None = None
+    devices: Sequence[str] | None = None
     can_be_sharded: bool = False
 
 
@@ -81,6 +83,7 @@ OPTIMIZERS = {
         ],
         copies=0.5,
         library="bitsandbytes",
+        devices=("cuda", "cpu", "xpu"),
     ),
     "prodigy": OptimizerSpec(
         1.0,
@@ -121,21 +124,28 @@ def make_optimizer(
         )
 
 
-def check_optimizer(config: "TrainingConfig", is_sharded: bool) -> None:
+def check_optimizer(config: "TrainingConfig", is_sharded: bool, device: str = "cpu") -> None:
     """Try the optimizer of a run, before a model is loaded.
 
     Args:
         config: settled.
         is_sharded: parameters are shards (FSDP2).
+        device: type of the device that they are on.
 
     Raises:
-        ValueError: where its library is missing or refuses an option, and for shards that it does not train.
+        ValueError: where its library is missing or refuses an option, and for shards or a device that it does not
+            train.
     """
     spec = OPTIMIZERS[config.optimizer]
     if is_sharded and not spec.can_be_sharded:
         raise ValueError(
             f"--optimizer {config.optimizer} does not train sharded parameters (FSDP2), expected adamw; choose it, or "
             "launch with training/accelerate_configs/several_gpus.yaml (DDP)."
+        )
+    if spec.devices is not None and device not in spec.devices:
+        raise ValueError(
+            f"--optimizer {config.optimizer}: {spec.library} does not compute on {device}, expected one of "
+            f"{', '.join(spec.devices)}; choose adamw."
         )
     try:
         make_optimizer(config, [torch.nn.Parameter(torch.zeros(1))])

@@ -5,9 +5,9 @@
 Both give what the pipeline's own `encode_prompt` gives, by the argument names of the pipeline's call.
 """
 
-import gc
 import hashlib
 import json
+import re
 import shutil
 import socket
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +18,7 @@ import diffusers
 import torch
 import transformers
 from accelerate import Accelerator
+from accelerate.utils.memory import clear_device_cache
 from diffusers import DiffusionPipeline
 from diffusers.hooks import apply_group_offloading
 from diffusers.training_utils import offload_models
@@ -27,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..file_errors import writing
-from ..files import apply_umask
+from ..files import apply_umask, move
 from .config import TrainingConfig
 from .prompts import Record
 
@@ -140,7 +141,7 @@ def hub_commit(model: str, revision: str | None) -> str | None:
 
 
 def cache_folder(root: Path, model: str, keys: Sequence[str], settings: Mapping[str, Any]) -> Path:
-    """Where the embeddings of these records belong: `root/<model>/<hash>`.
+    """Where the embeddings of these records belong: `root/<name of the model>/<hash>`.
 
     Args:
         root: of all caches.
@@ -150,7 +151,8 @@ def cache_folder(root: Path, model: str, keys: Sequence[str], settings: Mapping[
     """
     content = json.dumps([model, list(keys), {name: str(value) for name, value in settings.items()}])
     digest = hashlib.sha256(content.encode()).hexdigest()[:16]
-    return root / model.strip("/").replace("/", "--") / digest
+    # A name on all systems, of any path: C:\\models\\sd3 would lead to another disk.
+    return root / re.sub(r"[^\w.-]+", "--", model)[-100:].strip("-.") / digest
 
 
 def text_files(model: str) -> list[tuple[str, int, int]]:
@@ -206,9 +208,7 @@ def fill_cache(
         write_cache(folder, records, make_encoder(), say)
     finally:
         lock.release()
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        clear_device_cache(garbage_collection=True)
 
 
 def write_cache(folder: Path, records: Sequence[Record], encoder: PromptEncoder, say: Callable[[str], None]) -> None:
@@ -235,7 +235,7 @@ def write_cache(folder: Path, records: Sequence[Record], encoder: PromptEncoder,
             save_file(joined, partial / f"{start // PROMPTS_PER_FILE:05d}.safetensors")
     apply_umask(partial)
     try:
-        partial.rename(folder)
+        move(partial, folder)
     except OSError:
         if not is_complete(folder, len(records)):
             raise

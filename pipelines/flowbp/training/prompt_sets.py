@@ -8,6 +8,8 @@ from tempfile import NamedTemporaryFile
 
 from huggingface_hub import cached_assets_path, get_session, hf_hub_download
 
+from ..files import move
+
 GITHUB = "https://raw.githubusercontent.com"
 
 
@@ -55,7 +57,7 @@ class PromptSet:
                 # Other processes may do the same.
                 with NamedTemporaryFile(dir=path.parent, delete=False) as partial:
                     partial.write(answer.content)
-                Path(partial.name).replace(path)
+                move(Path(partial.name), path)
         return [folder / file for file in self.files]
 
 

@@ -4,7 +4,6 @@
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from accelerate import Accelerator
 from PIL import Image
 
 from ..file_errors import writing
+from ..files import move
 from ..outputs import BackwardOutput
 from ..surrogate import Surrogate
 from .config import TrainingConfig
@@ -89,7 +89,7 @@ class Reports:
             self.log = earlier
             partial = self._path.with_suffix(".partial")
             partial.write_text("".join(json.dumps(entry) + "\n" for entry in self.log), encoding="utf-8")
-            os.replace(partial, self._path)
+            move(partial, self._path)
         trackers = [tracker.name for tracker in self.accelerator.trackers]
         return [
             f"--tracker_{option} has no effect: {' and '.join(trackers) or 'no tracker'} takes no {option}."

@@ -244,5 +244,5 @@ def how_to_load(run: "Run") -> str:
     folder, trained = run.config.output_dir, run.state.trained
     if not isinstance(trained, FullWeights):
         return run.backbone.how_to_load(folder)
-    load = f'{trained.model_class.__name__}.from_pretrained("{folder}", subfolder="{TRANSFORMER_FOLDER}"'
+    load = f'{trained.model_class.__name__}.from_pretrained("{folder.as_posix()}", subfolder="{TRANSFORMER_FOLDER}"'
     return f"pipe.{trained.component} = {load}, dtype={trained.dtype})"

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 
 from ..checks import RecordingError
 from ..file_errors import message_of
+from ..files import allow_any_character
 from ..publishing.push import PushError
 from ..publishing.run_info import one_line, redact_text
 from ..verification import VerificationError
@@ -56,6 +57,7 @@ def run_script(main: Callable[[], None]) -> None:
     secrets in either), 2 after a bad command line, 128 + the signal's number after a checkpoint on a signal. Several
     processes end here also when all is done.
     """
+    allow_any_character()
     code: int | str = 0
     try:
         main()

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, is_bf16_available
 from diffusers import DiffusionPipeline
 
+from ..judging.models import folder_name
 from ..methods import Method, find_row
 from ..objectives import Objective
 from ..publishing.push import check_access
@@ -125,7 +126,7 @@ def prepare(
     accelerator = make_accelerator(config)
     if config.train == "full":
         check_full(accelerator)
-    check_optimizer(config, uses_fsdp2(accelerator))
+    check_optimizer(config, uses_fsdp2(accelerator), accelerator.device.type)
     folder = claim_folder(config, accelerator, closing)
     closing.enter_context(ProcessWatch(accelerator, config.process_timeout_minutes))
     check_same_prompts(accelerator, records)
@@ -200,7 +201,7 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
 
     Raises:
         ValueError: where accelerate runs another number of processes than were started, or in a way that the sweep
-            does not know.
+            does not know, and for a dtype that the device lacks.
     """
     is_silent = config.report_to == "none" or config.dry_run
     logs = config.output_dir / config.logging_dir
@@ -211,16 +212,30 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
         project_config=ProjectConfiguration(
             project_dir=str(config.output_dir),
             # TensorBoard knows a run by its folder.
-            logging_dir=str(logs if config.run_name is None else logs / config.run_name),
+            logging_dir=str(logs if config.run_name is None else logs / folder_name(config.run_name)),
         ),
     )
     check_distributed(accelerator)
+    check_dtype(config, accelerator.device)
     if config.compile_blocks and (config.train == "full" or uses_fsdp2(accelerator)):
         raise ValueError("--compile_blocks is not tested with shards (FSDP2, --train full); leave it out")
     if config.deterministic:
         make_deterministic()
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
     return accelerator
+
+
+def check_dtype(config: TrainingConfig, device: torch.device) -> None:
+    """Refuse bfloat16 where a GPU lacks it.
+
+    Raises:
+        ValueError: in one line.
+    """
+    if config.mixed_precision == "bf16" and device.type != "cpu" and not is_bf16_available():
+        raise ValueError(
+            f"--mixed_precision bf16: this {device.type} device does not compute in bfloat16 (Apple's do since macOS "
+            "14); use fp16 or no"
+        )
 
 
 def claim_folder(config: TrainingConfig, accelerator: Accelerator, closing: ExitStack) -> OutputFolder:

@@ -6,9 +6,10 @@ import os
 import signal
 import sys
 import threading
+from contextlib import suppress
 
-# What terminals, launchers and schedulers send; Windows has the first two.
-NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+# What terminals, launchers and schedulers send. Windows has the first two and the last one, its Ctrl-Break.
+NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGBREAK")
 
 
 class TrainingStopped(Exception):
@@ -30,7 +31,7 @@ class JudgingStopped(Exception):
 
 
 class StopSignals:
-    """Remembers SIGINT, SIGTERM, SIGHUP or SIGUSR1 instead of dying of it; a context manager.
+    """Remembers one of `NAMES` instead of dying of it; a context manager.
 
     A line says at once that the run is stopping. A second signal of the same kind stops it without waiting. torchrun
     sends its workers the signal that it gets itself, and SIGKILL 30 seconds later; they are in sessions of their own,
@@ -65,5 +66,7 @@ class StopSignals:
         if not self.number and int(os.environ.get("RANK", "0")) == 0:
             # Not print(): the signal may have come while stderr's buffer was being written.
             text = f"\n{name}: stopping after this update or image, with a checkpoint. Again to stop at once.\n"
-            os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, text.encode())
+            # Programs without a console have none on Windows.
+            with suppress(OSError):
+                os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, text.encode())
         self.number = self.number or number

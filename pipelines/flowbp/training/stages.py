@@ -14,7 +14,7 @@ class StageMeter:
 
     Attributes:
         seconds: wall time by stage, the GPU's work included.
-        peaks: largest number of allocated bytes on the GPU by stage; empty on the CPU.
+        peaks: largest number of allocated bytes on the GPU by stage; empty without CUDA.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -30,6 +30,8 @@ class StageMeter:
             return
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
         now = time.perf_counter()
         if self._stage is not None:
             self.seconds[self._stage] = self.seconds.get(self._stage, 0.0) + now - self._started
@@ -61,11 +63,13 @@ class StageMeter:
 
 
 def peak_resident_bytes() -> int:
-    """The largest memory of this process so far."""
-    if sys.platform == "win32":
-        return psutil.Process().memory_info().peak_wset
-    import resource
-
+    """The largest memory of this process so far; now, where the system does not tell the largest."""
+    try:
+        import resource
+    except ImportError:
+        memory = psutil.Process().memory_info()
+        # Windows' name.
+        return getattr(memory, "peak_wset", memory.rss)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # Linux counts in KiB, macOS in bytes.
     return peak if sys.platform == "darwin" else peak * 1024

@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run trains of a transformer, a LoRA or all weights: how it is copied, put back, left out and saved."""
 
-import os
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -13,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import ModelMixin
 
-from ..files import apply_umask
+from ..files import apply_umask, move
 from ..observers import adapters_off
 from ..publishing.published_files import TRANSFORMER_FOLDER
 from .checkpoints import check_finite, write_folder
@@ -112,7 +111,7 @@ class LoraWeights(TrainedWeights):
         partial.mkdir(exist_ok=True)
         self.save(partial, snapshot)
         apply_umask(partial)
-        os.replace(partial / LORA_FILE, file)
+        move(partial / LORA_FILE, file)
         partial.rmdir()
 
     def path(self, output_dir: Path) -> Path:
