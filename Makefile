@@ -1,20 +1,28 @@
 # make demo, make test, make matrix, make style, make quality, make dist, make upstream: each makes its own environment
 # in .venv first.
+# make test-lowest runs tests with the oldest versions that setup.cfg allows, in .venv-lowest.
 # PYTHON chooses the interpreter: make demo PYTHON=python3.12
 # PIP_TORCH_OPTIONS is given to pip where it installs torch. Without a GPU this saves gigabytes on Linux:
 #   make demo PIP_TORCH_OPTIONS="--index-url https://download.pytorch.org/whl/cpu"
 
 PYTHON ?= python3
 PIP_TORCH_OPTIONS ?=
+LOWEST_TESTS ?= tests/engine tests/training/test_train_scripts.py tests/training/test_prompts.py \
+	tests/training/test_prompt_tables.py tests/training/test_full_fine_tuning.py tests/judging tests/publishing/test_push.py \
+	tests/rewards/test_geneval.py tests/rewards/test_reward_loading.py
 SOURCES = pipelines training demo tests benchmarks docs upstream setup.py
 
-.PHONY: demo test matrix style quality dist upstream venv
+.PHONY: demo test test-lowest matrix style quality dist upstream venv
 
 demo: .venv/.demo
 	.venv/bin/python demo/run.py
 
 test: .venv/.installed
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2
+
+# The engine, a training with each script, and what uses the packages of extras.
+test-lowest: .venv-lowest/.installed
+	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n 2 $(LOWEST_TESTS)
 
 matrix: .venv/.installed
 	.venv/bin/python tests/support/matrix.py --write
@@ -48,4 +56,10 @@ venv: .venv/.installed
 
 .venv/.installed: .venv/.demo
 	.venv/bin/python -m pip install --quiet -c constraints.txt -e ".[test,dev]"
+	touch $@
+
+.venv-lowest/.installed: setup.cfg constraints-lowest.txt
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install --quiet -c constraints-lowest.txt $(PIP_TORCH_OPTIONS) torch
+	.venv-lowest/bin/python -m pip install --quiet -c constraints-lowest.txt -e ".[training,geneval]" pytest pytest-xdist
 	touch $@

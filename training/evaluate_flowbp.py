@@ -32,6 +32,7 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from tqdm.auto import tqdm
 
+from flowbp.extras import require
 from flowbp.inference import call_arguments, saved_class
 from flowbp.judging.images import are_finite, to_pil
 from flowbp.judging.lora_files import check_lora_file, download_lora
@@ -147,7 +148,11 @@ class EvaluationConfig:
 
 
 def parse_config(argv: list[str] | None = None) -> EvaluationConfig:
-    """The config of a command line, and of the file that its `--config` names."""
+    """The config of a command line, and of the file that its `--config` names.
+
+    Raises:
+        ModuleNotFoundError: what the results are written with is not installed.
+    """
     parser = make_parser(__doc__.partition("\n")[0])
     add_options(parser, EvaluationConfig)
     values = vars(parse_args_with_config(parser, argv))
@@ -158,6 +163,8 @@ def parse_config(argv: list[str] | None = None) -> EvaluationConfig:
         if found not in WEIGHT_DTYPES:
             parser.error(f"--mixed_precision must be no, fp16 or bf16, accelerate says {found}")
         config = replace(config, mixed_precision=found)
+    for package, purpose in {"matplotlib": "grid.png", "pyarrow": "scores.parquet"}.items():
+        require(package, f"{purpose} of an evaluation")
     return config
 
 

@@ -74,7 +74,7 @@ def test_options_in_the_documents_are_options() -> None:
     configs = (TrainingConfig, ComparisonConfig, load_script("evaluate_flowbp").EvaluationConfig)
     known |= {f"--{option}" for options in (OPTIONS, *map(declarations, configs)) for option in options}
     # argparse's own and a negative, accelerate's, pip's.
-    others = {"--help", "--no-offload", "--config_file", "--no-deps"}
+    others = {"--help", "--no-offload", "--config_file", "--no-deps", "--dry-run"}
     for document in DOCUMENTS:
         found = set(re.findall(r"(?<![\w-])(--[a-z][\w-]+)", document.read_text(encoding="utf-8")))
         assert found <= known | others, (document, found - known - others)

@@ -100,7 +100,7 @@ def test_a_csv_file_gives_what_was_written(write: Write):
         (['{"prompt": "a"}', '"b"'], 'line 2: an object expected, got "b"'),
         (['[{"prompt": "a"}]'], "line 1: an object expected"),
         (['{"prompt": "a"}', '{"prompt": 5}'], "'prompt': values of one type expected, got int and str"),
-        (['{"prompt": 5}', '{"prompt": 6}'], "holds Value('int64'), expected text"),
+        (['{"prompt": 5}', '{"prompt": 6}'], "holds int64, expected text"),
         (['{"prompt": "a", "n": 1}', '{"prompt": "b", "n": "x"}'], "'n': values of one type expected"),
         (['{"prompt": "a", "prompt": "b"}'], "line 1: each key once expected, got prompt, prompt"),
         (['{"prompt": "a"}', '{"prompt": "b"'], "line 2: Expecting ',' delimiter"),
@@ -240,7 +240,7 @@ def test_a_dataset_of_the_hub_that_is_a_csv_file(write: Write, tmp_path: Path, m
     # A folder in place of the Hub: datasets reads both alike.
     monkeypatch.chdir(tmp_path)
     write("set/data.csv", "prompt\nNone\nNA\na\n")
-    assert _read_hub("set", "train")["prompt"][:] == ["None", "NA", "a"]
+    assert _read_hub("set", "train").columns["prompt"] == ["None", "NA", "a"]
     write("set/data.csv", "prompt\na fox, red\na dog, brown\n")
     message = refusal(_read_hub, "set", "train")
     assert "'set'" in message and "a .csv file with more fields than its header: download" in message

@@ -120,7 +120,7 @@ def test_bad_content_is_refused(name: str, content: str | bytes, expected: str, 
 def test_bad_column_and_split_are_refused_with_the_choices(tmp_path, source) -> None:
     path = source("p.csv", "prompt,n\na,1\n")
     assert "has no column 'z': choose one of prompt, n" in refusal(path, column="z")
-    assert "holds Value('int64'), expected text: columns of text are: prompt" in refusal(path, column="n")
+    assert "holds int64, expected text: columns of text are: prompt" in refusal(path, column="n")
     assert "no splits" in refusal(path, split="test")
     assert "a .txt file has no columns" in refusal(source("p.txt", "a\n"), column="z")
     table = datasets.Dataset.from_dict(ROWS)

@@ -11,7 +11,6 @@ from PIL import Image
 
 from ..files import write_atomically
 from ..rewards import titles
-from .figures import comparison
 from .models import Line
 from .report import report_html
 from .statistics import pairwise, summarise
@@ -147,6 +146,8 @@ def _draw_grid(
     prompts: Sequence[str],
     count: int,
 ) -> None:
+    from .figures import comparison
+
     first = [place * count for place in range(min(GRID_PROMPTS, len(prompts)))]
     images: dict[str, list[Image.Image]] = {}
     for model in store.models:

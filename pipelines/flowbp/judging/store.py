@@ -10,8 +10,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import pyarrow
-import pyarrow.parquet
 from PIL import Image
 
 from ..files import write_atomically
@@ -265,4 +263,7 @@ def _checked_size(path: Path) -> tuple[int, int]:
 
 def write_parquet(path: Path, columns: Mapping[str, Sequence[Any]]) -> None:
     """Write columns of equal length, by name, as a Parquet file."""
+    import pyarrow
+    import pyarrow.parquet
+
     pyarrow.parquet.write_table(pyarrow.table(dict(columns)), path)

@@ -19,10 +19,9 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from httpx2 import HTTPError
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import httpx, validate_repo_id
 from safetensors import SafetensorError, safe_open
 
 from .published_files import LORA_FILE, TEXT_FILES, TRANSFORMER_FOLDER, allowed_files
@@ -69,7 +68,7 @@ def _is_temporary(error: BaseException) -> bool:
     status = _status(error)
     if status is not None:
         return status in (408, 429) or status >= 500
-    return any(isinstance(item, HTTPError) for item in _chain(error))
+    return any(isinstance(item, httpx.HTTPError) for item in _chain(error))
 
 
 def _retry_after(error: BaseException) -> float:
@@ -169,7 +168,7 @@ def check_access(repo_id: str, private: bool = False, tries: int = TRIES, first_
         raise ValueError(f"--push_to_hub: {_explain(error, repo_id)}") from None
     try:
         ask(lambda: api.auth_check(repo_id, write=True))
-    except HTTPError as error:
+    except httpx.HTTPError as error:
         # Other answers decide nothing: not every server of this protocol has this check.
         if _status(error) in (401, 403) or _is_temporary(error):
             raise ValueError(f"--push_to_hub: {_explain(error, repo_id)}") from None

@@ -21,7 +21,6 @@ OpenAI).
 """
 
 import difflib
-import importlib.util
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -40,6 +39,7 @@ from transformers import (
     Mask2FormerImageProcessorPil,
 )
 
+from ..extras import require
 from .clip import CLIP_REPOSITORY, MODEL, VOCABULARY, clip_pixels, crop_short
 from .loading import MODEL_FILES, TOKENIZER_FILES, Source, find_files, find_tokenizer, load_pretrained
 from .preprocessing import to_pil_images
@@ -358,13 +358,10 @@ def geneval(metadata_path: Path | None = None, model_path: Path | None = None) -
         model_path: folder with the files of the two repositories in its folders `detector` and `clip`.
 
     Raises:
-        FileNotFoundError, ValueError: see `read_metadata`, `find_files`, `load_pretrained`.
+        ModuleNotFoundError, FileNotFoundError, ValueError: see `require`, `read_metadata`, `find_files`,
+            `load_pretrained`.
     """
-    if importlib.util.find_spec("scipy") is None:
-        raise ModuleNotFoundError(
-            "reward 'geneval': its detector needs scipy; "
-            'pip install -e ".[geneval]" in a checkout of FlowBP for diffusers.'
-        )
+    require("scipy", "reward 'geneval': its detector")
     if metadata_path is None:
         raise ValueError(
             "reward 'geneval': expected metadata_path, the benchmark's evaluation_metadata.jsonl, got none; it is in "

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import httpx2
 import torch
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import (
@@ -23,12 +22,14 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
     RevisionResolutionError,
 )
+from huggingface_hub.utils import httpx
 from safetensors import SafetensorError
 
 T = TypeVar("T")
 
-# What the Hub's client raises; HfHubHTTPError is an OSError, the network's own errors are TransportErrors.
-HUB_ERRORS = (OSError, httpx2.TransportError, HFValidationError, EntryNotFoundError, RevisionResolutionError)
+# What the Hub's client raises; HfHubHTTPError is an OSError, the network's own errors are TransportErrors (of httpx in
+# huggingface_hub 1, of httpx2 in 2; it exports the one it uses).
+HUB_ERRORS = (OSError, httpx.TransportError, HFValidationError, EntryNotFoundError, RevisionResolutionError)
 
 # Files of a tokenizer's repository, in the old layout and the new one.
 TOKENIZER_FILES = ("tokenizer*.json", "tokenizer.model", "vocab.*", "merges.txt", "special_tokens_map.json")
@@ -216,7 +217,7 @@ def hub_reason(error: Exception) -> str:
         return "no such repository, or a private one"
     if isinstance(error, RevisionNotFoundError):
         return "no such revision"
-    if isinstance(error, LocalEntryNotFoundError | RevisionResolutionError | httpx2.TransportError):
+    if isinstance(error, LocalEntryNotFoundError | RevisionResolutionError | httpx.TransportError):
         return "the files are not in the cache and the Hub cannot be reached (offline?)"
     if isinstance(error, HfHubHTTPError):
         return f"the Hub answered {error.response.status_code}"

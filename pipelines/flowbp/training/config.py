@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from accelerate.tracking import get_available_trackers
 
+from ..extras import remedy
 from ..methods import METHODS, Method, Option, find_row, get_method, row_options
 from ..publishing.run_info import settings
 from ..rewards import part_names
@@ -354,7 +355,7 @@ class TrainingConfig:
             # accelerate leaves out what is not installed without a word.
             raise ValueError(
                 f"--report_to {self.report_to}: expected all, none or an installed tracker ({', '.join(trackers)}); "
-                "install its package or choose another"
+                f"choose another, or install its package, for tensorboard: {remedy('training')}"
             )
         if self.lora_layers is not None and not all(name.strip() for name in self.lora_layers.split(",")):
             raise ValueError("--lora_layers has an empty name; write names with commas between them")

@@ -12,7 +12,6 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
-from ..judging.figures import validation_strip
 from ..judging.guard import MIN_IMAGES, Alarm, Guard, Measurement
 from ..judging.images import Drawn
 from ..judging.statistics import estimate
@@ -246,6 +245,8 @@ class Evaluation:
             title = (
                 f"{what.capitalize()} after update {update}" if update else f"{what.capitalize()} of the base model"
             )
+            from ..judging.figures import validation_strip
+
             strip = validation_strip(drawn.images, prompts, drawn.scores, columns, title)
             self.reports.images(what, strip, update)
 

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..extras import remedy
+
 if TYPE_CHECKING:
     from .config import TrainingConfig
 
@@ -151,8 +153,7 @@ def check_optimizer(config: "TrainingConfig", is_sharded: bool, device: str = "c
         make_optimizer(config, [torch.nn.Parameter(torch.zeros(1))])
     except ImportError as error:
         raise ValueError(
-            f"--optimizer {config.optimizer}: it needs {spec.library} ({error}); "
-            'pip install -e ".[optimizers]" in a checkout of FlowBP for diffusers.'
+            f"--optimizer {config.optimizer}: it needs {spec.library} ({error}); {remedy('optimizers')}."
         ) from error
     except ValueError as error:
         raise ValueError(f"--optimizer {config.optimizer}: {error}") from error

@@ -10,18 +10,32 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-import datasets
-import pyarrow as pa
-
+from ..extras import require
 from .prompt_sets import PROMPT_SETS
+
+if TYPE_CHECKING:
+    import datasets
 
 T = TypeVar("T")
 
 _FILES = (".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet")
 _DATA_SUFFIXES = (".arrow", *_FILES)
 _COLUMN_NAMES = ("prompt", "caption", "text")
+_TEXT = ("string", "large_string")
+# What the fields of a column may be read as; not with leading zeros, as in 007, or more digits than 64 bits have:
+# numbers would lose them.
+_FIELDS = (
+    ("int64", re.compile(r"-?(0|[1-9][0-9]{0,17})"), int),
+    (
+        "float64",
+        re.compile(r"[+-]?((0|[1-9][0-9]{0,17})(\.[0-9]*)?|\.[0-9]+)(e[+-]?[0-9]+)?|[+-]?(nan|inf|infinity)", re.I),
+        float,
+    ),
+    ("bool", re.compile("true|false", re.I), lambda field: field.lower() == "true"),
+)
 
 
 @dataclass(frozen=True)
@@ -35,6 +49,19 @@ class Record:
 
     prompt: str
     columns: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Table:
+    """A table of prompts.
+
+    Attributes:
+        kinds: what each column holds, in the words of `datasets`: string, int64, ...
+        columns: those of text, numbers, truth values or nothing ("null"); of one length.
+    """
+
+    kinds: Mapping[str, str]
+    columns: Mapping[str, Sequence[Any]]
 
 
 def load_records(source: str, *, column: str | None = None, split: str = "train") -> list[Record]:
@@ -67,12 +94,10 @@ def load_records(source: str, *, column: str | None = None, split: str = "train"
         if column is None and source in PROMPT_SETS:
             column = PROMPT_SETS[source].column
         name = _prompt_column(table, source, column)
-        others = [each for each, kind in table.features.items() if each != name and _is_plain(kind)]
-        columns = [table[each][:] for each in others]
-        values = zip(*columns, strict=True) if columns else [()] * len(table)
+        others = [each for each in table.columns if each != name and table.kinds[each] != "null"]
         rows = [
             (prompt, dict(zip(others, of_row, strict=True)))
-            for prompt, of_row in zip(table[name][:], values, strict=True)
+            for prompt, *of_row in zip(table.columns[name], *(table.columns[each] for each in others), strict=True)
         ]
     records = [Record(prompt.strip(), columns) for prompt, columns in rows if prompt is not None and prompt.strip()]
     if not records:
@@ -138,7 +163,7 @@ def texts_of(records: Sequence[Record], column: str, source: str) -> dict[str, s
     return texts
 
 
-def _read(source: str, split: str, column: str | None) -> datasets.Dataset | list[str]:
+def _read(source: str, split: str, column: str | None) -> _Table | list[str]:
     """A table, or the lines of a .txt file."""
     path = Path(source)
     if source in PROMPT_SETS and path.exists():
@@ -162,7 +187,7 @@ def _read(source: str, split: str, column: str | None) -> datasets.Dataset | lis
     raise FileNotFoundError(f"prompts: no file or folder {source!r}, and it cannot be a dataset id: check the path")
 
 
-def _read_set(name: str) -> datasets.Dataset | list[str]:
+def _read_set(name: str) -> _Table | list[str]:
     chosen = PROMPT_SETS[name]
     try:
         files = chosen.download()
@@ -177,13 +202,18 @@ def _read_set(name: str) -> datasets.Dataset | list[str]:
     ]
     if chosen.group is None:
         return tables[0]
-    groups = [[Path(file).stem] * len(table) for table, file in zip(tables, chosen.files, strict=True)]
-    return datasets.concatenate_datasets(
-        [table.add_column(chosen.group, group) for table, group in zip(tables, groups, strict=True)]
+    return _joined(
+        [
+            _Table(
+                {**table.kinds, chosen.group: "string"},
+                {**table.columns, chosen.group: [Path(file).stem] * len(table.columns[chosen.column])},
+            )
+            for table, file in zip(tables, chosen.files, strict=True)
+        ]
     )
 
 
-def _read_file(path: Path, suffix: str, column: str | None) -> datasets.Dataset | list[str]:
+def _read_file(path: Path, suffix: str, column: str | None) -> _Table | list[str]:
     if suffix != ".txt":
         return _read_table(path, suffix, column)
     _check_utf8(path)
@@ -201,25 +231,26 @@ def _check_utf8(path: Path) -> None:
                 ) from error
 
 
-def _read_table(path: Path, suffix: str, column: str | None) -> datasets.Dataset:
+def _read_table(path: Path, suffix: str, column: str | None) -> _Table:
     if path.stat().st_size == 0:
         raise ValueError(f"prompts: {str(path)!r} is empty: at least one prompt is needed")
+    library = _datasets() if suffix == ".parquet" else None
     try:
-        if suffix == ".parquet":
-            return datasets.load_dataset("parquet", data_files=str(path), split="train")
+        if library is not None:
+            return _plain(library.load_dataset("parquet", data_files=str(path), split="train"))
         _check_utf8(path)
         return _read_csv(path, suffix, column) if suffix in (".csv", ".tsv") else _read_json(path, suffix, column)
     except Exception as error:  # pyarrow and datasets raise a dozen unrelated types for a malformed file
         raise ValueError(f"prompts: {str(path)!r} is not a readable {suffix} file: {_reason(error)}") from error
 
 
-def _read_csv(path: Path, suffix: str, column: str | None) -> datasets.Dataset:
+def _read_csv(path: Path, suffix: str, column: str | None) -> _Table:
     """Not by pandas or pyarrow: the one takes surplus fields as an index, the other text after a closing quote."""
     if suffix == ".csv":
         return _read_fields(path, column)
     # Double quotes are a part of the text in the .tsv files of spreadsheets, and around it in those of pandas.
     table = _read_fields(path, column, delimiter="\t", quoting=csv.QUOTE_NONE)
-    if any(text.startswith('"') for name in table.column_names for text in table[name][:] if isinstance(text, str)):
+    if any(isinstance(text, str) and text.startswith('"') for texts in table.columns.values() for text in texts):
         try:
             _read_fields(path, column, delimiter="\t")
         except ValueError:
@@ -228,7 +259,7 @@ def _read_csv(path: Path, suffix: str, column: str | None) -> datasets.Dataset:
     return table
 
 
-def _read_fields(path: Path, column: str | None, **dialect: Any) -> datasets.Dataset:
+def _read_fields(path: Path, column: str | None, **dialect: Any) -> _Table:
     rows: list[list[str]] = []
     with path.open(encoding="utf-8-sig", newline="") as lines:
         reader = csv.reader(lines, strict=True, **dialect)
@@ -254,30 +285,28 @@ def _read_fields(path: Path, column: str | None, **dialect: Any) -> datasets.Dat
                 line = reader.line_num + 1
         except csv.Error as error:
             raise ValueError(f"line {line}: {error}: write a double quote within a quoted field twice") from None
-    columns = zip(*rows, strict=True) if rows else [()] * len(header)
-    return datasets.Dataset(pa.table([_typed(fields) for fields in columns], names=header))
+    fields = zip(*rows, strict=True) if rows else [()] * len(header)
+    typed = dict(zip(header, map(_typed, fields), strict=True))
+    return _Table(
+        {name: kind for name, (kind, _) in typed.items()}, {name: values for name, (_, values) in typed.items()}
+    )
 
 
-def _typed(fields: Sequence[str]) -> pa.Array:
-    texts = pa.array(fields, pa.string())
-    # A number would lose leading zeros, as in 007, and digits beyond 64 bits.
-    if fields and not any(re.match(r"[+-]?(0\d|\d{19})", field) for field in fields):
-        for kind in (pa.int64(), pa.float64(), pa.bool_()):
-            try:
-                return texts.cast(kind)
-            except pa.ArrowInvalid:
-                continue
-    return texts
+def _typed(fields: Sequence[str]) -> tuple[str, Sequence[Any]]:
+    for kind, form, read in _FIELDS if fields else ():
+        if all(map(form.fullmatch, fields)):
+            return kind, [*map(read, fields)]
+    return "string", fields
 
 
-def _read_json(path: Path, suffix: str, column: str | None) -> datasets.Dataset:
+def _read_json(path: Path, suffix: str, column: str | None) -> _Table:
     """Not by pyarrow, which makes times of texts such as 2026-01-31; columns with nested values are left out."""
     text = path.read_text(encoding="utf-8-sig")
     rows: dict[str, Any] = {}
     if suffix == ".json" and text.lstrip().startswith("["):
         rows = {f"entry {place}": row for place, row in enumerate(json.loads(text, object_pairs_hook=_object), 1)}
         if rows and all(isinstance(row, str) for row in rows.values()):
-            return datasets.Dataset.from_dict({_COLUMN_NAMES[0]: list(rows.values())})
+            rows = {place: {_COLUMN_NAMES[0]: row} for place, row in rows.items()}
     else:
         # Many .json files hold lines too.
         for place, line in enumerate(text.split("\n"), start=1):
@@ -296,9 +325,12 @@ def _read_json(path: Path, suffix: str, column: str | None) -> datasets.Dataset:
             if name not in row:
                 raise ValueError(f"{place}: {name!r} expected as in other lines, got {', '.join(row)}: add it")
     columns = {name: [row.get(name) for row in rows.values()] for name in names}
-    return datasets.Dataset.from_dict(
-        {name: values for name, values in columns.items() if _is_one_plain_type(name, values)}
-    )
+    kinds = {name: kind for name, values in columns.items() if (kind := _kind(name, values)) is not None}
+    columns = {
+        name: [None if each is None else float(each) for each in columns[name]] if kind == "float64" else columns[name]
+        for name, kind in kinds.items()
+    }
+    return _Table(kinds, columns)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -308,32 +340,71 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _is_one_plain_type(name: str, values: Sequence[Any]) -> bool:
-    kinds = {type(value) for value in values} - {type(None)}
-    if kinds & {dict, list}:
-        return False
-    if len(kinds) > 1 and kinds != {int, float}:
-        found = " and ".join(sorted(kind.__name__ for kind in kinds))
+def _kind(name: str, values: Sequence[Any]) -> str | None:
+    """What a column of a JSON file holds; None for nested values."""
+    types = {type(value) for value in values} - {type(None)}
+    if types & {dict, list}:
+        return None
+    if types == {int, float}:
+        return "float64"
+    if len(types) > 1:
+        found = " and ".join(sorted(kind.__name__ for kind in types))
         raise ValueError(f"{name!r}: values of one type expected, got {found}: put those that are text in quotes")
-    return True
+    if str in types:
+        # Halves of characters, such as \\ud83d alone, which no tokenizer takes.
+        "".join(filter(None, values)).encode()
+    return {str: "string", bool: "bool", int: "int64", float: "float64"}[types.pop()] if types else "null"
 
 
-def _read_folder(path: Path, split: str, column: str | None) -> datasets.Dataset:
+def _datasets() -> ModuleType:
+    """The library, which only its own folders, .parquet files and the Hub's datasets need.
+
+    Raises:
+        ModuleNotFoundError: it is not installed.
+    """
+    require("datasets", "reading folders, .parquet files and datasets of the Hub")
+    import datasets
+
+    return datasets
+
+
+def _plain(table: "datasets.Dataset") -> _Table:
+    kinds = {name: getattr(kind, "dtype", None) or str(kind) for name, kind in table.features.items()}
+    is_plain = re.compile("string|large_string|bool|u?int.*|float.*").fullmatch
+    return _Table(kinds, {name: table[name][:] for name, kind in kinds.items() if is_plain(kind)})
+
+
+def _joined(tables: Sequence[_Table]) -> _Table:
+    """The rows of tables with the same columns, one after the other."""
+    if len(names := {", ".join(sorted(table.kinds)) for table in tables}) > 1:
+        raise ValueError(f"the same columns expected in all files, got {' and '.join(sorted(names))}: complete them")
+    kinds = {}
+    for name in tables[0].kinds:
+        found = {table.kinds[name] for table in tables} - {"null"}
+        if len(found) > 1:
+            raise ValueError(f"{name!r}: {' and '.join(sorted(found))} in different files: make them alike")
+        kinds[name] = found.pop() if found else "null"
+    columns = {name: [each for table in tables for each in table.columns[name]] for name in tables[0].columns}
+    return _Table(kinds, columns)
+
+
+def _read_folder(path: Path, split: str, column: str | None) -> _Table:
+    library = _datasets()
     try:
         if not any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
             return _read_data_files(path, split, column)
-        saved = datasets.load_from_disk(str(path))
+        saved = library.load_from_disk(str(path))
     except Exception as error:  # as in _read_table
         raise ValueError(f"prompts: cannot read a dataset from the folder {str(path)!r}: {_reason(error)}") from error
-    splits = {"train": saved} if isinstance(saved, datasets.Dataset) else saved
+    splits = {"train": saved} if isinstance(saved, library.Dataset) else saved
     if split not in splits:
         raise ValueError(f"prompts: {str(path)!r} has no split {split!r}: choose one of {', '.join(splits)}")
-    return splits[split]
+    return _plain(splits[split])
 
 
-def _read_data_files(path: Path, split: str, column: str | None) -> datasets.Dataset:
+def _read_data_files(path: Path, split: str, column: str | None) -> _Table:
     # datasets takes the files of one kind, and where some have a split in their name only those.
-    splits = datasets.load_dataset_builder(str(path)).config.data_files
+    splits = _datasets().load_dataset_builder(str(path)).config.data_files
     used = {Path(file).resolve() for files in splits.values() for file in files}
     found = [each for each in path.rglob("*") if each.suffix in _DATA_SUFFIXES and each.resolve() not in used]
     if unused := sorted(str(each.relative_to(path)) for each in found):
@@ -343,24 +414,20 @@ def _read_data_files(path: Path, split: str, column: str | None) -> datasets.Dat
         )
     files = [Path(file) for file in splits.get(split, [])]
     if files and {file.suffix for file in files} <= {".jsonl", ".json", ".csv", ".tsv"}:
-        tables = [_read_table(file, file.suffix, column) for file in files]
-        if len(names := {", ".join(sorted(table.column_names)) for table in tables}) > 1:
-            raise ValueError(
-                f"the same columns expected in all files, got {' and '.join(sorted(names))}: complete them"
-            )
-        return datasets.concatenate_datasets(tables)
-    return datasets.load_dataset(str(path), split=split)
+        return _joined([_read_table(file, file.suffix, column) for file in files])
+    return _plain(_datasets().load_dataset(str(path), split=split))
 
 
-def _read_hub(source: str, split: str) -> datasets.Dataset:
+def _read_hub(source: str, split: str) -> _Table:
+    load = _datasets().load_dataset
     try:
-        table = datasets.load_dataset(source, split=split)
+        table = load(source, split=split)
         if table.info.builder_name == "csv":
             # pandas would read prompts such as "None" or "NA" as missing, and takes surplus fields as an index.
-            table = datasets.load_dataset(source, split=split, keep_default_na=False)
+            table = load(source, split=split, keep_default_na=False)
             if "__index_level_0__" in table.column_names:
                 raise ValueError("a .csv file with more fields than its header: download, correct and name the file")
-        return table
+        return _plain(table)
     except Exception as error:  # as in _read_table, and any error of the network
         raise ValueError(
             f"prompts: {source!r} is no file or folder here, and as a dataset of the Hub it gave: {_reason(error)}"
@@ -372,11 +439,6 @@ def _reason(error: BaseException) -> str:
     while error.__cause__ is not None and not str(error).startswith("prompts: "):
         error = error.__cause__
     return " ".join(str(error).split()).removeprefix("prompts: ") or type(error).__name__
-
-
-def _is_plain(kind: Any) -> bool:
-    dtype = str(getattr(kind, "dtype", ""))
-    return dtype in ("string", "large_string", "bool") or dtype.startswith(("int", "uint", "float"))
 
 
 def _find_column(names: Sequence[str], column: str | None) -> str | None:
@@ -394,12 +456,10 @@ def _find_column(names: Sequence[str], column: str | None) -> str | None:
     return None
 
 
-def _prompt_column(table: datasets.Dataset, source: str, column: str | None) -> str:
-    text = [
-        name for name, kind in table.features.items() if getattr(kind, "dtype", None) in ("string", "large_string")
-    ]
-    names = ", ".join(table.column_names)
-    found = _find_column(table.column_names, column)
+def _prompt_column(table: _Table, source: str, column: str | None) -> str:
+    text = [name for name, kind in table.kinds.items() if kind in _TEXT]
+    names = ", ".join(table.kinds)
+    found = _find_column(list(table.kinds), column)
     if found is None and column is None:
         if len(text) != 1:
             raise ValueError(
@@ -411,7 +471,7 @@ def _prompt_column(table: datasets.Dataset, source: str, column: str | None) -> 
         raise ValueError(f"prompts: {source!r} has no column {column!r}: choose one of {names}")
     if found not in text:
         raise ValueError(
-            f"prompts: column {found!r} of {source!r} holds {table.features[found]}, expected text: "
+            f"prompts: column {found!r} of {source!r} holds {table.kinds[found]}, expected text: "
             f"columns of text are: {', '.join(text) or 'none'}; numbers that are text need a .jsonl file"
         )
     if found not in (_COLUMN_NAMES if column is None else (column,)):

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..file_errors import writing
-from ..judging.figures import before_after, reward_curve
 from ..judging.images import Drawn
 from ..judging.statistics import estimate
 from ..publishing.model_card import write_card
@@ -124,6 +123,8 @@ def _differences(before: Sequence[float | None], after: Sequence[float | None]) 
 
 def draw_figures(run: "Run", update: int, base: Drawn, aligned: Drawn) -> None:
     """before_after.png and reward_curve.png."""
+    from ..judging.figures import before_after, reward_curve
+
     config, name, title = run.config, run.rewards.name, run.title
     before_after(
         base.images,

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, is_bf16_available
 from diffusers import DiffusionPipeline
 
+from ..extras import require
 from ..judging.models import folder_name
 from ..methods import Method, find_row
 from ..objectives import Objective
@@ -183,9 +184,10 @@ def check_settings(config: TrainingConfig, backbone_class: type[Backbone]) -> tu
         The method, the records of the training, and the backbone.
 
     Raises:
-        ValueError, OSError: in one line.
+        ValueError, OSError, ModuleNotFoundError: in one line.
     """
     check_environment()
+    require("matplotlib", "the figures of a run")
     method = config.make_method(backbone_class.name)
     # Tried once on the run's number of steps, so that options which do not fit it fail now.
     method.draw(torch.linspace(1, 0, config.num_inference_steps + 1), make_generator("trial"))

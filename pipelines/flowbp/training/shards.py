@@ -5,6 +5,7 @@
 torch's distributed checkpoint with its Hugging Face storage, the only one of its storages without pickles.
 """
 
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,6 +16,13 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 
 from .checkpoints import CheckpointError, damaged
 from .distributed import all_ranks_max, local
+
+# Its name in torch 2.8 is the second one.
+SAVE_DISTRIBUTED = next(
+    name
+    for name in ("save_distributed", "save_sharded")
+    if name in inspect.signature(HuggingFaceStorageWriter).parameters
+)
 
 
 def write_shards(accelerator: Accelerator, folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -34,7 +42,7 @@ def write_shards(accelerator: Accelerator, folder: Path, tensors: Mapping[str, t
             "from the last checkpoint."
         )
     try:
-        dcp.save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
+        dcp.save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(folder), **{SAVE_DISTRIBUTED: True}))
     except dcp.CheckpointException as error:
         raise CheckpointError(f"{folder}: not written: {_reason(error)}") from error
 

@@ -7,8 +7,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import diffusers
+import pytest
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from packaging.version import Version
 from tiny_sd3 import redraw
 
 
@@ -68,6 +71,13 @@ class Family:
     build: Callable[[], DiffusionPipeline]
     cases: Callable[[DiffusionPipeline], list[Case]]
     note: str = ""
+
+
+def added(version: str, name: str) -> Any:
+    """A class that diffusers has since `version`; a test that needs it is skipped with older ones, and says so."""
+    if Version(diffusers.__version__) < Version(version):
+        pytest.skip(f"{name} came with diffusers {version}, this is {diffusers.__version__}")
+    return getattr(diffusers, name)
 
 
 def ready(

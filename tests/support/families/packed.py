@@ -7,10 +7,7 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKLQwenImage,
-    AutoencoderKLQwenImage21,
     AutoencoderKLWan,
-    BriaFibo2Pipeline,
-    BriaFibo2Transformer2DModel,
     BriaFiboPipeline,
     BriaFiboTransformer2DModel,
     BriaPipeline,
@@ -25,8 +22,6 @@ from diffusers import (
     LongCatImageTransformer2DModel,
     OvisImagePipeline,
     OvisImageTransformer2DModel,
-    QwenImage21Pipeline,
-    QwenImage21Transformer2DModel,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     ZImageOmniPipeline,
@@ -45,7 +40,7 @@ from transformers import (
     SmolLM3ForCausalLM,
 )
 
-from .family import Case, Family, Part, embeddings, guidance_cases, tiny_model, tiny_pipeline
+from .family import Case, Family, Part, added, embeddings, guidance_cases, tiny_model, tiny_pipeline
 from .paper import tiny_flux2_vae
 
 PADDED = torch.tensor([[True, True, True, True, True], [True, True, True, False, False]])
@@ -113,12 +108,16 @@ def byte_tokenizer() -> Qwen2Tokenizer:
 
 def build_qwen_image_21() -> DiffusionPipeline:
     transformer = tiny_model(
-        QwenImage21Transformer2DModel, num_layers=2, attention_head_dim=16, context_in_dim=32, axes_dims_rope=(4, 6, 6)
+        added("0.41", "QwenImage21Transformer2DModel"),
+        num_layers=2,
+        attention_head_dim=16,
+        context_in_dim=32,
+        axes_dims_rope=(4, 6, 6),
     )
-    vae = AutoencoderKLQwenImage21(base_dim=8, decoder_base_dim=8, **VAE_SIZES)
+    vae = added("0.41", "AutoencoderKLQwenImage21")(base_dim=8, decoder_base_dim=8, **VAE_SIZES)
     template = "{% for message in messages %}{{ message['content'][0]['text'] }}{% endfor %}"
     return tiny_pipeline(
-        QwenImage21Pipeline,
+        added("0.41", "QwenImage21Pipeline"),
         vae=vae,
         processor=TokenizerProcessor(byte_tokenizer(), chat_template=template),
         transformer=transformer,
@@ -319,7 +318,7 @@ def bria_fibo_cases(pipe: DiffusionPipeline) -> list[Case]:
 
 
 def build_bria_fibo2() -> DiffusionPipeline:
-    transformer = BriaFibo2Transformer2DModel(
+    transformer = added("0.42", "BriaFibo2Transformer2DModel")(
         in_channels=1,
         dim=32,
         n_layers=2,
@@ -336,7 +335,7 @@ def build_bria_fibo2() -> DiffusionPipeline:
         axes_dims=(4, 6, 6),
         axes_lens=(16, 16, 16),
     )
-    return tiny_pipeline(BriaFibo2Pipeline, transformer=transformer, vae=tiny_flux2_vae())
+    return tiny_pipeline(added("0.42", "BriaFibo2Pipeline"), transformer=transformer, vae=tiny_flux2_vae())
 
 
 def bria_fibo2_cases(pipe: DiffusionPipeline) -> list[Case]:

@@ -31,8 +31,6 @@ from diffusers import (
     HunyuanVideoTransformer3DModel,
     Kandinsky5T2VPipeline,
     Kandinsky5Transformer3DModel,
-    Kandinsky6TI2VAPipeline,
-    Kandinsky6Transformer3DModel,
     LayerSkipConfig,
     LTX2ConditionPipeline,
     LTX2InContextPipeline,
@@ -41,8 +39,6 @@ from diffusers import (
     LTXConditionPipeline,
     LTXPipeline,
     LTXVideoTransformer3DModel,
-    MMAudioVAE,
-    MMAudioVocoder,
     MochiPipeline,
     MochiTransformer3DModel,
     MotifVideoPipeline,
@@ -60,7 +56,7 @@ from diffusers import (
 from diffusers.models.embeddings import TimestepEmbedding
 from diffusers.pipelines.ltx2 import LTX2TextConnectors, LTX2Vocoder
 
-from .family import Case, Family, Part, embeddings, guidance_cases, ready, tiny_model, tiny_pipeline
+from .family import Case, Family, Part, added, embeddings, guidance_cases, ready, tiny_model, tiny_pipeline
 
 
 def mask(*lengths: int, length: int = 5) -> torch.Tensor:
@@ -586,7 +582,7 @@ def ltx_condition_cases(pipe: DiffusionPipeline) -> list[Case]:
 
 
 def build_kandinsky_6() -> DiffusionPipeline:
-    transformer = Kandinsky6Transformer3DModel(
+    transformer = added("0.42", "Kandinsky6Transformer3DModel")(
         in_visual_dim=4,
         out_visual_dim=4,
         in_text_dim=32,
@@ -604,12 +600,14 @@ def build_kandinsky_6() -> DiffusionPipeline:
         fix_modulation=True,
     )
     return tiny_pipeline(
-        Kandinsky6TI2VAPipeline,
+        added("0.42", "Kandinsky6TI2VAPipeline"),
         shift=7.0,
         transformer=transformer,
         vae=tiny_hunyuan_vae(),
-        audio_vae=MMAudioVAE(mel_bins=8, latent_channels=4, hidden_channels=8, n_fft=64, hop_length=2048),
-        vocoder=MMAudioVocoder(num_mels=8, upsample_initial_channel=64),
+        audio_vae=added("0.42", "MMAudioVAE")(
+            mel_bins=8, latent_channels=4, hidden_channels=8, n_fft=64, hop_length=2048
+        ),
+        vocoder=added("0.42", "MMAudioVocoder")(num_mels=8, upsample_initial_channel=64),
     )
 
 
