@@ -82,14 +82,9 @@ def check_options(method: Any, samples_per_decode: int | None, velocity_anchor: 
 
 
 def check_pipeline(pipe: Any) -> None:
-    """Only pipelines that are called as a whole can be recorded."""
+    """Only pipelines of diffusers are recorded."""
     name = type(pipe).__name__
-    if isinstance(pipe, ModularPipeline):
-        raise RecordingError(
-            f"{name}: expected a DiffusionPipeline, got a modular pipeline, whose blocks are not recorded; load the "
-            "model with DiffusionPipeline.from_pretrained."
-        )
-    if not isinstance(pipe, DiffusionPipeline):
+    if not isinstance(pipe, DiffusionPipeline | ModularPipeline):
         raise RecordingError(f"{name}: expected a DiffusionPipeline of diffusers, got {type(pipe).__module__}.{name}.")
 
 
@@ -118,6 +113,12 @@ def check_offloading(name: str, pipe: Any, recorded: Mapping[str, torch.nn.Modul
         pipe: the pipeline.
         recorded: its transformers, and its VAE if it has one, by component.
     """
+    manager = getattr(pipe, "_components_manager", None)
+    if getattr(manager, "_auto_offload_enabled", False):
+        raise RecordingError(
+            f"{name}: the components manager takes weights away that their backward pass needs; call "
+            "disable_auto_cpu_offload() on it."
+        )
     if getattr(pipe, "_all_hooks", None):
         raise RecordingError(
             f"{name}: model CPU offload frees the VAE while its gradient is still needed; call "

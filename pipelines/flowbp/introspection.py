@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModularPipeline
 
 
 def is_velocity_model(component: str) -> bool:
@@ -26,7 +26,7 @@ def calling_pipeline() -> Any:
             if isinstance(variables, dict):
                 # Before Python 3.13 this is a copy that the frame keeps, and with it tensors of earlier steps.
                 variables.clear()
-            if isinstance(owner, DiffusionPipeline):
+            if isinstance(owner, DiffusionPipeline | ModularPipeline):
                 return owner
         frame = frame.f_back
     return None

@@ -17,12 +17,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from diffusers import ModularPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from . import checks
+from . import checks, modular
 from .accounting import Accounting
 from .hooks import Patches
 from .introspection import begin_index, calling_pipeline, guidance_scales, is_velocity_model, keyword_arguments
@@ -93,6 +94,9 @@ class Recorder:
             for transformer_class in {type(transformer) for transformer in self.transformers}:
                 # Hooks of users, of diffusers and of FSDP2 act inside `__call__`, so they lie inside the cut.
                 self._patches.replace(transformer_class, "__call__", self._transformer_call)
+            if isinstance(self.pipe, ModularPipeline):
+                for block_class in modular.block_classes(self.pipe):
+                    self._patches.replace(block_class, "__call__", functools.partial(modular.call_block, self.pipe))
         except BaseException:
             self._patches.undo()
             raise
@@ -124,10 +128,11 @@ class Recorder:
             with uses, without_cudnn_attention():
                 returned = original(*call.args, **call.kwargs)
             if rollout.is_finished:
-                rollout.accounting.returned(returned, rollout.trajectory.endpoint)
+                rollout.accounting.returned(modular.returned_values(returned), rollout.trajectory.endpoint)
             else:
                 rollout.accounting.settle()
         except Exception:
+            modular.end_guidance(self.pipe)
             # What is known by now may explain the error, which is then its context.
             rollout.accounting.settle()
             raise
@@ -336,8 +341,9 @@ class Rollout:
                 leaf = value.detach().requires_grad_()
                 leaf.origin = origin
                 outputs.append(leaf)
-                # A copy, because pipelines may write into what they are given.
-                results[index] = leaf.clone()
+                # A copy, because pipelines may write into what they are given. Attached wherever the call is made.
+                with torch.enable_grad():
+                    results[index] = leaf.clone()
         return tree_unflatten(results, spec), outputs
 
     def _sources(self) -> list[torch.Tensor]:
@@ -423,8 +429,9 @@ class Rollout:
             self._calls, self._outputs, self._latents = [], [], leaf
             self._step += 1
             self.accounting.step_ends()
-        # A copy, because pipelines may write into their latents.
-        handed = leaf.clone()
+        # A copy, because pipelines may write into their latents. Attached wherever the step is made.
+        with torch.enable_grad():
+            handed = leaf.clone()
         self._handed = (handed, handed._version)
         return handed
 

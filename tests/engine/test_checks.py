@@ -31,9 +31,8 @@ from broken_loops import (
     TwoLoops,
     WordsDrift,
 )
-from diffusers import DDIMScheduler, FirstBlockCacheConfig
+from diffusers import ComponentsManager, DDIMScheduler, FirstBlockCacheConfig
 from diffusers.models.attention_processor import JointAttnProcessor2_0
-from diffusers.modular_pipelines.stable_diffusion_3.modular_blocks_stable_diffusion_3 import StableDiffusion3AutoBlocks
 from families.family import embeddings
 from families.paper import build_flux
 from families.videos import build_wan_22, wan_prompts
@@ -236,6 +235,11 @@ def updated_under_inference_mode() -> None:
         pipe = sd3()()
     callback, images = recorded(pipe)
     callback.backward(mean(images))
+
+
+def offloads_components(pipe: Any) -> None:
+    pipe._components_manager = ComponentsManager()
+    pipe._components_manager._auto_offload_enabled = True
 
 
 def offloads_models(pipe: Any) -> None:
@@ -639,12 +643,7 @@ SCENARIOS: dict[str, list[Scenario]] = {
     ],
     "check_pipeline": [
         Scenario(
-            "a modular pipeline",
-            records(lambda: StableDiffusion3AutoBlocks().init_pipeline()),
-            "a DiffusionPipeline of diffusers, got",
-        ),
-        Scenario(
-            "DiffusionPipeline of diffusers, got", records(lambda: sd3()().transformer), "no attribute 'components'", 1
+            "DiffusionPipeline of diffusers, got", records(lambda: sd3()().transformer), "no attribute 'components'"
         ),
     ],
     "check_components": [
@@ -654,9 +653,10 @@ SCENARIOS: dict[str, list[Scenario]] = {
         Scenario("weights were made under", updated_under_inference_mode, "do not track version counter")
     ],
     "check_offloading": [
-        Scenario("model CPU offload", stock(offloads_models), "another forward"),
-        Scenario("group offloading", stock(offloads_groups), RIGHT, 1),
-        Scenario("sequential CPU offload", stock(offloads_parameters), "unknown device type", 2),
+        Scenario("components manager", stock(offloads_components), RIGHT),
+        Scenario("model CPU offload", stock(offloads_models), "another forward", 1),
+        Scenario("group offloading", stock(offloads_groups), RIGHT, 2),
+        Scenario("sequential CPU offload", stock(offloads_parameters), "unknown device type", 3),
     ],
     "check_cache": [
         Scenario("cache is on", stock(caches_blocks, build=build_flux, call=flux_call), "No cache context is set")
