@@ -30,9 +30,10 @@ from flowbp.judging.guard import Guard, Measurement, high_frequency_energy, satu
 from flowbp.publishing.run_info import git_commit  # noqa: E402
 from flowbp.rewards import load_reward  # noqa: E402
 from flowbp.training.comparison import as_words  # noqa: E402
-from flowbp.training.config import TrainingConfig, parse_training_config  # noqa: E402
+from flowbp.training.config import TrainingConfig  # noqa: E402
 from flowbp.training.prompts import load_prompts  # noqa: E402
 from flowbp.training.setup import Run, prepare  # noqa: E402
+from flowbp.training.train_command_line import parse_training_config  # noqa: E402
 
 # One thread: it measures CPU seconds, and two runs share a machine of two cores.
 ENVIRONMENT = {

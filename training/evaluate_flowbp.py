@@ -16,7 +16,6 @@ settings, an evaluation resumes automatically; with more LoRAs, it adds those.
 import hashlib
 import inspect
 import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -34,18 +33,19 @@ from tqdm.auto import tqdm
 
 from flowbp.extras import require
 from flowbp.inference import call_arguments, saved_class
+from flowbp.judging.evaluation_folder import EvaluationFolder
 from flowbp.judging.images import are_finite, to_pil
 from flowbp.judging.lora_files import check_lora_file, download_lora
 from flowbp.judging.loras import load_loras, scores_by_reward, use_model
 from flowbp.judging.models import BASE, EvaluatedModel, Line, check_names, evaluated_lines, reward_names
 from flowbp.judging.results import write_results
-from flowbp.judging.store import Store
 from flowbp.judging.transformers import Transformers, transformer_lines
 from flowbp.rewards import check_columns, check_prompts, load_reward, reward_needs, reward_spec
 from flowbp.rewards.loading import parse_model_paths
 from flowbp.rewards.ocr import quoted_text
 from flowbp.training.command_line import add_options, make_config, make_parser, parse_args_with_config
-from flowbp.training.model import WEIGHT_DTYPES, freeze, missing_components
+from flowbp.training.distributed import check_number_of_processes
+from flowbp.training.model import WEIGHT_DTYPES, freeze, launched_precision, missing_components
 from flowbp.training.options import COUNT, FINITE, NOT_NEGATIVE, POSITIVE, check_options, option
 from flowbp.training.output_folder import OutputFolder
 from flowbp.training.prompt_sets import PROMPT_SETS, PROMPTS_HELP
@@ -158,14 +158,12 @@ def parse_config(argv: list[str] | None = None) -> EvaluationConfig:
     values = vars(parse_args_with_config(parser, argv))
     del values["config"]
     config = make_config(parser, EvaluationConfig, values)
-    if config.mixed_precision is None:
-        found = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-        if found not in WEIGHT_DTYPES:
-            parser.error(f"--mixed_precision must be no, fp16 or bf16, accelerate says {found}")
-        config = replace(config, mixed_precision=found)
     for package, purpose in {"matplotlib": "grid.png", "pyarrow": "scores.parquet"}.items():
         require(package, f"{purpose} of an evaluation")
-    return config
+    try:
+        return replace(config, mixed_precision=config.mixed_precision or launched_precision())
+    except ValueError as error:
+        parser.error(str(error))
 
 
 @dataclass(frozen=True)
@@ -340,12 +338,7 @@ def make_accelerator() -> Accelerator:
         ValueError: where accelerate runs another number of processes than were started.
     """
     accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[PATIENCE])
-    expected = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes != expected:
-        raise ValueError(
-            f"expected {expected} processes (WORLD_SIZE), accelerate runs {accelerator.num_processes}; on CPUs set "
-            "ACCELERATE_USE_CPU=true."
-        )
+    check_number_of_processes(accelerator)
     return accelerator
 
 
@@ -374,7 +367,7 @@ def load_pipeline(plan: Plan, device: torch.device) -> tuple[DiffusionPipeline, 
 
 def draw_and_score(
     plan: Plan,
-    store: Store,
+    folder: EvaluationFolder,
     batches: Sequence[tuple[EvaluatedModel, int]],
     reward: torch.nn.Module,
     accelerator: Accelerator,
@@ -386,7 +379,7 @@ def draw_and_score(
     for source, remark in remarks.items():
         accelerator.print(f"--lora {source}: {remark}.")
     if accelerator.is_main_process:
-        store.add_remarks(remarks)
+        folder.settings_file.add_remarks(remarks)
     progress = tqdm(batches, unit="batch", disable=not accelerator.is_main_process)
     current: EvaluatedModel | None = None
     told: EvaluatedModel | None = None
@@ -395,7 +388,7 @@ def draw_and_score(
             trained.use(model.transformer)
             callback, current = use_model(pipe, model, adapters, plan.config.num_inference_steps), model
             progress.set_description(model.name)
-        places = store.places(batch)
+        places = folder.places(batch)
         records = [plan.records[place // count] for place in places]
         prompts = [record.prompt for record in records]
         arguments = dict(plan.call)
@@ -412,7 +405,7 @@ def draw_and_score(
             progress.write(f"{model.name}: {not_finite} of {len(prompts)} images are not finite.", file=sys.stderr)
             told = model
         scores = scores_by_reward(reward, plan.rewards, images, prompts, columns_of(records))
-        store.add(model, batch, to_pil(images), scores, not_finite)
+        folder.add(model, batch, to_pil(images), scores, not_finite)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -441,12 +434,12 @@ def evaluate(plan: Plan, accelerator: Accelerator) -> None:
     model_paths = parse_model_paths(config.reward_model_path)
     images = len(plan.prompts) * config.num_images_per_prompt
     settings = plan.settings(accelerator.device)
-    store = Store(config.output_dir, settings, plan.models, images, config.batch_size, plan.rewards)
+    folder = EvaluationFolder(config.output_dir, settings, plan.models, images, config.batch_size, plan.rewards)
     if accelerator.is_main_process:
-        for line in store.discard_damaged():
+        for line in folder.discard_damaged():
             print(line, file=sys.stderr)
     accelerator.wait_for_everyone()
-    pending = store.pending()
+    pending = folder.pending()
     if pending:
         reward = load_reward(",".join(plan.rewards), model_paths, config.reward_offload, **plan.options)
         check_prompts(reward, plan.prompts, [(config.size["height"], config.size["width"])])
@@ -456,19 +449,19 @@ def evaluate(plan: Plan, accelerator: Accelerator) -> None:
     # which all must have the same list before the first of them finishes one.
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        store.create()
-        if len(pending) < len(store.batches()):
-            done = len(store.batches()) - len(pending)
-            print(f"Resuming: {done} of {len(store.batches())} batches were finished.")
+        folder.create()
+        if len(pending) < len(folder.batches()):
+            done = len(folder.batches()) - len(pending)
+            print(f"Resuming: {done} of {len(folder.batches())} batches were finished.")
     accelerator.wait_for_everyone()
     if pending:
         mine = pending[accelerator.process_index :: accelerator.num_processes]
-        draw_and_score(plan, store, mine, reward, accelerator)
+        draw_and_score(plan, folder, mine, reward, accelerator)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        seeds = [plan.seed_of(place) for place in range(store.images)]
+        seeds = [plan.seed_of(place) for place in range(folder.images)]
         tables, remarks = write_results(
-            store, plan.lines, config.against, plan.prompts, plan.groups, seeds, config.report_images
+            folder, plan.lines, config.against, plan.prompts, plan.groups, seeds, config.report_images
         )
         print(tables)
         for remark in remarks:

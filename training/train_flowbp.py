@@ -22,8 +22,8 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
 from flowbp.inference import call_arguments, saved_class
+from flowbp.publishing.published_files import LORA_FILE
 from flowbp.training import Backbone
-from flowbp.training.model import LORA_FILE
 from flowbp.training.prompts import Record
 from flowbp.training.script import run_script, train_from_command_line
 from flowbp.verified_pipelines import VERIFIED_PIPELINES

@@ -1,7 +1,8 @@
 # Copyright 2026 The FlowBP for diffusers authors
 # SPDX-License-Identifier: Apache-2.0
-"""Writing files that are complete or absent, whatever interrupts the process, their permissions, and any character."""
+"""Files: written atomically, renamed, hashed, their permissions, and any character."""
 
+import hashlib
 import io
 import os
 import stat
@@ -61,6 +62,16 @@ def allow_any_character() -> None:
     """
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def apply_umask(folder: Path) -> None:

@@ -107,33 +107,6 @@ def test_comparison_stands_every_model_below_the_other(tmp_path: Path) -> None:
     for above, below in zip(places, places[1:], strict=False):
         assert above[:, 0].max() < below[:, 0].min()
     assert len({len(place) for place in places}) == 1 and len(places[0]) > 3 * 150**2
-    with pytest.raises(ValueError, match="3 base, 3 a name.*2 c"):
-        comparison({**images, "c": images["c"][:2]}, ["p"] * 3, tmp_path / "b.png", "Title", "note")
-
-
-@pytest.mark.parametrize(
-    ("base", "aligned", "prompts", "scores", "expected"),
-    [
-        (2, 1, 2, None, "2 prompts, 2 base, 1 aligned"),
-        (2, 2, 1, None, "1 prompts, 2 base, 2 aligned"),
-        (1, 1, 1, ([1.0], []), "1 base scores, 0 aligned scores"),
-        (0, 0, 0, None, "at least one image, got none"),
-    ],
-)
-def test_sequences_that_do_not_match_are_refused(base, aligned, prompts, scores, expected, tmp_path: Path) -> None:
-    image = Image.new("RGB", (8, 8))
-    with pytest.raises(ValueError, match=expected) as caught:
-        before_after([image] * base, [image] * aligned, ["p"] * prompts, tmp_path / "a.png", "t", None, scores)
-    assert "\n" not in str(caught.value)
-    assert not (tmp_path / "a.png").exists()
-
-
-def test_images_of_several_sizes_are_refused(tmp_path: Path) -> None:
-    small, large = Image.new("RGB", (8, 8)), Image.new("RGB", (16, 8))
-    with pytest.raises(ValueError, match="one size, got 8x8, 16x8"):
-        before_after([small], [large], ["p"], tmp_path / "a.png", "t")
-    with pytest.raises(ValueError, match="one size, got 8x8, 16x8"):
-        validation_strip([small, large], ["p", "p"], {})
 
 
 def test_numbers_of_scores() -> None:
@@ -205,18 +178,6 @@ def test_an_image_without_a_score_says_so() -> None:
     counts = [[len(area(array[:, left : left + 480], color)) for color in (ACCENT, GREY)] for left in lefts]
     assert counts[0] == counts[1] and counts[0][0] == 0 < counts[0][1]
     assert counts[2][0] > 0 == counts[2][1]
-
-
-def test_a_strip_refuses_what_does_not_fit() -> None:
-    images = plain([(0, 0, 0)] * 2)
-    with pytest.raises(ValueError, match="2 images, 1 prompts"):
-        validation_strip(images, ["p"], {})
-    with pytest.raises(ValueError, match="2 images, 2 prompts, 1 scores of x"):
-        validation_strip(images, ["p"] * 2, {"x": [1.0]})
-    with pytest.raises(ValueError, match="at least one column, got 0"):
-        validation_strip(images, ["p"] * 2, {}, columns=0)
-    with pytest.raises(ValueError, match="at least one image, got none"):
-        validation_strip([], [], {})
 
 
 # Curves.

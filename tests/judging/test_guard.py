@@ -205,10 +205,6 @@ def test_hooks_come_off_after_errors():
     module(torch.ones(2))
     with pytest.raises(RuntimeError, match="expected calls"):
         meter.mean()
-    with pytest.raises(ValueError, match="at least one module"):
-        VelocityMeter()
-    with pytest.raises(TypeError, match="expected a torch.nn.Module, got list"):
-        VelocityMeter([module])
 
 
 # Alarms.
@@ -325,8 +321,6 @@ def test_what_is_not_comparable_raises_nothing():
     fewer = [replace(entry, reward=entry.reward[1:], held_out=entry.held_out[1:]) for entry in falls]
     assert evaluated([*falls[:2], *fewer[2:4]]) == []
     assert [alarm.update for alarm in evaluated([*falls[:2], *fewer[2:]])] == [40]
-    with pytest.raises(ValueError, match="for each of 8 images, got 7"):
-        Guard().evaluate(replace(BASE, held_out=(0.5,) * 7))
 
 
 WRONG = {
@@ -507,11 +501,6 @@ def test_a_state_stays_as_it_was():
     for event in run[50:]:
         event(guard)
     assert json.dumps(state) == before
-
-
-def test_another_state_is_refused():
-    with pytest.raises(ValueError, match=r"Guard: expected a state of \['base', .*got \['base'\]"):
-        Guard().load_state_dict({"base": None})
 
 
 # Real images.

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from flowbp.judging.evaluation_folder import EvaluationFolder
 from flowbp.judging.models import EvaluatedModel
 from flowbp.judging.report import EMBEDDED_SIDE, largest_changes, report_html
 from flowbp.judging.statistics import summarise
-from flowbp.judging.store import Store
 
 PROMPTS = ["<b>one</b>", 'the "two" & 2', "three", "four", "five"]
 VOID = {"meta", "img"}
@@ -67,17 +67,17 @@ def make_page(
     """A report of 5 images of three models; the scores `(3, 5)` are by reward."""
     models = [EvaluatedModel("base"), *(EvaluatedModel(name, f"user/lora_{name}", 2.0) for name in names)]
     settings = {"model": "a/model", "seed": 0, "note": "</script>"}
-    store = Store(folder, settings, models, images=5, batch_size=5, rewards=list(scores))
-    store.create()
+    kept = EvaluationFolder(folder, settings, models, images=5, batch_size=5, rewards=list(scores))
+    kept.create()
     for model, of_model in zip(models, zip(*scores.values(), strict=True), strict=True):
         images = [Image.new("RGB", (size, size), (40 * place, 7, 0)) for place in range(5)]
         given = {reward: values.tolist() for reward, values in zip(scores, of_model, strict=True)}
-        store.add(model, 0, images, given)
+        kept.add(model, 0, images, given)
     by_model = {
         reward: {model.name: line.reshape(len(prompts), -1) for model, line in zip(models, values, strict=True)}
         for reward, values in scores.items()
     }
-    return report_html(store, summarise(by_model, {}), by_model, prompts, limit, remarks)
+    return report_html(kept, summarise(by_model, {}), by_model, prompts, limit, remarks)
 
 
 def make_scores() -> dict[str, torch.Tensor]:

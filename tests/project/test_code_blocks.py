@@ -23,7 +23,7 @@ from setuptools.config.setupcfg import read_configuration
 from training_scripts import ROOT, load_script
 
 from flowbp.training.comparison import backbone_of, planned_runs
-from flowbp.training.config import parse_training_config
+from flowbp.training.train_command_line import parse_training_config
 
 FOLDERS = ("", "docs", "training", "benchmarks", "model_cards")
 DOCUMENTS = {path.relative_to(ROOT).as_posix(): path for folder in FOLDERS for path in (ROOT / folder).glob("*.md")}

@@ -42,6 +42,7 @@ from tiny_sd3 import save_random_lora, tiny_sd3_pipeline
 from training_scripts import ROOT, SHARED_ARGUMENTS, command_line, environment, script_path, write_prompts
 from transformers import AutoConfig, CLIPModel
 
+from flowbp.publishing.published_files import LORA_FILE
 from flowbp.rewards import load_reward, recogniser
 from flowbp.rewards.blip import imagereward
 from flowbp.rewards.geneval import geneval
@@ -49,7 +50,6 @@ from flowbp.rewards.hpsv3 import hpsv3
 from flowbp.rewards.judges import unifiedreward_quality
 from flowbp.rewards.openclip import hpsv2_1
 from flowbp.training.command_line import read_recipe
-from flowbp.training.model import LORA_FILE
 from flowbp.training.prompts import load_prompts
 
 MODELS = {

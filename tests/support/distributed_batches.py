@@ -18,7 +18,7 @@ from distributed_gradients import CALL, ROWS
 from tiny_sd3 import tiny_sd3_pipeline
 
 from flowbp import FlowBPCallback, get_method
-from flowbp.training.distributed import check_distributed, leave, prepare_transformer
+from flowbp.training.distributed import check_distributed, exit_process, prepare_transformer
 
 PROMPTS = ["a", "b", "c", "d"]
 
@@ -89,7 +89,7 @@ def main() -> None:
     if rank == 0:
         print(json.dumps(found), flush=True)
     dist.barrier()
-    leave(0)
+    exit_process(0)
 
 
 if __name__ == "__main__":

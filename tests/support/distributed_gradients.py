@@ -27,8 +27,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from flowbp import FlowBPCallback, get_method
 from flowbp.training.distributed import (
     check_distributed,
+    exit_process,
     full_tensor,
-    leave,
     local,
     prepare_transformer,
     shard_all_weights,
@@ -170,7 +170,7 @@ def main() -> None:
     if rank == 0:
         print(json.dumps(found), flush=True)
     dist.barrier()
-    leave(0)
+    exit_process(0)
 
 
 if __name__ == "__main__":

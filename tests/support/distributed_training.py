@@ -27,13 +27,14 @@ from flowbp.training import TrainingConfig
 from flowbp.training.distributed import (
     all_ranks_max,
     check_distributed,
+    exit_process,
     full_lora,
-    leave,
     load_lora,
     prepare_transformer,
 )
 from flowbp.training.prompts import Record
-from flowbp.training.state import TrainingState, save_files
+from flowbp.training.state import TrainingState
+from flowbp.training.state_files import save_files
 from flowbp.training.trained import LoraWeights
 
 CONFIG = TrainingConfig(
@@ -116,7 +117,7 @@ def main() -> None:
     found["plain"] = all(type(tensor) is torch.Tensor for tensor in of_sharded.values())
 
     # A checkpoint: whole tensors out, and back into other shards. One update later both are the same, bit for bit.
-    folder, tensors = Path(sys.argv[1]), sharded.state.tensors()
+    folder, tensors = Path(sys.argv[1]), sharded.state.files.tensors()
     if rank == 0:
         save_files(folder, tensors)
     dist.barrier()
@@ -147,7 +148,7 @@ def main() -> None:
     if rank == 0:
         print(json.dumps(found), flush=True)
     dist.barrier()
-    leave(0)
+    exit_process(0)
 
 
 if __name__ == "__main__":

@@ -26,12 +26,10 @@ from flowbp.training.checkpoints import (
     load_tensors,
     read_json,
     save_tensors,
-    write_folder_together,
     write_json,
 )
-from flowbp.training.distributed import full_tensors, leave, shard_all_weights
+from flowbp.training.distributed import exit_process, full_tensors, shard_all_weights
 from flowbp.training.setup import make_accelerator
-from flowbp.training.shards import write_shards
 from flowbp.training.state import TrainingState
 from flowbp.training.trained import FullWeights
 
@@ -66,33 +64,27 @@ def main() -> None:
     if command == "read":
         check_folder(folder)
         state.load(folder, read_json(folder / "state.json"))
-        found, steps = full_tensors(state.shards()), state.steps()
+        found, steps = full_tensors(state.files.tensors()), state.files.steps()
         whole = load_tensors(folder.parent / "whole.safetensors")
         assert found.keys() | {f"step.{name}" for name in steps} == whole.keys()
         difference = max((tensor - whole[name]).abs().max().item() for name, tensor in found.items())
         assert all(step == whole[f"step.{name}"] for name, step in steps.items())
         if accelerator.is_main_process:
             print(json.dumps({"difference": difference, "update": state.update, "tensors": len(found)}))
-        leave(0)
+        exit_process(0)
         return
     for number in range(2):
         torch.manual_seed(number)
         do_update(state, 1.0 + number)
-    whole = full_tensors(state.shards()) | {f"step.{name}": step for name, step in state.steps().items()}
+    whole = full_tensors(state.files.tensors()) | {f"step.{name}": step for name, step in state.files.steps().items()}
     content = state.state_dict()
-
-    def fill(partial: Path) -> None:
-        save_tensors(partial / "steps.safetensors", state.steps())
-        write_json(partial / "state.json", content)
 
     if accelerator.is_main_process:
         save_tensors(folder.parent / "whole.safetensors", whole)
     if command == "kill":
         kill_last_process(accelerator)
-    write_folder_together(
-        accelerator, folder, fill, lambda partial: write_shards(accelerator, partial, state.shards())
-    )
-    leave(0)
+    state.files.write(folder, None, lambda: None, lambda partial: write_json(partial / "state.json", content))
+    exit_process(0)
 
 
 if __name__ == "__main__":

@@ -24,11 +24,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from flowbp.judging import images as validation
+from flowbp.publishing.published_files import LORA_FILE
 from flowbp.training import Backbone, TrainingConfig
-from flowbp.training.config import parse_training_config
-from flowbp.training.model import LORA_FILE, missing_components
+from flowbp.training.model import missing_components
 from flowbp.training.seeds import make_generator
 from flowbp.training.stages import StageMeter
+from flowbp.training.train_command_line import parse_training_config
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")

@@ -15,7 +15,7 @@ import time
 
 from accelerate import Accelerator
 
-from flowbp.training.ingredients import check_same_prompts
+from flowbp.training.fingerprint import check_same_prompts
 from flowbp.training.prompts import Record
 from flowbp.training.script import run_script
 from flowbp.training.watch import ProcessWatch

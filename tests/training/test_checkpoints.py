@@ -1,6 +1,6 @@
 # Copyright 2026 The FlowBP for diffusers authors
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoint folders: whole or not there; damaged ones are refused by name, or fallen back from."""
+"""Checkpoint folders: written atomically; damaged ones are refused by name, or fallen back from."""
 
 import errno
 import json
@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from flowbp.training import checkpoints
@@ -33,7 +33,7 @@ def fill(folder: Path) -> None:
     """The files of a training run's checkpoint."""
     for number, name in enumerate(TENSORS):
         tensors = {"a.weight": torch.full((4, 8), float(number)), "b.weight": torch.randn(8, 4)}
-        checkpoints.save_tensors(folder / f"{name}.safetensors", tensors, {"format": "pt"})
+        checkpoints.save_tensors(folder / f"{name}.safetensors", tensors)
     checkpoints.write_json(folder / "state.json", {"update": 20, "prompts": {"epoch": 1, "place": 3}})
 
 
@@ -350,8 +350,6 @@ def test_rotation_never_removes_the_newest_whole_one(tmp_path: Path) -> None:
     damage(folders[0])
     checkpoints.rotate(tmp_path, 1)
     assert checkpoints.checkpoints(tmp_path) == folders
-    with pytest.raises(ValueError, match="at least 1 checkpoint, got 0"):
-        checkpoints.rotate(tmp_path, 0)
 
 
 def test_links_are_not_followed_when_deleting(tmp_path: Path) -> None:
@@ -596,10 +594,8 @@ def test_tensors_come_back(tmp_path: Path) -> None:
         "none": torch.zeros(0, 3),
     }
     path = tmp_path / "lora.safetensors"
-    checkpoints.save_tensors(path, tensors, {"rank": "4"})
+    checkpoints.save_tensors(path, tensors)
     loaded = checkpoints.load_tensors(path)
-    with safe_open(path, "pt") as file:
-        assert file.metadata() == {"rank": "4"}
     path.unlink()
     assert loaded.keys() == tensors.keys()
     for name, tensor in tensors.items():

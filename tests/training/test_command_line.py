@@ -10,7 +10,7 @@ from training_scripts import ROOT, backbone_of, load_script
 
 from flowbp.training import TrainingConfig
 from flowbp.training.command_line import find_recipe, json_object, parse_args_with_config
-from flowbp.training.config import parse_training_config
+from flowbp.training.train_command_line import parse_training_config
 
 
 def even(text: str) -> int:
@@ -184,13 +184,6 @@ def test_later_errors_of_the_script_are_one_line_too(capsys) -> None:
     parser = make_parser()
     parse_args_with_config(parser, ["--model", "m"])
     assert "first second" in refusal(capsys, parser.error, "first\nsecond")
-
-
-def test_parsers_that_would_miss_the_file_are_refused() -> None:
-    with pytest.raises(ValueError, match="allow_abbrev=False"):
-        parse_args_with_config(argparse.ArgumentParser(), [])
-    with pytest.raises(ValueError, match="a --config option"):
-        parse_args_with_config(argparse.ArgumentParser(allow_abbrev=False), [])
 
 
 # Files and names.

@@ -22,8 +22,8 @@ from training_scripts import ROOT, backbone_of, command_line, load_script
 
 from flowbp.methods import BACKBONES, METHODS, get_method, row_options
 from flowbp.training import Backbone, TrainingConfig
-from flowbp.training.config import parse_training_config
 from flowbp.training.options import declarations, is_required, item_type, without_none
+from flowbp.training.train_command_line import parse_training_config
 
 DECLARED = declarations(TrainingConfig)
 # Options of a method have names of their own on the command line and in recipes.

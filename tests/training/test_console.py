@@ -42,7 +42,7 @@ def test_the_updates_bar_leaves_pauses_out(clock: list[float], capsys: pytest.Ca
 
 
 def test_images_have_a_bar_of_their_own(clock: list[float], capsys: pytest.CaptureFixture[str]):
-    with Console(Accelerator()).judging("evaluation", 8) as advance:
+    with Console(Accelerator()).drawing("evaluation", 8) as advance:
         for _ in range(2):
             clock[0] += 10
             advance(2)
@@ -62,7 +62,7 @@ def test_lines_are_without_secrets_and_of_the_main_process(
     console.tell("told")
     console.print("printed")
     assert list(console.updates(0, 2)) == [0, 1]
-    with console.judging("evaluation", 2) as advance:
+    with console.drawing("evaluation", 2) as advance:
         advance(2)
     assert capsys.readouterr() == ("", "")
 

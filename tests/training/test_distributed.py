@@ -164,16 +164,16 @@ def test_the_script_trains_the_same_however_its_batch_is_split(tmp_path: Path, u
 ONE_OVERDUE = """
 import os, sys
 from training_scripts import load_script
-from flowbp.training import checkpointing
+from flowbp.training import state_files
 from flowbp.training.script import run_script
 
-write_folder = checkpointing.write_folder
+write_folder = state_files.write_folder
 
 def noted(folder, fill):
     write_folder(folder, fill)
     (folder.parent / f"wrote-{folder.name}").touch()
 
-checkpointing.write_folder = noted
+state_files.write_folder = noted
 
 minutes = "1e-6" if os.environ["RANK"] == "1" else "1000"
 run_script(lambda: load_script("train_flowbp_sd3").main([*sys.argv[1:], "--checkpointing_minutes", minutes]))
@@ -207,7 +207,7 @@ import atexit, json, time
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from flowbp.training.distributed import leave, prepare_transformer
+from flowbp.training.distributed import exit_process, prepare_transformer
 
 def slow(future):
     time.sleep(2)
@@ -220,7 +220,7 @@ dist.all_reduce(torch.ones(3), async_op=True).get_future().then(slow)
 accelerator.end_training()
 if accelerator.is_main_process:
     atexit.register(lambda: print(json.dumps({"exit": "functions"})))
-leave(0)
+exit_process(0)
 """
 
 
@@ -230,9 +230,11 @@ def test_processes_leave_although_a_thread_is_busy(tmp_path: Path) -> None:
     assert printed(run([*TORCHRUN, str(script)], {})) == {"exit": "functions"}
 
 
-def test_the_exit_code_of_leaving(tmp_path: Path) -> None:
-    script = tmp_path / "leave.py"
-    script.write_text("from flowbp.training.distributed import leave; print('said'); leave(143)", encoding="utf-8")
+def test_the_exit_code_of_a_process(tmp_path: Path) -> None:
+    script = tmp_path / "exits.py"
+    script.write_text(
+        "from flowbp.training.distributed import exit_process; print('said'); exit_process(143)", encoding="utf-8"
+    )
     for processes in ("1", "2"):
         done = run([str(script)], {"WORLD_SIZE": processes})
         assert done.returncode == 143

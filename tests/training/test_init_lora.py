@@ -150,7 +150,7 @@ def start_and_continue(config: TrainingConfig, backbone: TrainedBackbone) -> Non
     """A run of one update that draws its validation before it, too."""
     with ExitStack() as closing:
         run = prepare(config, class_of(backbone), None, None, closing)
-        run.evaluation.validate()
+        run.evaluation.validation.draw()
         one_update(run, 0)
         finish(run)
 

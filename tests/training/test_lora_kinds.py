@@ -23,7 +23,7 @@ from training_scripts import (
 )
 
 from flowbp.judging.lora_files import check_lora_file
-from flowbp.training.model import LORA_FILE
+from flowbp.publishing.published_files import LORA_FILE
 
 DORA, RSLORA = {"use_dora": True}, {"use_rslora": True}
 

@@ -331,7 +331,7 @@ def test_other_code_of_a_reward_and_other_versions_are_told(
     module.write_text("import toy_reward\ndef make_own():\n    return toy_reward.make_reward()\n")
     train(config, SD3)
     module.write_text(module.read_text() + "# changed\n")
-    monkeypatch.setattr("flowbp.training.ingredients.versions", lambda library: {"torch": "0"})
+    monkeypatch.setattr("flowbp.training.fingerprint.versions", lambda library: {"torch": "0"})
     train(resumed(config), SD3)
     printed = capsys.readouterr().err
     assert "code of changing_reward:make_own was" in printed and "version of torch was" in printed

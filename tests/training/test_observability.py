@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import SD3Transformer2DModel
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_sd3 import MAX_SEQUENCE_LENGTH
@@ -37,10 +38,13 @@ from training_scripts import (
     script_path,
     write_prompts,
 )
+from updates_by_hand import save_snapshot
 
 from flowbp.publishing.run_info import versions
 from flowbp.training.config import TrainingConfig
+from flowbp.training.model import WEIGHT_DTYPES
 from flowbp.training.overview import _bytes_written
+from flowbp.training.trained import FullWeights, LoraWeights
 
 NAME = "train_flowbp_sd3"
 REDNESS, BRIGHTNESS = "toy_reward:make_reward", "toy_reward:make_held_out_reward"
@@ -331,7 +335,11 @@ def test_a_dry_run_estimates_the_whole_run(
 def test_bytes_of_a_parameter_that_a_run_writes(options: dict[str, Any], result: int, checkpoint: int):
     config = TrainingConfig(pretrained_model_name_or_path="m", prompts="p", **options)
     parameters = [torch.empty(3, 5, device="meta"), torch.empty(7, device="meta")]
-    run = SimpleNamespace(config=config, state=SimpleNamespace(parameters=parameters))
+    module, dtype = torch.nn.Linear(1, 1), WEIGHT_DTYPES[config.mixed_precision or "no"]
+    full = FullWeights(module, SD3Transformer2DModel, "transformer", dtype)
+    trained = full if config.train == "full" else LoraWeights(module, save_snapshot)
+    state = SimpleNamespace(parameters=parameters, trained=trained, files=trained.state_files)
+    run = SimpleNamespace(config=config, state=state)
     assert _bytes_written(run) == (22 * result, 22 * checkpoint)
 
 

@@ -24,7 +24,8 @@ from flowbp.training import setup
 from flowbp.training.checkpoints import CheckpointError, read_json, write_json
 from flowbp.training.distributed import uses_fsdp2
 from flowbp.training.optimizers import OPTIMIZERS, check_optimizer
-from flowbp.training.state import Step, TrainingState, save_files
+from flowbp.training.state import Step, TrainingState
+from flowbp.training.state_files import save_files
 
 # By hand, with the arguments that diffusers' LoRA scripts pass.
 LIBRARIES: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -68,7 +69,7 @@ def update(state: TrainingState, seed: int, factor: float = 1.0) -> Step:
 def save(state: TrainingState, folder: Path) -> Path:
     """A checkpoint's files that the state writes."""
     folder.mkdir()
-    save_files(folder, state.tensors())
+    save_files(folder, state.files.tensors())
     write_json(folder / "state.json", state.state_dict())
     return folder
 
@@ -119,8 +120,8 @@ def test_a_loaded_state_continues_bit_for_bit(tmp_path: Path, name: str, beta1: 
                 assert type(value) is type(after[moment])
                 assert not isinstance(value, torch.Tensor) or value.dtype == after[moment].dtype
         assert is_same([update(state, seed)], [update(resumed, seed)])
-        assert is_same([state.tensors(), state.state_dict()], [resumed.tensors(), resumed.state_dict()])
-    bytes_of = sum(value.nbytes for value in state.tensors()["optimizer"].values())
+        assert is_same([state.files.tensors(), state.state_dict()], [resumed.files.tensors(), resumed.state_dict()])
+    bytes_of = sum(value.nbytes for value in state.files.tensors()["optimizer"].values())
     trained = sum(parameter.nbytes for parameter in state.parameters)
     if beta1 and name != "adamw-8bit":  # whose smaller half is kept in 32 bit here
         assert bytes_of == pytest.approx(OPTIMIZERS[name].copies * trained, rel=0.15)

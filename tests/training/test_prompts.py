@@ -5,7 +5,8 @@
 import datasets
 import pytest
 
-from flowbp.training.prompts import PromptSampler, load_prompts
+from flowbp.training.prompt_sampler import PromptSampler
+from flowbp.training.prompts import load_prompts
 
 ROWS = {"prompt": ["a red cat", "None", "tea, please"], "text": ["x", "y", "z"], "number": [1, 2, 3]}
 
@@ -168,22 +169,3 @@ def test_resume(done: int) -> None:
     resumed = PromptSampler(PROMPTS, 3, seed=5)
     resumed.load_state_dict(sampler.state_dict())
     assert draw(resumed, 8) == draw(sampler, 8)
-
-
-@pytest.mark.parametrize(
-    ("args", "expected"),
-    [
-        (([], 1, 0), "at least one prompt"),
-        ((PROMPTS, 0, 0), "batch_size of at least 1 expected, got 0"),
-        ((PROMPTS, 1, 0, 2, 2), "got 2 of 2"),
-    ],
-)
-def test_sampler_refuses_bad_numbers(args: tuple, expected: str) -> None:
-    with pytest.raises(ValueError, match=expected):
-        PromptSampler(*args)
-
-
-@pytest.mark.parametrize("state", [{}, {"position": -1}, {"position": 1.5}])
-def test_sampler_refuses_a_bad_state(state: dict) -> None:
-    with pytest.raises(ValueError, match="position of 0 or more"):
-        PromptSampler(PROMPTS, 1, 0).load_state_dict(state)

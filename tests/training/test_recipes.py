@@ -14,7 +14,8 @@ import yaml
 
 from flowbp import METHODS, get_method
 from flowbp.training.backbone import Backbone
-from flowbp.training.config import TrainingConfig, parse_training_config
+from flowbp.training.config import TrainingConfig
+from flowbp.training.train_command_line import parse_training_config
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "training" / "recipes"

@@ -42,7 +42,7 @@ from training_scripts import (
 )
 from watched_updates import watch_updates
 
-from flowbp.training import checkpointing, checkpoints
+from flowbp.training import checkpoints, state_files
 from flowbp.training.signals import TrainingStopped
 
 UPDATES = 6
@@ -442,13 +442,13 @@ def test_a_checkpoint_is_written_after_so_many_minutes(
     expected: list[int],
     monkeypatch: pytest.MonkeyPatch,
 ):
-    written, write_folder = [], checkpointing.write_folder
+    written, write_folder = [], state_files.write_folder
 
     def noted(folder: Path, fill: Any) -> None:
         write_folder(folder, fill)
         written.append(folder.name)
 
-    monkeypatch.setattr(checkpointing, "write_folder", noted)
+    monkeypatch.setattr(state_files, "write_folder", noted)
     script.main(command_line(arguments, checkpointing_steps=100, checkpointing_minutes=minutes, max_train_steps=3))
     assert written == [f"checkpoint-{update}" for update in expected]
     # One that the steps did not ask for is kept until the next one is there.

@@ -23,9 +23,10 @@ from flowbp.training.evaluation import Evaluation
 from flowbp.training.output_folder import OutputFolder
 from flowbp.training.prompts import Record
 from flowbp.training.reports import Reports
+from flowbp.training.resuming import resume
 from flowbp.training.rewards import RunRewards
 from flowbp.training.sampling import Sampling
-from flowbp.training.signals import JudgingStopped, StopSignals
+from flowbp.training.signals import DrawingStopped, StopSignals
 from flowbp.training.state import TrainingState
 
 
@@ -288,7 +289,7 @@ def test_a_resumed_run_makes_up_for_what_was_due(start: Callable[..., Judged], t
     run.evaluation.before_training()
     # The signal comes with an image of the evaluation or with the one of the validation.
     run.sampling.stop_at = run.sampling.count + (5 if had_evaluated else 2)
-    with pytest.raises(JudgingStopped):
+    with pytest.raises(DrawingStopped):
         run.update()
     assert run.evaluation.is_pending
     resumed = run.resumed(start, tmp_path / "saved", **options)
@@ -323,10 +324,17 @@ def test_scores_of_other_images_are_not_kept(start: Callable[..., Judged], tmp_p
 # Checkpoints of the whole run.
 
 
+FINGERPRINT = {"prompts": "5 prompts"}
+
+
 def checkpointer(run: Judged, **changes: Any) -> Checkpointer:
     config = replace(run.config, **changes)
     parts = (run.state, run.evaluation, run.console, run.signals, OutputFolder(config.output_dir))
-    return Checkpointer(config, run.state.accelerator, *parts, {"prompts": "5 prompts"})
+    return Checkpointer(config, run.state.accelerator, *parts, FINGERPRINT)
+
+
+def resume_run(run: Judged, **changes: Any) -> Path | None:
+    return resume(replace(run.config, **changes), run.state, run.evaluation, run.console, FINGERPRINT)
 
 
 def test_a_checkpoint_brings_state_and_evaluation_back(
@@ -339,8 +347,8 @@ def test_a_checkpoint_brings_state_and_evaluation_back(
     folder = tmp_path / "run" / "checkpoint-1"
     assert is_same(load_tensors(folder / "saved.safetensors"), run.state.result())
     resumed = start(eval_steps=1, learning_rate=0.2)
-    assert checkpointer(resumed).resume() is None
-    assert checkpointer(resumed, resume_from_checkpoint="latest", run_name="x").resume() == folder
+    assert resume_run(resumed) is None
+    assert resume_run(resumed, resume_from_checkpoint="latest", run_name="x") == folder
     assert is_same(lora_of_state(resumed.state), lora_of_state(run.state)) and resumed.state.update == 1
     assert resumed.evaluation.state_dict() == run.evaluation.state_dict()
     told = f"{folder}: other settings than that run's: --learning_rate was 0.1, is 0.2."
@@ -354,4 +362,4 @@ def test_a_checkpoint_of_another_scale_is_refused(start: Callable[..., Judged], 
     checkpointer(run).write()
     message = r"checkpoint-1: its LoRA has other scales, .*attn.to_q was 1.0, is 2.0; use the --lora_alpha, --use_rs"
     with pytest.raises(CheckpointError, match=message):
-        checkpointer(start(**other), resume_from_checkpoint="latest", **other).resume()
+        resume_run(start(**other), resume_from_checkpoint="latest", **other)

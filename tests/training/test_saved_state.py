@@ -19,7 +19,8 @@ from updates_by_hand import do_update, make_config, make_state
 from flowbp.training.checkpoints import CheckpointError, find_checkpoint, write_folder
 from flowbp.training.reports import read_log
 from flowbp.training.saved_state import check_saved_state
-from flowbp.training.state import TrainingState, save_files
+from flowbp.training.state import TrainingState
+from flowbp.training.state_files import save_files
 
 MEAN = {"mean": 0.5, "low": None, "high": None}
 # Of `Evaluation`, whose other state needs rollouts.
@@ -66,7 +67,7 @@ def write(output_dir: Path, number: int, change: Callable[[Path], None] = lambda
     }
 
     def fill(folder: Path) -> None:
-        tensors = state.tensors()
+        tensors = state.files.tensors()
         save_files(folder, {**tensors, "best": tensors["lora"]})
         (folder / "state.json").write_text(json.dumps({**content, "evaluation": EVALUATION}))
         change(folder)

@@ -15,7 +15,8 @@ from updates_by_hand import RECORDS, StateFactory, do_update, is_same, lora_of_s
 
 from flowbp.training.checkpoints import CheckpointError, read_json, write_json
 from flowbp.training.distributed import full_lora
-from flowbp.training.state import TrainingError, TrainingState, save_files
+from flowbp.training.state import TrainingError, TrainingState
+from flowbp.training.state_files import save_files
 
 
 @pytest.fixture(scope="module")
@@ -30,12 +31,12 @@ def start(transformer: torch.nn.Module, tmp_path: Path) -> StateFactory:
 
 def all_of(state: TrainingState) -> dict[str, Any]:
     """Copies of all that the next updates depend on."""
-    return copy.deepcopy({**state.tensors(), **state.state_dict(), "rates": state.lr_scheduler.get_last_lr()})
+    return copy.deepcopy({**state.files.tensors(), **state.state_dict(), "rates": state.lr_scheduler.get_last_lr()})
 
 
 def save(state: TrainingState, folder: Path) -> Path:
     folder.mkdir()
-    save_files(folder, state.tensors())
+    save_files(folder, state.files.tensors())
     write_json(folder / "state.json", state.state_dict())
     return folder
 
@@ -169,7 +170,7 @@ def test_without_an_average_the_last_values_are_the_result(start: StateFactory):
     before = lora_of_state(state)
     with state.averaged():
         assert is_same(lora_of_state(state), before)
-    assert is_same(state.result(), full_lora(state.transformer)) and "ema" not in state.tensors()
+    assert is_same(state.result(), full_lora(state.transformer)) and "ema" not in state.files.tensors()
 
 
 # Checkpoints.

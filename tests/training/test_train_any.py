@@ -44,7 +44,7 @@ from watched_updates import check_float32_over_bfloat16, watch_updates
 
 from flowbp import METHODS
 from flowbp.checks import RecordingError
-from flowbp.training.model import LORA_FILE
+from flowbp.publishing.published_files import LORA_FILE
 
 NAME = "train_flowbp"
 # By name: what builds the pipeline, and what users give it.

@@ -22,8 +22,8 @@ from toy_reward import make_reward
 from training_scripts import check_run, command_line, load_script, log_of, lora_of, same
 
 from flowbp.checks import RecordingError
+from flowbp.publishing.published_files import LORA_FILE
 from flowbp.training import TrainingConfig, TrainingResult, train
-from flowbp.training.model import LORA_FILE
 
 SCRIPT = load_script("train_flowbp_sd3")
 SD3 = SCRIPT.SD3

@@ -39,8 +39,8 @@ from training_scripts import (
 
 from flowbp.judging.figures import validation_strip
 from flowbp.judging.images import to_pil
+from flowbp.publishing.published_files import LORA_FILE
 from flowbp.training.checkpoints import check_folder, read_json
-from flowbp.training.model import LORA_FILE
 from flowbp.training.seeds import make_generator
 
 NAME = "train_flowbp_sd3"

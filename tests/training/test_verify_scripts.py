@@ -128,7 +128,7 @@ def test_a_difference_stops_the_run_with_one_line(
     script = load_script(RUNS[name][1])
     monkeypatch.setattr(sys, "argv", [RUNS[name][1] + ".py", *words])
     left: list[Any] = []
-    monkeypatch.setattr("flowbp.training.script.leave", left.append)
+    monkeypatch.setattr("flowbp.training.script.exit_process", left.append)
     capsys.readouterr()
     run_script(lambda: script.main(words))
     (message,) = left

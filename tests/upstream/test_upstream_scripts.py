@@ -24,7 +24,7 @@ from tiny_pipelines import tiny_flux_pipeline, tiny_klein_pipeline, tiny_sd3_t5_
 from training_scripts import PROMPTS, ROOT, command_line, load_pipeline, load_script, same
 
 from flowbp import FlowBPCallback
-from flowbp.training.prompts import PromptSampler, Record
+from flowbp.training.prompt_sampler import PromptSampler, Record
 
 FOLDER = ROOT / "upstream" / "examples" / "research_projects" / "flowbp"
 BUILD = {"sd3": tiny_sd3_t5_pipeline, "flux": tiny_flux_pipeline, "flux2_klein": tiny_klein_pipeline}

@@ -77,9 +77,6 @@ def before_after(
         title: title of the figure.
         subtitle: line below the title.
         scores: scores of the images of `base` and of `aligned`, shown below them; None or NaN for no score.
-
-    Raises:
-        ValueError: no images, images of several sizes, or sequences of different lengths.
     """
     note = "Each column: one prompt, the same noise for both images."
     by_model = None if scores is None else dict(zip(("base", "aligned"), scores, strict=True))
@@ -104,14 +101,7 @@ def comparison(
         title: title of the figure.
         subtitle: line below the title.
         scores: model -> score of each image, shown below it; None or NaN for no score.
-
-    Raises:
-        ValueError: no images, images of several sizes, or sequences of different lengths.
     """
-    lengths = {"prompts": len(prompts)} | {name: len(of_model) for name, of_model in images.items()}
-    if scores is not None:
-        lengths |= {f"{name} scores": len(scores[name]) for name in images}
-    _check(lengths, [image for of_model in images.values() for image in of_model])
     digits = 0 if scores is None else _digits([score for name in images for score in scores[name]])
     series = [
         _Series(of_model, {} if scores is None else {"": scores[name]}, ACCENT if place else GREY, name)
@@ -141,30 +131,10 @@ def validation_strip(
 
     Returns:
         An RGB image.
-
-    Raises:
-        ValueError: no images, images of several sizes, sequences of different lengths, or less than one column.
     """
-    lengths = {"images": len(images), "prompts": len(prompts)}
-    lengths |= {f"scores of {name}": len(values) for name, values in scores.items()}
-    _check(lengths, images)
-    if columns < 1:
-        raise ValueError(f"validation_strip: expected at least one column, got {columns}; pass columns=8")
     digits = {name: _digits(values) for name, values in scores.items()}
     series = _Series(images, scores, ACCENT)
     return _Sheet([series], prompts, min(columns, len(images)), digits).render(title, None)
-
-
-def _check(lengths: Mapping[str, int], images: Sequence[Image.Image]) -> None:
-    if len(set(lengths.values())) > 1:
-        got = ", ".join(f"{length} {what}" for what, length in lengths.items())
-        raise ValueError(f"figure: expected sequences of equal length, got {got}; pass one of each for every image")
-    if not images:
-        raise ValueError("figure: expected at least one image, got none; draw no figure")
-    sizes = sorted({image.size for image in images})
-    if len(sizes) > 1:
-        listed = ", ".join(f"{width}x{height}" for width, height in sizes)
-        raise ValueError(f"figure: expected images of one size, got {listed}; resize them")
 
 
 def _is_finite(value: float | None) -> bool:

@@ -2,12 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an evaluation compares: the base model, trained ones, and the rewards that score them."""
 
-import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..files import sha256
 from .lora_files import check_lora_file, lora_file
 
 BASE = "base"
@@ -149,7 +149,7 @@ def _digest(source: str) -> str | None:
     if file is None:
         return None
     check_lora_file(source, file)
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+    return sha256(file)
 
 
 def reward_names(spec: str) -> list[str]:

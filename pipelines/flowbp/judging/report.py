@@ -16,8 +16,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
 from ..rewards import titles
+from .evaluation_folder import EvaluationFolder
 from .models import EvaluatedModel
-from .store import Store
 from .tables import Table, about_intervals, tables
 
 TEMPLATE = "report.html.jinja"
@@ -26,7 +26,7 @@ EMBEDDED_SIDE = 384
 
 
 def report_html(
-    store: Store,
+    folder: EvaluationFolder,
     records: Sequence[Mapping[str, Any]],
     scores: Mapping[str, Mapping[str, torch.Tensor]],
     prompts: Sequence[str],
@@ -41,7 +41,7 @@ def report_html(
     choose the reward and the model.
 
     Args:
-        store: all of its batches are finished; it has a base model and at least one other.
+        folder: all of its batches are finished; it has a base model and at least one other.
         records: from `summarise`.
         scores: as given to `summarise`.
         prompts: P prompts.
@@ -50,7 +50,8 @@ def report_html(
         pairs: from `pairwise`.
         reference: the models of the line that the others are compared with, of seeds their mean; default: the base.
     """
-    cards = _Cards(store, scores, prompts, reference or [store.models[0].name])
+    settings = folder.settings_file.settings
+    cards = _Cards(folder, scores, prompts, reference or [folder.models[0].name])
     shown = largest_changes(cards.changes(cards.rewards[0], cards.leader), limit)
     environment = Environment(
         # The template lies beside this module, in a checkout and in an installed package.
@@ -61,10 +62,10 @@ def report_html(
         undefined=StrictUndefined,
     )
     return environment.get_template(TEMPLATE).render(
-        base_model=store.settings["model"],
+        base_model=settings["model"],
         num_prompts=len(prompts),
         images_per_prompt=cards.per_prompt,
-        num_images=store.images,
+        num_images=folder.images,
         titles=cards.titles,
         rewards=cards.rewards,
         models=[model.name for model in cards.others],
@@ -73,12 +74,10 @@ def report_html(
         tables=tables(records, pairs),
         about_intervals=about_intervals(records),
         against=next(record["against"] for record in records if "against" in record),
-        num_loras=len(store.models) - 1,
+        num_loras=len(folder.models) - 1,
         remarks=remarks,
-        described=_described(store.models),
-        settings={
-            name: value if isinstance(value, str) else json.dumps(value) for name, value in store.settings.items()
-        },
+        described=_described(folder.models),
+        settings={name: value if isinstance(value, str) else json.dumps(value) for name, value in settings.items()},
     )
 
 
@@ -95,20 +94,20 @@ class _Cards:
 
     def __init__(
         self,
-        store: Store,
+        folder: EvaluationFolder,
         scores: Mapping[str, Mapping[str, torch.Tensor]],
         prompts: Sequence[str],
         reference: Sequence[str],
     ) -> None:
-        self._store, self._prompts = store, prompts
-        self.others = [model for model in store.models if model.name not in reference]
+        self._folder, self._prompts = folder, prompts
+        self.others = [model for model in folder.models if model.name not in reference]
         self.rewards = list(scores)
         self.titles = titles(self.rewards)
-        self.per_prompt = store.images // len(prompts)
+        self.per_prompt = folder.images // len(prompts)
         self._scores = {
             (reward, model.name): scores[reward][model.name].flatten().tolist()
             for reward in scores
-            for model in store.models
+            for model in folder.models
         }
         bases = {reward: sum(scores[reward][name] for name in reference) / len(reference) for reward in scores}
         self._changes = {
@@ -137,7 +136,7 @@ class _Cards:
             "prompt": self._prompts[place // self.per_prompt],
             "number": place % self.per_prompt + 1,
             "changes": json.dumps(changes),
-            "images": [self._image(model, place) for model in self._store.models],
+            "images": [self._image(model, place) for model in self._folder.models],
         }
 
     def _image(self, model: EvaluatedModel, place: int) -> dict[str, Any]:
@@ -153,7 +152,7 @@ class _Cards:
                     "direction": "up" if change > 0 else "down" if change < 0 else "same",
                 }
             )
-        source, width = _embedded(self._store.image(model, place))
+        source, width = _embedded(self._folder.image(model, place))
         words = ", ".join(f"{score['reward']} {score['value']}" for score in scores)
         prompt = self._prompts[place // self.per_prompt]
         return {

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..columns import Places
-from .specs import REWARDS, reward_spec
+from .specs import REWARDS, RewardSpec, reward_spec
 from .weighted import WeightedReward, call_reward
 
 
@@ -73,14 +73,7 @@ def load_reward(
             package, or the repository and how to get it.
     """
     if not isinstance(reward, str):
-        name = getattr(reward, "__name__", type(reward).__name__)
-        if model_paths or options:
-            raise ValueError(
-                f"reward {name!r}: expected no model paths and no options for a function or a module, got "
-                f"{', '.join([*(model_paths or {}), *options])}; give them to it directly."
-            )
-        module = _as_frozen_module(name, reward, "a function or a module")
-        return WeightedReward({name: module}, {name: 1.0}, offload) if offload else module
+        return _wrapped(reward, offload, [*(model_paths or {}), *options])
     weights: dict[str, float] = {}
     for name, weight in _parts(reward):
         if name in weights:
@@ -101,24 +94,38 @@ def load_reward(
             f"reward {reward!r}: expected options among {', '.join(sorted(choices)) or 'none'}; got "
             f"{', '.join(unknown)}."
         )
-    rewards = {}
-    for name, spec in specs.items():
-        given = {key: value for key, value in options.items() if key in spec.options}
-        if name in folders:
-            given["model_path"] = folders[name]
-        try:
-            made = spec.factory(**given)
-        except (Exception, SystemExit) as error:
-            if name in REWARDS:
-                raise
-            raise ValueError(f"reward {name!r}: its factory raised {type(error).__name__}: {error}") from error
-        if name in REWARDS:
-            rewards[name] = made.requires_grad_(False).eval()
-        else:
-            rewards[name] = _as_frozen_module(name, made, "the factory to return a reward")
+    rewards = {name: _made(name, spec, folders.get(name), options) for name, spec in specs.items()}
     if list(weights.values()) == [1.0] and not offload:
         return rewards[next(iter(rewards))]
     return WeightedReward(rewards, weights, offload)
+
+
+def _wrapped(reward: Callable[..., Tensor], offload: bool, given: Sequence[str]) -> nn.Module:
+    """A user's function or module; `given` are names of model paths and options, which it cannot have."""
+    name = getattr(reward, "__name__", type(reward).__name__)
+    if given:
+        raise ValueError(
+            f"reward {name!r}: expected no model paths and no options for a function or a module, got "
+            f"{', '.join(given)}; give them to it directly."
+        )
+    module = _as_frozen_module(name, reward, "a function or a module")
+    return WeightedReward({name: module}, {name: 1.0}, offload) if offload else module
+
+
+def _made(name: str, spec: RewardSpec, folder: Path | None, options: Mapping[str, Any]) -> nn.Module:
+    """A part of a reward's string."""
+    given = {key: value for key, value in options.items() if key in spec.options}
+    if folder is not None:
+        given["model_path"] = folder
+    try:
+        made = spec.factory(**given)
+    except (Exception, SystemExit) as error:
+        if name in REWARDS:
+            raise
+        raise ValueError(f"reward {name!r}: its factory raised {type(error).__name__}: {error}") from error
+    if name in REWARDS:
+        return made.requires_grad_(False).eval()
+    return _as_frozen_module(name, made, "the factory to return a reward")
 
 
 def _as_frozen_module(name: str, reward: Any, expected: str) -> nn.Module:

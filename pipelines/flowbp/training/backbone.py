@@ -123,7 +123,6 @@ class Backbone:
         """What gives the arguments of the call that depend on the records.
 
         Args:
-            accelerator: of the run.
             records: all that the run will use.
         """
         return prepare_prompt_embeds(

@@ -1,6 +1,6 @@
 # Copyright 2026 The FlowBP for diffusers authors
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoint folders that are whole or not there: safetensors and JSON under a manifest of hashes.
+"""Checkpoint folders, written atomically: safetensors and JSON under a manifest of hashes.
 
 A folder is filled under another name, flushed to the disk and renamed. Names, for `checkpoint-N`, `best` and
 `transformer`:
@@ -34,7 +34,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 
 from ..file_errors import writing
-from ..files import apply_umask, move
+from ..files import apply_umask, move, sha256
 from ..publishing.published_files import TRANSFORMER_FOLDER
 from .distributed import all_ranks_max
 
@@ -118,13 +118,12 @@ def _not_finite(tensors: Mapping[str, torch.Tensor]) -> str | None:
     return next((name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()), None)
 
 
-def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Write tensors of any device, shape and dtype to a safetensors file, so that no non-finite value is ever saved.
 
     Args:
         path: replaced if it exists.
         tensors: by name; they may share memory, and are copied to the CPU.
-        metadata: words for the file's header.
 
     Raises:
         CheckpointError: naming the tensor with NaN or infinite values. Nothing is written then.
@@ -135,7 +134,7 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict
         name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         for name, tensor in tensors.items()
     }
-    save_file(copies, path, metadata)
+    save_file(copies, path)
 
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -164,7 +163,7 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
         fill: `fill(path)` writes the files into the empty folder `path`; files only, none called `manifest.json`.
 
     Raises:
-        OSError: where the disk does not take it. What `fill` raises goes on too. The older folders are untouched then.
+        OSError: where the disk does not take it. Errors of `fill` propagate. The older folders are untouched then.
         CheckpointError: where `fill` left something else than files.
     """
     with _replacing(folder) as partial:
@@ -179,7 +178,6 @@ def write_folder_together(
     """Write a checkpoint folder with files of all processes, as `write_folder` does. Collective.
 
     Args:
-        accelerator: of the run.
         folder: see `write_folder`; on a disk that all processes share.
         fill: writes the files of the main process.
         fill_together: collective; writes a file of each process, and raises in all of them if it fails in one.
@@ -197,7 +195,7 @@ def write_folder_together(
         with _agreed(accelerator, folder):
             # Read again from the machine's memory, by the process that wrote it.
             own = partial.glob(f"shard-{accelerator.process_index + 1:05d}-*")
-            hashes = [(path.name, _sha256(path)) for path in own]
+            hashes = [(path.name, sha256(path)) for path in own]
         found = dict(gather_object(hashes))
         with _agreed(accelerator, folder):
             if is_main:
@@ -277,7 +275,7 @@ def check_folder(folder: Path) -> dict[str, Any]:
             size = (folder / name).stat().st_size
             if size != expected["size"]:
                 raise damaged(folder / name, f"{expected['size']} bytes", f"{size}")
-            digest = _sha256(folder / name)
+            digest = sha256(folder / name)
         except OSError as error:
             raise damaged(folder / name, "a file", error.strerror or str(error)) from error
         if digest != expected["sha256"]:
@@ -357,12 +355,7 @@ def rotate(output_dir: Path, limit: int) -> None:
     """Keep the newest `limit` whole checkpoints and remove what is older; call it once the new one is complete.
 
     Damaged ones do not count; they stay until they are older than those kept.
-
-    Raises:
-        ValueError: for a limit below 1.
     """
-    if limit < 1:
-        raise ValueError(f"expected a limit of at least 1 checkpoint, got {limit}.")
     kept = 0
     for folder in reversed(checkpoints(output_dir)):
         if kept == limit:
@@ -403,7 +396,7 @@ def _seal(folder: Path, written: datetime, hashes: Mapping[str, str] | None = No
                 "write it elsewhere."
             )
         _flush(path)
-        files[path.name] = {"sha256": known.get(path.name) or _sha256(path), "size": path.stat().st_size}
+        files[path.name] = {"sha256": known.get(path.name) or sha256(path), "size": path.stat().st_size}
     apply_umask(folder)
     content = {"format": 1, "written": written.isoformat(timespec="microseconds"), "files": files}
     write_json(folder / MANIFEST, {**content, "sha256": _sha256_of(content)})
@@ -466,7 +459,7 @@ def _time(text: Any) -> datetime | None:
 
 
 def _next_time(output_dir: Path) -> datetime:
-    """Now, but later than all checkpoints: a run may go on where the clock is behind that of the machine before."""
+    """Now, but later than all checkpoints: a run may resume on a machine whose clock is behind."""
     existing = checkpoints(output_dir)
     now = datetime.now(UTC)
     return max(now, _time_written(existing[-1]) + timedelta(microseconds=1)) if existing else now
@@ -491,11 +484,6 @@ def _kind(path: Path) -> str:
     if path.is_dir():
         return "a folder"
     return "something else" if path.exists() else "nothing"
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sha256_of(content: Any) -> str:

@@ -158,20 +158,14 @@ def parse_args_with_config(
     code 2. `--help` shows defaults.
 
     Args:
-        parser: has a `--config` option and was built with `allow_abbrev=False`.
+        parser: has a `--config` option and was built with `allow_abbrev=False`; an abbreviated `--config` would not be
+            found before the other options.
         argv: the arguments; those of the process by default.
         recipes: folder of recipes that `--config` may name without a path and `.yaml`.
 
     Raises:
-        ValueError: the parser is not as described.
         SystemExit: with code 2, for errors of the user.
     """
-    if parser.allow_abbrev:
-        # An abbreviated --config would be an option to the parser and unseen by the search for the file.
-        raise ValueError("parse_args_with_config: expected a parser built with allow_abbrev=False")
-    if "--config" not in _options(parser):
-        raise ValueError("parse_args_with_config: expected a parser with a --config option")
-
     _use_one_line_errors(parser)
     path = given_early(parser, "config", argv)
     required = [action for action in parser._actions if action.required]

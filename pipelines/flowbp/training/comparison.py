@@ -21,16 +21,16 @@ from typing import Any
 from ..files import write_atomically
 from ..judging.models import BASE, can_be_folder, folder_name
 from ..methods import OPTIONS, row_options
+from ..publishing.published_files import LORA_FILE
 from .backbone import Backbone
 from .checkpoints import checkpoints
 from .command_line import find_recipe, read_recipe
-from .config import TrainingConfig, parse_training_config
-from .ingredients import changes, ingredients
-from .lora import read_init_lora
-from .model import LORA_FILE
+from .config import TrainingConfig
+from .fingerprint import changes, fingerprint
 from .options import COUNT, check_options, declarations, option, without_none
 from .rewards import check_reward
 from .setup import check_settings
+from .train_command_line import parse_training_config
 
 PLAN = "comparison.json"
 # What each run has of its own, or what the next start would have to know.
@@ -101,7 +101,7 @@ class PlannedRun:
 
     @property
     def name(self) -> str:
-        """In what is told."""
+        """In messages."""
         return f"{self.line}, seed {self.options['seed']}"
 
     @property
@@ -255,7 +255,7 @@ def check_runs(
     """Check every run as its script would, without loading a model.
 
     Returns:
-        By line: the config of its first run, and what its runs are made of beside their settings.
+        By line: the config of its first run, and the `fingerprint` of its runs.
 
     Raises:
         ValueError: naming the run.
@@ -272,9 +272,8 @@ def check_runs(
             if run.line not in configs:
                 configs[run.line] = config
                 check_reward(config, None)
-                _, records, checked = check_settings(config, backbone)
-                init = read_init_lora(config, checked, None)
-                made_of[run.line] = ingredients(config, records, (), None, None if init is None else init.digest)
+                _, records, _, init = check_settings(config, backbone)
+                made_of[run.line] = fingerprint(config, records, (), None, None if init is None else init.digest)
         except (ValueError, OSError) as error:
             raise ValueError(f"{run.name}: {error}") from error
     return configs, made_of

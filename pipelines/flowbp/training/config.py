@@ -2,40 +2,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """`TrainingConfig`: every option of a training run, with its type, default, range, help and source."""
 
-import argparse
-import os
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from accelerate.tracking import get_available_trackers
-
-from ..extras import remedy
-from ..methods import METHODS, Method, Option, find_row, get_method, row_options
+from ..methods import Method, get_method
 from ..publishing.run_info import settings
-from ..rewards import part_names
-from .command_line import (
-    add_options,
-    find_recipe,
-    given_early,
-    make_config,
-    make_parser,
-    parse_args_with_config,
-    read_recipe,
-)
+from .config_checks import OF_LORA, check_combinations
+from .model import launched_precision
 from .optimizers import OPTIMIZERS
 from .options import COUNT, FINITE, NORM, NOT_NEGATIVE, POSITIVE, SHARE, check_options, declarations, option
 from .prompt_sets import PROMPTS_HELP
-from .speed import check_attention_backend
 
 # Those of diffusers' schedules that need no further options.
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 PAPER = "the paper's public code"
-
-# Those that full fine-tuning does not have.
-_OF_LORA = ("init_lora", "rank", "lora_alpha", "lora_dtype", "use_dora", "use_rslora")
 
 _model = partial(option, group="model")
 _embeds = partial(option, group="prompt embeddings", of_backbone=True)
@@ -332,70 +315,7 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
-        if self.train == "full":
-            self._check_full()
-        elif self.offload_ema:
-            raise ValueError("--offload_ema needs --train full: the average of a LoRA is small; leave it out")
-        if self.use_dora and self.quantization_config_path is not None:
-            raise ValueError("--use_dora: a DoRA needs its base's own weights; leave --quantization_config_path out")
-        if self.lr_warmup_steps and self.lr_scheduler == "constant":
-            raise ValueError(
-                "--lr_warmup_steps has no effect with --lr_scheduler constant; choose constant_with_warmup"
-            )
-        if self.lr_warmup_steps > self.max_train_steps:
-            raise ValueError(
-                f"--lr_warmup_steps must be at most --max_train_steps {self.max_train_steps}, got "
-                f"{self.lr_warmup_steps}"
-            )
-        self._check_prodigy()
-        if self.validation_prompt is not None and not all(prompt.strip() for prompt in self.validation_prompt):
-            raise ValueError("--validation_prompt must not be blank")
-        trackers = [str(tracker) for tracker in get_available_trackers()]
-        if self.report_to not in (*trackers, "all", "none"):
-            # accelerate leaves out what is not installed without a word.
-            raise ValueError(
-                f"--report_to {self.report_to}: expected all, none or an installed tracker ({', '.join(trackers)}); "
-                f"choose another, or install its package, for tensorboard: {remedy('training')}"
-            )
-        if self.lora_layers is not None and not all(name.strip() for name in self.lora_layers.split(",")):
-            raise ValueError("--lora_layers has an empty name; write names with commas between them")
-        if self.group_offload and self.offload:
-            raise ValueError("--offload and --group_offload exclude each other; choose one")
-        for name in ("eval_prompt_column", "eval_prompt_split"):
-            if self.eval_prompts is None and vars(self)[name] is not None:
-                raise ValueError(f"--{name} needs --eval_prompts; leave it out")
-        if self.select == "best" and self.eval_reward is None:
-            raise ValueError("--select best needs --eval_reward, the held-out reward to choose by")
-        if self.eval_reward is not None and self.reward is not None:
-            both = sorted({*part_names(self.reward)} & {*part_names(self.eval_reward)})
-            if both:
-                raise ValueError(
-                    f"--eval_reward {self.eval_reward}: --reward trains {both[0]}; choose one that is held out"
-                )
-        if self.attention_backend is not None:
-            check_attention_backend(self.attention_backend)
-        self._check_sizes()
-
-    def _check_prodigy(self) -> None:
-        if self.optimizer != "prodigy":
-            if self.prodigy_d_coef != 1:
-                raise ValueError(f"--prodigy_d_coef has no effect with --optimizer {self.optimizer}; leave it out")
-        elif self.learning_rate is not None and self.learning_rate < 0.1:
-            # diffusers' scripts warn.
-            raise ValueError(
-                f"--learning_rate {self.learning_rate:g}: a factor on the rate that --optimizer prodigy finds, "
-                "expected about 1; set it to 1, and --prodigy_d_coef below 1 for smaller steps"
-            )
-
-    def _check_sizes(self) -> None:
-        heights, widths = self.height, self.width
-        if self.resolution is not None and (heights or widths):
-            raise ValueError("--resolution sets height and width; leave it out where --height and --width are given")
-        if heights and widths and len(heights) != len(widths) and 1 not in (len(heights), len(widths)):
-            raise ValueError(
-                f"--height and --width must have as many values, or one of them a single one, got {len(heights)} and "
-                f"{len(widths)}"
-            )
+        check_combinations(self)
 
     @property
     def sizes(self) -> tuple[tuple[int, int], ...]:
@@ -405,24 +325,6 @@ class TrainingConfig:
         heights, widths = self.height or (512,), self.width or (512,)
         count = max(len(heights), len(widths))
         return tuple(zip(heights * (count // len(heights)), widths * (count // len(widths)), strict=True))
-
-    def _check_full(self) -> None:
-        """Refuse what does not go with `--train full`."""
-        declared = declarations(type(self))
-        refused = {
-            **dict.fromkeys(_OF_LORA, "is an option of a LoRA"),
-            "optimizer": "other than adamw does not train shards",
-            "quantization_config_path": "leaves weights that cannot be trained",
-            "velocity_anchor": "compares with the base model, which is gone after the first update",
-            "verify": "needs whole parameters",
-        }
-        for name, reason in refused.items():
-            if getattr(self, name) != declared[name][0].default:
-                raise ValueError(f"--{name} {reason}; leave it out, or train a LoRA (--train lora)")
-        if self.mixed_precision == "fp16":
-            raise ValueError("--mixed_precision fp16: --train full computes in bf16 or float32; choose bf16 or no")
-        if self.offload_ema and not self.use_ema:
-            raise ValueError("--offload_ema has no effect without --use_ema; add --use_ema or leave it out")
 
     def settle(self, backbone: HasDefaults) -> "TrainingConfig":
         """The config with the backbone's defaults, and with what depends on other options or on accelerate.
@@ -446,11 +348,7 @@ class TrainingConfig:
         elif self.resolution is None:
             found["resolution"] = (512,)
         if self.mixed_precision is None:
-            found["mixed_precision"] = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-            if found["mixed_precision"] not in ("no", "fp16", "bf16"):
-                raise ValueError(
-                    f"--mixed_precision must be no, fp16 or bf16, accelerate says {found['mixed_precision']}"
-                )
+            found["mixed_precision"] = launched_precision()
         dtype = found.get("mixed_precision", self.mixed_precision)
         if self.lora_dtype is None and self.train == "lora":
             found["lora_dtype"] = "base" if dtype == "bf16" and not self.use_dora else "float32"
@@ -485,89 +383,5 @@ class TrainingConfig:
         """
         own = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "method_options"}
         if self.train == "full":
-            own |= dict.fromkeys(_OF_LORA)
+            own |= dict.fromkeys(OF_LORA)
         return settings({**own, **(self.method_options or {})})
-
-
-def add_method_options(
-    parser: argparse.ArgumentParser, group: Any, backbone: str, argv: list[str] | None, recipes: Path | None
-) -> list[str]:
-    """Add the options of all rows of the table, or of the user's own row if `--method` names one; returns names."""
-    rows = dict(METHODS)
-    method = given_early(parser, "method", argv)
-    if method is None and (recipe := given_early(parser, "config", argv)) is not None:
-        try:
-            method = read_recipe(find_recipe(recipe, recipes)).get("method")
-        except ValueError as error:
-            parser.error(str(error))
-    if isinstance(method, str) and method not in rows:
-        try:
-            rows = {method: find_row(method)}
-        except ValueError as error:
-            parser.error(str(error))
-    owners: dict[str, list[str]] = {}
-    declared: dict[str, Option] = {}
-    for row, content in rows.items():
-        defaults = content.defaults(backbone)
-        for name, found in row_options(row).items():
-            declared[name] = found
-            owners.setdefault(name, []).append(f"{row} {_text(defaults[name])}")
-    for name, found in declared.items():
-        if name in declarations(TrainingConfig):
-            parser.error(f"--method {method}: its option {name!r} is an option of the run; give it another name")
-        kind = found.kind
-        group.add_argument(
-            f"--{name}",
-            type=kind.parse,
-            choices=kind.choices,
-            nargs=kind.nargs,
-            metavar=kind.metavar,
-            # argparse formats help texts with %.
-            help=f"{found.help} Defaults: {', '.join(owners[name])}.".replace("%", "%%"),
-        )
-    return list(declared)
-
-
-def _text(default: Any) -> str:
-    if isinstance(default, tuple):
-        return " ".join(map(_text, default))
-    return f"{default:g}" if isinstance(default, float) else str(default).lower()
-
-
-def parse_training_config(
-    backbone: HasDefaults, description: str, argv: list[str] | None = None, recipes: Path | None = None
-) -> TrainingConfig:
-    """The config of a command line and of the recipe that its `--config` names, with the backbone's defaults.
-
-    Args:
-        backbone: of the script.
-        description: first line of `--help`.
-        argv: the arguments; those of the process by default.
-        recipes: folder of the recipes that `--config` may name without a path.
-
-    Raises:
-        SystemExit: with code 2 and one line, for what the user can put right.
-    """
-    parser = make_parser(description)
-    groups = add_options(parser, TrainingConfig, backbone.defaults, required=("reward",), without=("method_options",))
-    names = add_method_options(parser, groups[METHOD_GROUP], backbone.name, argv, recipes)
-    values = vars(parse_args_with_config(parser, argv, recipes))
-    del values["config"]
-    # --resolution and its two parts exclude each other, and the command line wins over the recipe.
-    parts = ("height", "width")
-    has_resolution = given_early(parser, "resolution", argv) is not None
-    has_parts = any(given_early(parser, name, argv) is not None for name in parts)
-    if has_resolution != has_parts:
-        values |= dict.fromkeys(parts if has_resolution else ("resolution",))
-    if values["init_lora"] is not None:
-        # What the recipe or the backbone says of a new LoRA gives way to the LoRA of the command line.
-        is_new = given_early(parser, "init_lora", argv) is not None
-        for name in ("rank", "lora_alpha", "lora_layers"):
-            if given_early(parser, name, argv) is None and (is_new or values[name] == parser.get_default(name)):
-                values[name] = None
-    given = {name: value for name in names if (value := values.pop(name)) is not None}
-    config = make_config(parser, TrainingConfig, {**values, "method_options": given or None})
-    try:
-        return config.settle(backbone)
-    except ValueError as error:
-        parser.error(str(error))

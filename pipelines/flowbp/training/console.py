@@ -17,7 +17,7 @@ from ..publishing.run_info import redact
 class Console:
     """Lines and progress bars of the main process, without secrets; other processes are silent.
 
-    What goes on is told on stderr, results are printed to stdout.
+    Progress is printed to stderr, results to stdout.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
@@ -53,7 +53,7 @@ class Console:
             self._bar.set_postfix(**values)
 
     @contextmanager
-    def judging(self, what: str, images: int) -> Iterator[Callable[[int], object]]:
+    def drawing(self, what: str, images: int) -> Iterator[Callable[[int], object]]:
         """A bar of its own for images that are drawn and scored.
 
         Yields:

@@ -100,6 +100,15 @@ def check_distributed(accelerator: Accelerator) -> None:
             f"Processes of kind {name} are not supported, expected one process, DDP or FSDP2; launch with a config "
             "of training/accelerate_configs."
         )
+    check_number_of_processes(accelerator)
+
+
+def check_number_of_processes(accelerator: Accelerator) -> None:
+    """Check that the processes that were started know of one another.
+
+    Raises:
+        ValueError: where accelerate runs another number of processes.
+    """
     expected = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != expected:
         raise ValueError(
@@ -196,7 +205,6 @@ def _shard(accelerator: Accelerator, transformer: torch.nn.Module, dtype: torch.
     """FSDP2 by torch's own call: accelerate's needs an optimizer, does nothing on the CPU and keeps the root whole.
 
     Args:
-        accelerator: of the run.
         transformer: to shard.
         dtype: that float32 shards are computed in; None leaves all dtypes as they are.
     """
@@ -289,7 +297,7 @@ def clip_gradients(parameters: Iterable[torch.nn.Parameter], max_norm: float) ->
 
     Returns:
         The norm before, the same on every process; not finite if any gradient is not, and then the gradients are
-        of no use.
+        unusable.
     """
     return full_tensor(torch.nn.utils.clip_grad_norm_(parameters, max_norm)).item()
 
@@ -308,7 +316,7 @@ def all_ranks_max(accelerator: Accelerator, values: Sequence[float]) -> list[flo
     return gathered.amax(0).tolist()
 
 
-def leave(code: int | str) -> None:
+def exit_process(code: int | str) -> None:
     """End this process, one of several without Python's own shutdown; a process that is alone and done returns.
 
     Args:

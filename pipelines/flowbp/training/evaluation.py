@@ -1,8 +1,7 @@
 # Copyright 2026 The FlowBP for diffusers authors
 # SPDX-License-Identifier: Apache-2.0
-"""Judging a run while it trains: evaluation images, the guard's alarms, the best weights, and validation images."""
+"""Evaluation while training: scores of held-out images, the guard's alarms, and the best weights."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -10,45 +9,32 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from PIL import Image
 
 from ..judging.guard import MIN_IMAGES, Alarm, Guard, Measurement
-from ..judging.images import Drawn
 from ..judging.statistics import estimate
 from ..rewards import part_names
-from .checkpoints import write_folder, write_json
 from .config import TrainingConfig
 from .console import Console
-from .distributed import all_ranks_max
-from .prompts import Record
 from .reports import Reports, finite
 from .rewards import RunRewards
 from .sampling import Sampling
-from .signals import JudgingStopped, StopSignals
+from .scored_images import ScoredImages
+from .signals import StopSignals
 from .state import TrainingState
-from .trained import FullWeights, LoraWeights
-
-# What an evaluation's images depend on beside prompt, noise and LoRA.
-OF_IMAGES = (
-    "pretrained_model_name_or_path revision variant quantization_config_path mixed_precision seed resolution height "
-    "width num_frames num_inference_steps guidance_scale true_cfg_scale negative_prompt sigmas flow_shift "
-    "max_sequence_length pipeline_arguments"
-).split()
+from .validation import Validation
 
 
 class Evaluation:
     """Draws and scores the images of fixed records from fixed noise, and keeps what they showed.
 
     Args:
-        config: of the run.
-        accelerator: of the run.
         state: whose weights are judged.
         rewards: of the run; the plain and the held-out one judge.
         sampling: of the run's pipeline.
-        console, reports: of the run.
         signals: that stop the drawing between images.
 
     Attributes:
+        validation: the images for people, which are drawn in the same way.
         found: `{"base", "last", "best"}`: each with its update and the scores of every evaluation image.
         history: `update`, `mean`, `low` and `high` (95 % interval) of each evaluation, by the reward `judge`.
         best_weights: a snapshot of what is trained, of `found["best"]`.
@@ -67,23 +53,19 @@ class Evaluation:
         reports: Reports,
         signals: StopSignals,
     ) -> None:
-        self.signals = signals
         self.config = config
         self.accelerator = accelerator
         self.state = state
         self.rewards = rewards
-        self.sampling = sampling
         self.console = console
         self.reports = reports
-        self.judges = {rewards.name: rewards.plain}
-        if rewards.held_out is not None:
-            self.judges[config.eval_reward] = rewards.held_out
+        self.images = ScoredImages(config, accelerator, rewards, sampling, console, reports, signals)
+        self.validation = Validation(state, self.images)
         self.held_out = [] if config.eval_reward is None else [config.eval_reward, *part_names(config.eval_reward)]
         self.guard = Guard()
         self.found: dict[str, dict[str, Any]] = {}
         self.history: list[dict[str, Any]] = []
         self.best_weights: dict[str, torch.Tensor] | None = None
-        self._base: Drawn | None = None
         self.alarms: list[dict[str, Any]] = []
         self.is_pending = False
         self._training_rewards: list[float] = []
@@ -109,9 +91,8 @@ class Evaluation:
         if self.rewards.evaluation and "base" not in self.found:
             with self.state.trained.left_out():
                 self.evaluate(0)
-        if isinstance(self.state.trained, FullWeights):
-            # The base model is gone after the first update.
-            self.base_images()
+        if self.state.trained.loses_base:
+            self.validation.of_base()
         if self.is_pending:
             self.judge_update()
 
@@ -137,7 +118,7 @@ class Evaluation:
         """The evaluation and the validation that are due after the last update.
 
         Raises:
-            JudgingStopped: a signal came; what was due stays pending.
+            DrawingStopped: a signal came; what was due stays pending.
         """
         update = self.state.update
         evaluation, validation = self.is_due
@@ -145,26 +126,13 @@ class Evaluation:
             with self.state.averaged():
                 self.evaluate(update)
         if validation:
-            with self.state.averaged():
-                drawn = self.validate()
-            self._log("validation", update, drawn, self.rewards.validation, 1)
+            self.validation.draw_and_log(update)
         self.is_pending = False
-
-    def validate(self) -> Drawn:
-        """Images of the validation's records and their rewards, always from the same noise."""
-        return self._draw("validation", self.rewards.validation, 1)
-
-    def base_images(self) -> Drawn:
-        """What `validate` draws of the base model."""
-        if self._base is None:
-            with self.state.trained.left_out():
-                self._base = self.validate()
-        return self._base
 
     def evaluate(self, update: int) -> None:
         """Score the evaluation images, ask the guard, and keep the weights if they are the best so far."""
         config = self.config
-        drawn = self._draw("evaluation", self.rewards.evaluation, config.num_eval_images)
+        drawn = self.images.draw("evaluation", self.rewards.evaluation, config.num_eval_images)
         found = {"update": update, "scores": {name: finite(values) for name, values in drawn.scores.items()}}
         held_out = None if config.eval_reward is None else tuple(drawn.scores[config.eval_reward])
         since = self._training_rewards
@@ -190,30 +158,14 @@ class Evaluation:
                 self.found["best"] = {**found, "score": mean}
                 self.best_weights = self.state.trained.snapshot()
                 self.write_best()
-        self._log("evaluation", update, drawn, self.rewards.evaluation, config.num_eval_images)
+        self.images.log("evaluation", update, drawn, self.rewards.evaluation, config.num_eval_images)
         self._tell_scores(update)
         self._raise(self.guard.evaluate(measurement))
 
     def write_best(self) -> None:
-        """Write the best LoRA and its scores into the folder `best`; of all weights, checkpoints have the best."""
-        trained = self.state.trained
-
-        def fill(folder: Path) -> None:
-            trained.save(folder, self.best_weights)
-            write_json(folder / "evaluation.json", self.found["best"])
-
-        if self.accelerator.is_main_process and isinstance(trained, LoraWeights):
-            write_folder(self.config.output_dir / "best", fill)
-
-    def _draw(self, purpose: str, records: Sequence[Record], count: int) -> Drawn:
-        with self.console.judging(purpose, len(records) * count) as show:
-
-            def advance(images: int) -> None:
-                show(images)
-                if all_ranks_max(self.accelerator, [self.signals.number])[0]:
-                    raise JudgingStopped
-
-            return self.sampling.draw(purpose, records, count, self.judges, advance)
+        """See `TrainedWeights.write_best`."""
+        if self.accelerator.is_main_process:
+            self.state.trained.write_best(self.config.output_dir, self.best_weights, self.found["best"])
 
     def _tell_scores(self, update: int) -> None:
         texts = []
@@ -232,40 +184,18 @@ class Evaluation:
             self.console.tell(f"Alarm {alarm.name} at update {alarm.update}: {alarm.message}")
             self.reports.scalars({f"alarm/{alarm.name}": 1}, self.state.update)
 
-    def _log(self, what: str, update: int, drawn: Drawn, records: Sequence[Record], count: int) -> None:
-        scores = {name: [score for score in values if math.isfinite(score)] for name, values in drawn.scores.items()}
-        means = {f"{what}/{name}": sum(values) / len(values) for name, values in scores.items() if values}
-        for name in ("saturated", "high_frequency", "velocity_norm", "diversity"):
-            if (value := vars(drawn)[name]) is not None and math.isfinite(value):
-                means[f"{what}/{name}"] = value
-        self.reports.scalars(means, update)
-        if self.accelerator.is_main_process:
-            prompts = [record.prompt for record in records for _ in range(count)]
-            columns = min(len(prompts), count * max(1, 8 // count))
-            title = (
-                f"{what.capitalize()} after update {update}" if update else f"{what.capitalize()} of the base model"
-            )
-            from ..judging.figures import validation_strip
-
-            strip = validation_strip(drawn.images, prompts, drawn.scores, columns, title)
-            self.reports.images(what, strip, update)
-
     # Checkpoints.
 
     def _made_with(self) -> dict[str, Any]:
         """What the scores of an evaluation are of: rewards, records, and what the images are made with."""
-        given = self.config.settings()
         return {
-            "rewards": list(self.judges),
-            "prompts": [record.prompt for record in self.rewards.evaluation],
+            "rewards": list(self.images.judges),
             "count": self.config.num_eval_images,
-            "made_with": {name: given[name] for name in OF_IMAGES},
+            **self.images.origin(self.rewards.evaluation),
         }
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, but for `best_weights` and the base's images."""
-        # JSON has no NaN, which the score of an image that is not finite is.
-        scores = {} if self._base is None else {name: finite(each) for name, each in self._base.scores.items()}
         return {
             "made_with": self._made_with(),
             "is_pending": self.is_pending,
@@ -274,39 +204,18 @@ class Evaluation:
             "alarms": self.alarms,
             "found": self.found,
             "history": self.history,
-            "base_images": None if self._base is None else self._of_base_images() | {"scores": scores},
+            "base_images": self.validation.state_dict(),
         }
-
-    def _of_base_images(self) -> dict[str, Any]:
-        """What the validation's images are of."""
-        given = self.config.settings()
-        return {
-            "prompts": [record.prompt for record in self.rewards.validation],
-            "made_with": {name: given[name] for name in OF_IMAGES},
-        }
-
-    def save_base_images(self, folder: Path) -> None:
-        """Write the base's images, if a resumed run cannot draw them again, into a checkpoint's folder."""
-        for place, image in enumerate(self._base.images if self._base is not None else ()):
-            image.save(folder / f"base_{place}.png")
 
     def load(self, folder: Path, state: Mapping[str, Any]) -> None:
-        """Continue from a checkpoint; scores of other images or rewards are of no use and are left out."""
+        """Continue from a checkpoint; scores of other images or rewards are dropped."""
         self._training_rewards = state["training_rewards"]
         self.alarms, self.is_pending = state["alarms"], state["is_pending"]
         if state["made_with"] == self._made_with():
             self.guard.load_state_dict(state["guard"])
             self.found, self.history = state["found"], state["history"]
-            self.best_weights = self.state.load_best(folder, "best" in self.found)
-        kept = state["base_images"]
-        if kept is not None and self._of_base_images().items() <= kept.items() and [*kept["scores"]] == [*self.judges]:
-            images = [Image.open(folder / f"base_{place}.png") for place in range(len(kept["prompts"]))]
-            for image in images:
-                image.load()
-            scores = {
-                name: [math.nan if score is None else score for score in each] for name, each in kept["scores"].items()
-            }
-            self._base = Drawn(images, scores, *[math.nan] * 3, None)
+            self.best_weights = self.state.files.read_best(folder) if "best" in self.found else None
+        self.validation.load(folder, state["base_images"])
 
 
 def _with_interval(score: Mapping[str, float | None]) -> str:

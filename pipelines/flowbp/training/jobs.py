@@ -22,7 +22,7 @@ class Job:
     """A program to run.
 
     Attributes:
-        name: in what is told.
+        name: in messages.
         command: gives its words, when it is started.
         folder: that it writes into and locks; it is not started while another process has the lock.
         log: file that gets what it prints; None for the console.

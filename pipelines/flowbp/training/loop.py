@@ -58,7 +58,7 @@ def train(
                     run.console.tell(f"Stopped by an alarm after update {update}, as --stop_on_alarm says.")
                     break
                 one_update(run, update)
-                run.checkpoints.judge_and_write()
+                run.checkpoints.after_update()
             return finish(run)
 
 
@@ -80,8 +80,7 @@ def one_update(run: Run, update: int) -> StageMeter:
             strict=config.strict or update == run.first_update,
             on_stage=meter.mark,
             velocity_anchor=config.velocity_anchor,
-            # Norms are of whole gradients, of which there are only shards when all weights are trained.
-            measure_gradients=config.train == "lora",
+            measure_gradients=run.state.trained.has_whole_gradients,
         )
         seed_rewards(config.seed, update, places)
         meter.mark("encode")

@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The LoRA of a run: a new one, or one in a file that the run continues (`--init_lora`)."""
 
-import hashlib
 import inspect
 import re
 from collections.abc import Mapping
@@ -20,12 +19,13 @@ from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load
 
+from ..files import sha256
 from ..judging.lora_files import check_lora_file, download_lora, is_of_peft, read_lora, with_prefix
+from ..publishing.published_files import LORA_FILE
 from ..rewards.loading import brief
 from .backbone import Backbone
 from .config import TrainingConfig
 from .distributed import load_lora
-from .model import LORA_FILE
 from .seeds import derive_seed
 
 # A LoRA's tensors in the names of peft, of kohya's scripts, and of diffusers before peft.
@@ -67,8 +67,6 @@ def read_init_lora(config: TrainingConfig, backbone: Backbone, checkpoint: Path 
     """The LoRA of `--init_lora`, checked against the model before that is loaded; None without the option.
 
     Args:
-        config: of the run.
-        backbone: of the run.
         checkpoint: that the run resumes from; its LoRA counts then, and the other may be gone.
 
     Raises:
@@ -80,7 +78,7 @@ def read_init_lora(config: TrainingConfig, backbone: Backbone, checkpoint: Path 
     source, where = config.init_lora, f"--init_lora {config.init_lora}"
     try:
         file = download_lora(source, "--init_lora")
-        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        digest = sha256(file)
     except ValueError:
         if checkpoint is None:
             raise

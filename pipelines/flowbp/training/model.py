@@ -3,24 +3,28 @@
 """The model of a run: checks of what is to be loaded, and quantisation."""
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE as LORA_FILE
 from diffusers.quantizers.auto import DiffusersAutoQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 
-__all__ = [
-    "LORA_FILE",
-    "WEIGHT_DTYPES",
-    "freeze",
-    "load_quantization_config",
-    "missing_components",
-]
-
 WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def launched_precision() -> str:
+    """The key of `WEIGHT_DTYPES` that `accelerate launch` was told.
+
+    Raises:
+        ValueError: for another one.
+    """
+    found = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if found not in WEIGHT_DTYPES:
+        raise ValueError(f"--mixed_precision must be no, fp16 or bf16, accelerate says {found}")
+    return found
 
 
 def missing_components(config: Mapping[str, Any]) -> dict[str, None]:

@@ -7,16 +7,15 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
-from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from filelock import FileLock, Timeout
 
-from ..publishing.published_files import PUBLISHED_IMAGES, TRANSFORMER_FOLDER
+from ..publishing.published_files import LORA_FILE, PUBLISHED_IMAGES, TRANSFORMER_FOLDER
 from .checkpoints import MANIFEST
 
 LOCK = ".flowbp.lock"
 RESCUE = ".flowbp.rescue"
 """Marks that a failing process writes the last checkpoint."""
-FILES = ("log.jsonl", "run.json", "README.md", LORA_WEIGHT_NAME_SAFE, "before_after.png", "reward_curve.png")
+FILES = ("log.jsonl", "run.json", "README.md", LORA_FILE, "before_after.png", "reward_curve.png")
 # Folders, and the names of the files that a run writes there.
 FOLDERS = {
     "images": PUBLISHED_IMAGES,

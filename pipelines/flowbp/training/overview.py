@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from .config import TrainingConfig
 from .console import duration, size, table
 from .optimizers import OPTIMIZERS
 from .setup import Run
@@ -19,7 +18,7 @@ def tell_plan(run: Run) -> None:
     config = run.config
     if config.dry_run:
         return
-    trained = sum(parameter.numel() for parameter in run.state.parameters)
+    count = sum(parameter.numel() for parameter in run.state.parameters)
     whole = sum(parameter.numel() for parameter in run.state.transformer.parameters())
     batch = (config.train_batch_size, config.gradient_accumulation_steps, run.accelerator.num_processes)
     sizes = ", ".join(f"{height} x {width}" for height, width in config.sizes)
@@ -30,7 +29,7 @@ def tell_plan(run: Run) -> None:
     resumed = f", of which {run.first_update} are done" if run.first_update else ""
     lines = [
         ("reward", run.rewards.name),
-        ("trained", f"{trained:,} parameters in float32 ({trained / whole:.1%}), {_what_is_trained(config)}"),
+        ("trained", f"{count:,} parameters in float32 ({count / whole:.1%}), {run.state.trained.describe(config)}"),
         ("optimizer", f"{config.optimizer}, learning rate {config.learning_rate:g} ({config.lr_scheduler})"),
         (
             "batch",
@@ -44,14 +43,6 @@ def tell_plan(run: Run) -> None:
     ]
     model = f"{type(run.sampling.pipe).__name__} ({config.pretrained_model_name_or_path})"
     run.console.tell(table(f"{run.title} on {model}", lines))
-
-
-def _what_is_trained(config: TrainingConfig) -> str:
-    if config.train == "full":
-        return "all weights, in shards (FSDP2)"
-    rank = "several ranks" if config.rank is None else f"rank {config.rank}"
-    start = "" if config.init_lora is None else f", from {config.init_lora}"
-    return f"{'DoRA' if config.use_dora else 'LoRA'} of {rank}{start}"
 
 
 def tell_update(run: Run, step: Step, entry: Mapping[str, Any]) -> None:
@@ -110,15 +101,11 @@ def estimate(run: Run, meter: StageMeter) -> str:
 
 
 def _bytes_written(run: Run) -> tuple[int, int]:
-    """Of the result and of a checkpoint: weights, moments and an average in float32, and the best result.
-
-    A LoRA is small: its checkpoints have the result too.
-    """
+    """Of the result, and of a checkpoint: weights, moments and an average in float32, and snapshots that it keeps."""
     config = run.config
     count = sum(parameter.numel() for parameter in run.state.parameters)
-    is_full = config.train == "full"
-    result = count * (2 if is_full and config.mixed_precision == "bf16" else 4)
-    kept_results = (not is_full) + (config.eval_reward is not None)
+    result = count * run.state.trained.dtype.itemsize
+    kept_results = run.state.files.has_result + (config.eval_reward is not None)
     copies = 1 + OPTIMIZERS[config.optimizer].copies + config.use_ema
     return result, round(copies * 4 * count) + kept_results * result
 

@@ -164,6 +164,22 @@ def text_files(model: str) -> list[tuple[str, int, int]]:
     return sorted((f"{path.parent.name}/{path.name}", path.stat().st_size, path.stat().st_mtime_ns) for path in files)
 
 
+def cache_settings(config: TrainingConfig) -> dict[str, Any]:
+    """What embeddings depend on beside model and records, for `cache_folder`."""
+    model = config.pretrained_model_name_or_path
+    return {
+        "revision": config.revision,
+        "variant": config.variant,
+        "mixed_precision": config.mixed_precision,
+        "max_sequence_length": config.max_sequence_length,
+        "diffusers": diffusers.__version__,
+        "transformers": transformers.__version__,
+        "files": text_files(model),
+        "commit": hub_commit(model, config.revision),
+        "prompts_per_file": PROMPTS_PER_FILE,
+    }
+
+
 def is_complete(folder: Path, count: int) -> bool:
     """Whether a cache holds the embeddings of `count` records, in files that are whole."""
     for start in range(0, count, PROMPTS_PER_FILE):
@@ -258,8 +274,6 @@ def prepare_prompt_embeds(
     freed; otherwise they stay and encode each batch.
 
     Args:
-        config: of the run.
-        accelerator: of the run.
         load_pipeline: loads the text encoders and tokenizers, in a pipeline without the rest.
         encode: `encode(pipe, records) -> {argument of the call: (B, ...)}`, with the pipeline's own `encode_prompt`.
         key: what a record's embeddings depend on, see `Backbone.key`.
@@ -278,19 +292,8 @@ def prepare_prompt_embeds(
     source: Callable[[Sequence[Record]], Embeds]
     if config.precompute_prompt_embeds:
         everything = {key(each): each for each in (*records, *([] if negative is None else [negative]))}
-        settings: dict[str, Any] = {
-            "revision": config.revision,
-            "variant": config.variant,
-            "mixed_precision": config.mixed_precision,
-            "max_sequence_length": config.max_sequence_length,
-            "diffusers": diffusers.__version__,
-            "transformers": transformers.__version__,
-            "files": text_files(config.pretrained_model_name_or_path),
-            "commit": hub_commit(config.pretrained_model_name_or_path, config.revision),
-            "prompts_per_file": PROMPTS_PER_FILE,
-        }
-        root = config.prompt_embeds_dir.expanduser()
-        folder = cache_folder(root, config.pretrained_model_name_or_path, list(everything), settings)
+        root, model = config.prompt_embeds_dir.expanduser(), config.pretrained_model_name_or_path
+        folder = cache_folder(root, model, list(everything), cache_settings(config))
         with accelerator.local_main_process_first():
             fill_cache(folder, list(everything.values()), make_encoder, say=accelerator.print)
         source = PromptEmbeds(folder, list(everything), key, device)

@@ -1,25 +1,22 @@
 # Copyright 2026 The FlowBP for diffusers authors
 # SPDX-License-Identifier: Apache-2.0
-"""Prompts: reading them from a file, folder or Hub dataset, and drawing batches of them for training."""
+"""Prompts with the other columns of their table: read from a file, a folder, a named set or a dataset of the Hub."""
 
 import csv
 import json
-import random
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from ..extras import require
 from .prompt_sets import PROMPT_SETS
 
 if TYPE_CHECKING:
     import datasets
-
-T = TypeVar("T")
 
 _FILES = (".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet")
 _DATA_SUFFIXES = (".arrow", *_FILES)
@@ -477,75 +474,3 @@ def _prompt_column(table: _Table, source: str, column: str | None) -> str:
     if found not in (_COLUMN_NAMES if column is None else (column,)):
         warnings.warn(f"prompts: the column {found!r} of {source!r} holds the prompts.", stacklevel=3)
     return found
-
-
-class PromptSampler(Generic[T]):
-    """Endless batches of prompts (or records of them), in an order that only the seed decides.
-
-    All processes walk one sequence: the prompts, shuffled anew in every epoch by `(seed, epoch)`. Each process takes
-    its own part of every `num_processes * batch_size` places of it, so a prompt repeats among the processes' batches
-    only where an epoch ends there, or where there are fewer prompts than places. Batches run on over the end of an
-    epoch.
-
-    Args:
-        prompts: at least one.
-        batch_size: prompts per process and batch.
-        seed: decides the order.
-        process_index: this process, from 0 to `num_processes - 1`.
-        num_processes: how many processes draw from the sequence.
-
-    Raises:
-        ValueError: no prompts, or a number out of its range.
-    """
-
-    def __init__(
-        self, prompts: Sequence[T], batch_size: int, seed: int, process_index: int = 0, num_processes: int = 1
-    ) -> None:
-        if not prompts:
-            raise ValueError("PromptSampler: at least one prompt expected, got none")
-        if batch_size < 1:
-            raise ValueError(f"PromptSampler: batch_size of at least 1 expected, got {batch_size}")
-        if not 0 <= process_index < num_processes:
-            raise ValueError(
-                "PromptSampler: process_index from 0 to num_processes - 1 expected, "
-                f"got {process_index} of {num_processes}"
-            )
-        self.prompts = list(prompts)
-        self.batch_size = batch_size
-        self.seed = seed
-        self.process_index = process_index
-        self.num_processes = num_processes
-        self.position = 0
-        self._epoch = -1
-        self._order: list[int] = []
-
-    def __iter__(self) -> Iterator[list[T]]:
-        return self
-
-    def __next__(self) -> list[T]:
-        start = self.position + self.process_index * self.batch_size
-        self.position += self.num_processes * self.batch_size
-        return [self._at(place) for place in range(start, start + self.batch_size)]
-
-    def _at(self, place: int) -> T:
-        epoch, index = divmod(place, len(self.prompts))
-        if epoch != self._epoch:
-            self._epoch = epoch
-            self._order = list(range(len(self.prompts)))
-            random.Random(f"{self.seed}/{epoch}").shuffle(self._order)
-        return self.prompts[self._order[index]]
-
-    def state_dict(self) -> dict[str, int]:
-        """`position`: how many places of the common sequence all processes together have used."""
-        return {"position": self.position}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Goes on at a saved position; prompts and seed must be those of the run that saved it.
-
-        Raises:
-            ValueError: `position` is absent, not an integer, or negative.
-        """
-        position = state.get("position")
-        if type(position) is not int or position < 0:
-            raise ValueError(f"PromptSampler: a position of 0 or more expected in the saved state, got {position!r}")
-        self.position = position

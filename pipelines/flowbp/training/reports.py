@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from PIL import Image
 
 from ..file_errors import writing
-from ..files import move
+from ..files import write_atomically
 from ..outputs import BackwardOutput
 from ..surrogate import Surrogate
 from .config import TrainingConfig
@@ -62,7 +62,6 @@ class Reports:
     """`log.jsonl` and the trackers of a run. With `--dry_run` nothing is written.
 
     Args:
-        config: of the run.
         accelerator: of the run, with its trackers.
         part_names: parts of the training reward, if it is a sum.
 
@@ -87,9 +86,7 @@ class Reports:
         )
         if self.accelerator.is_main_process:
             self.log = earlier
-            partial = self._path.with_suffix(".partial")
-            partial.write_text("".join(json.dumps(entry) + "\n" for entry in self.log), encoding="utf-8")
-            move(partial, self._path)
+            write_atomically(self._path, "".join(json.dumps(entry) + "\n" for entry in self.log))
         trackers = [tracker.name for tracker in self.accelerator.trackers]
         return [
             f"--tracker_{option} has no effect: {' and '.join(trackers) or 'no tracker'} takes no {option}."

@@ -12,13 +12,12 @@ from ..file_errors import writing
 from ..judging.images import Drawn
 from ..judging.statistics import estimate
 from ..publishing.model_card import write_card
-from ..publishing.published_files import PUBLISHED_IMAGES, TRANSFORMER_FOLDER
+from ..publishing.published_files import PUBLISHED_IMAGES
 from ..publishing.push import push_folder
 from ..publishing.run_info import git_commit, hardware, versions, write_run_json
 from .console import duration, table
 from .optimizers import OPTIMIZERS
 from .reports import finite
-from .trained import FullWeights
 
 if TYPE_CHECKING:
     from .setup import Run
@@ -72,8 +71,8 @@ def finish(run: "Run") -> TrainingResult:
         state.trained.write(accelerator, config.output_dir, result)
     state.trained.restore(result)
     update = evaluation.found["best"]["update"] if selected == "best" else state.update
-    aligned = evaluation.validate()
-    base = evaluation.base_images()
+    aligned = evaluation.validation.draw()
+    base = evaluation.validation.of_base()
     scores = compared_scores(run, selected, base, aligned)
     if accelerator.is_main_process:
         with writing(config.output_dir):
@@ -166,7 +165,7 @@ def write_record(
             "method": {"name": config.method, "title": run.title, "options": dict(run.method.options)},
             "base_model": config.pretrained_model_name_or_path,
             "pipeline_class": type(run.sampling.pipe).__name__,
-            "transformer_class": trained.model_class.__name__ if isinstance(trained, FullWeights) else None,
+            "transformer_class": trained.result_class,
             "versions": versions(OPTIMIZERS[config.optimizer].library),
             "git": git_commit(),
             "hardware": {
@@ -235,15 +234,6 @@ def tell_result(run: "Run", selected: str, update: int, scores: Mapping[str, Map
     lines += [
         ("time", f"{duration(seconds)} in updates, {run.state.skipped} skipped"),
         ("files", f"{files} are in {run.config.output_dir}"),
-        ("load", how_to_load(run)),
+        ("load", run.state.trained.how_to_load(run.sampling.backbone, run.config.output_dir)),
     ]
     run.console.print(table("Done", lines))
-
-
-def how_to_load(run: "Run") -> str:
-    """Python that makes the pipeline of the result."""
-    folder, trained = run.config.output_dir, run.state.trained
-    if not isinstance(trained, FullWeights):
-        return run.backbone.how_to_load(folder)
-    load = f'{trained.model_class.__name__}.from_pretrained("{folder.as_posix()}", subfolder="{TRANSFORMER_FOLDER}"'
-    return f"pipe.{trained.component} = {load}, dtype={trained.dtype})"

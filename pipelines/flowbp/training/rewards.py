@@ -115,7 +115,6 @@ def load_run_rewards(config: TrainingConfig, records: list[Record], reward: Rewa
     """The rewards of a run, tried on its prompts.
 
     Args:
-        config: of the run.
         records: of the training.
         reward: in place of `config.reward`: a name, a weighted sum, or any
             `reward(images, prompts, **columns) -> (B,)`.

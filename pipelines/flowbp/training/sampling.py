@@ -3,6 +3,7 @@
 """Sampling with the run's pipeline, in training and for judging: the same calls, so training is inference."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,30 +19,15 @@ from .seeds import make_generator
 Noise = torch.Generator | list[torch.Generator]
 
 
+@dataclass(eq=False)
 class Sampling:
-    """The run's pipeline and what it is called with.
+    """The run's pipeline and what it is called with; `inputs` is of `Backbone.prompt_inputs`."""
 
-    Args:
-        config: of the run.
-        accelerator: of the run.
-        backbone: of the run.
-        pipe: its pipeline.
-        inputs: of `Backbone.prompt_inputs`.
-    """
-
-    def __init__(
-        self,
-        config: TrainingConfig,
-        accelerator: Accelerator,
-        backbone: Backbone,
-        pipe: DiffusionPipeline,
-        inputs: Callable[[Sequence[Record]], dict[str, Any]],
-    ) -> None:
-        self.config = config
-        self.accelerator = accelerator
-        self.backbone = backbone
-        self.pipe = pipe
-        self.inputs = inputs
+    config: TrainingConfig
+    accelerator: Accelerator
+    backbone: Backbone
+    pipe: DiffusionPipeline
+    inputs: Callable[[Sequence[Record]], dict[str, Any]]
 
     def size(self, update: int, micro_batch: int) -> tuple[int, int]:
         """Height and width of a micro-batch: the run's sizes in turn, the same in all processes."""
@@ -85,7 +71,7 @@ class Sampling:
             records: whose images are drawn, in the first of the run's sizes.
             count: images of each record.
             rewards: that score them, by name.
-            advance: is told how many images of this run's processes are done.
+            advance: called with the number of images that all processes have drawn since its last call.
         """
 
         def sample(place: int, generator: torch.Generator) -> torch.Tensor:

@@ -16,11 +16,11 @@ from ..publishing.push import PushError
 from ..publishing.run_info import one_line, redact_text
 from ..verification import VerificationError
 from .backbone import Backbone
-from .config import parse_training_config
-from .distributed import leave
+from .distributed import exit_process
 from .loop import train
 from .signals import TrainingStopped
 from .state import TrainingError
+from .train_command_line import parse_training_config
 
 # What a user can put right: `run_script` prints these in one line.
 USER_ERRORS = (
@@ -72,4 +72,4 @@ def run_script(main: Callable[[], None]) -> None:
         if "does not have a deterministic implementation" in str(error):
             reason = str(error).partition(", but you set")[0]
             code = f"{Path(sys.argv[0]).name}: error: --deterministic: {reason}; leave it out."
-    leave(code)
+    exit_process(code)

@@ -31,7 +31,6 @@ def sample_generators(purpose: str, seed: int, update: int, places: Sequence[int
 
     Args:
         purpose: "noise", or "copies" for DRaFT-LV's.
-        seed: of the run.
         update: its number.
         places: of the samples in the update, from 0.
     """

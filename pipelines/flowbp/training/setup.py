@@ -36,13 +36,14 @@ from .distributed import (
     uses_fsdp2,
 )
 from .evaluation import Evaluation
-from .ingredients import check_same_prompts, ingredients
+from .fingerprint import check_same_prompts, fingerprint
 from .lora import InitLora, add_lora, read_init_lora
 from .model import freeze
 from .optimizers import check_optimizer
 from .output_folder import OutputFolder
 from .prompts import Record, load_records
 from .reports import Reports, read_log
+from .resuming import resume
 from .rewards import Reward, RunRewards, load_run_rewards
 from .sampling import Sampling
 from .seeds import make_generator
@@ -61,18 +62,15 @@ class Run:
     """A run that is ready to train.
 
     Attributes:
-        script: name of the script that was started, None from Python.
         command: the command line, None from Python.
         wrapped: the transformer that the sweep calls: DDP's wrapper, or the pipeline's own.
         first_update: updates that an earlier run had done.
     """
 
     config: TrainingConfig
-    script: str | None
     command: list[str] | None
     accelerator: Accelerator
     console: Console
-    backbone: Backbone
     method: Method
     objective: Objective
     rewards: RunRewards
@@ -82,10 +80,14 @@ class Run:
     reports: Reports
     evaluation: Evaluation
     checkpoints: Checkpointer
-    signals: StopSignals
     folder: OutputFolder
     first_update: int
     started: datetime = field(default_factory=lambda: datetime.now(UTC))
+
+    @property
+    def script(self) -> str | None:
+        """The name of the script that was started, None from Python."""
+        return None if self.command is None else Path(self.command[0]).name
 
     @property
     def title(self) -> str:
@@ -117,17 +119,10 @@ def prepare(
         # Checked with the other options, and told with them in checkpoints and trackers.
         config, reward = replace(config, reward=reward), None
     config = config.settle(backbone_class)
-    method, records, backbone = check_settings(config, backbone_class)
-    checkpoint = None
-    if config.resume_from_checkpoint is not None:
-        checkpoint = find_checkpoint(config.output_dir, config.resume_from_checkpoint, tell=lambda message: None)
-    init = read_init_lora(config, backbone, checkpoint)
-    if init is not None:
-        config = backbone.config = init.fill(config)
+    method, records, backbone, init = check_settings(config, backbone_class)
+    config = backbone.config
     accelerator = make_accelerator(config)
-    if config.train == "full":
-        check_full(accelerator)
-    check_optimizer(config, uses_fsdp2(accelerator), accelerator.device.type)
+    check_processes(config, accelerator)
     folder = claim_folder(config, accelerator, closing)
     closing.enter_context(ProcessWatch(accelerator, config.process_timeout_minutes))
     check_same_prompts(accelerator, records)
@@ -145,19 +140,16 @@ def prepare(
     reports = Reports(config, accelerator, parts)
     signals = StopSignals()
     evaluation = Evaluation(config, accelerator, state, rewards, sampling, console, reports, signals)
-    made_of = ingredients(config, records, rewards.evaluation, reward, None if init is None else init.digest)
+    made_of = fingerprint(config, records, rewards.evaluation, reward, None if init is None else init.digest)
+    resumed = resume(config, state, evaluation, console, made_of)
     checkpoints = Checkpointer(config, accelerator, state, evaluation, console, signals, folder, made_of)
-    resumed = checkpoints.resume()
-    earlier = [] if resumed is None else read_log(resumed.parent / "log.jsonl", state.update)
-    for remark in reports.begin(earlier):
+    for remark in reports.begin([] if resumed is None else read_log(resumed.parent / "log.jsonl", state.update)):
         console.tell(remark)
     return Run(
         config=config,
-        script=None if command is None else Path(command[0]).name,
         command=None if command is None else list(command),
         accelerator=accelerator,
         console=console,
-        backbone=backbone,
         method=method,
         objective=make_objective(config, method, backbone.guidance_gain),
         rewards=rewards,
@@ -167,13 +159,14 @@ def prepare(
         reports=reports,
         evaluation=evaluation,
         checkpoints=checkpoints,
-        signals=signals,
         folder=folder,
         first_update=state.update,
     )
 
 
-def check_settings(config: TrainingConfig, backbone_class: type[Backbone]) -> tuple[Method, list[Record], Backbone]:
+def check_settings(
+    config: TrainingConfig, backbone_class: type[Backbone]
+) -> tuple[Method, list[Record], Backbone, InitLora | None]:
     """Check what can be known without loading a model or writing anything.
 
     Args:
@@ -181,7 +174,8 @@ def check_settings(config: TrainingConfig, backbone_class: type[Backbone]) -> tu
         backbone_class: of the model.
 
     Returns:
-        The method, the records of the training, and the backbone.
+        The method, the records of the training, the backbone, and the LoRA that the run starts from. The backbone's
+        config has that LoRA's rank and scale.
 
     Raises:
         ValueError, OSError, ModuleNotFoundError: in one line.
@@ -192,8 +186,13 @@ def check_settings(config: TrainingConfig, backbone_class: type[Backbone]) -> tu
     # Tried once on the run's number of steps, so that options which do not fit it fail now.
     method.draw(torch.linspace(1, 0, config.num_inference_steps + 1), make_generator("trial"))
     records = load_records(config.prompts, column=config.prompt_column, split=config.prompt_split)
-    backbone = backbone_class(config)
-    return method, records, backbone
+    backbone, checkpoint = backbone_class(config), None
+    if config.resume_from_checkpoint is not None:
+        checkpoint = find_checkpoint(config.output_dir, config.resume_from_checkpoint, tell=lambda message: None)
+    init = read_init_lora(config, backbone, checkpoint)
+    if init is not None:
+        backbone.config = init.fill(config)
+    return method, records, backbone, init
 
 
 def make_accelerator(config: TrainingConfig) -> Accelerator:
@@ -219,8 +218,6 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     )
     check_distributed(accelerator)
     check_dtype(config, accelerator.device)
-    if config.compile_blocks and (config.train == "full" or uses_fsdp2(accelerator)):
-        raise ValueError("--compile_blocks is not tested with shards (FSDP2, --train full); leave it out")
     if config.deterministic:
         make_deterministic()
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
@@ -238,6 +235,20 @@ def check_dtype(config: TrainingConfig, device: torch.device) -> None:
             f"--mixed_precision bf16: this {device.type} device does not compute in bfloat16 (Apple's do since macOS "
             "14); use fp16 or no"
         )
+
+
+def check_processes(config: TrainingConfig, accelerator: Accelerator) -> None:
+    """Check the options that depend on how processes share a model.
+
+    Raises:
+        ValueError: for compiled blocks or an optimizer that shards do not have, and for DDP with `--train full`.
+    """
+    is_sharded = config.train == "full" or uses_fsdp2(accelerator)
+    if config.compile_blocks and is_sharded:
+        raise ValueError("--compile_blocks is not tested with shards (FSDP2, --train full); leave it out")
+    if config.train == "full":
+        check_full(accelerator)
+    check_optimizer(config, is_sharded, accelerator.device.type)
 
 
 def claim_folder(config: TrainingConfig, accelerator: Accelerator, closing: ExitStack) -> OutputFolder:
@@ -268,7 +279,6 @@ def make_objective(config: TrainingConfig, method: Method, guidance_gain: float)
     """The objective of a run.
 
     Args:
-        config: of the run.
         method: which says whether to undo the gain of guidance where `--undo_guidance` does not.
         guidance_gain: factor of guidance on the conditional branch.
     """

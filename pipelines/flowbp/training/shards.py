@@ -29,7 +29,6 @@ def write_shards(accelerator: Accelerator, folder: Path, tensors: Mapping[str, t
     """Write each process' shards into a file of its own. Collective.
 
     Args:
-        accelerator: of the run.
         folder: that exists, on a disk that all processes share.
         tensors: sharded, by name; the same names in every process.
 
@@ -51,7 +50,6 @@ def read_shards(accelerator: Accelerator, folder: Path, tensors: Mapping[str, to
     """Read tensors of `write_shards` in place, each process its own shards. Collective.
 
     Args:
-        accelerator: of the run.
         folder: with the files.
         tensors: sharded, by name; these are read and no others.
 

@@ -26,7 +26,7 @@ class TrainingStopped(Exception):
         self.signal_number = signal_number
 
 
-class JudgingStopped(Exception):
+class DrawingStopped(Exception):
     """Images that are not drawn to the end, because a signal came."""
 
 

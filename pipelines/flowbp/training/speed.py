@@ -17,7 +17,7 @@ ATTENTION_BACKENDS = (
     *("flash", "flash_varlen", "flex", "xformers"),
 )
 # Blocks of one class share their compiled code: a version for each kind of block, with and without gradients, and for
-# the batches of rollout, replay and evaluation. Beyond its limit (8) torch would go on uncompiled.
+# the batches of rollout, replay and evaluation. Beyond its default limit (8) torch would run uncompiled.
 RECOMPILE_LIMIT = 64
 COMPILER = "inductor"
 

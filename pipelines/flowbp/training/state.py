@@ -14,13 +14,13 @@ from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 
 from ..outputs import BackwardOutput
-from .checkpoints import CheckpointError, load_tensors, save_tensors
+from .checkpoints import CheckpointError
 from .config import TrainingConfig
-from .distributed import all_ranks_max, clip_gradients, full_lora, full_tensor, full_tensors, like, local
-from .optimizers import load_optimizer, make_optimizer, optimizer_numbers, optimizer_tensors
-from .prompts import PromptSampler, Record
-from .shards import read_shards
-from .trained import FullWeights, TrainedWeights
+from .distributed import all_ranks_max, clip_gradients, full_tensor, local
+from .optimizers import make_optimizer, optimizer_numbers
+from .prompt_sampler import PromptSampler
+from .prompts import Record
+from .trained import TrainedWeights
 
 
 class TrainingError(RuntimeError):
@@ -48,8 +48,6 @@ class TrainingState:
     """What an update changes.
 
     Args:
-        config: of the run.
-        accelerator: of the run.
         trained: of the transformer.
         records: of the training.
 
@@ -59,6 +57,7 @@ class TrainingState:
         parameters: that are trained.
         average: of the parameters over the updates, with `--use_ema`.
         is_whole: no optimizer step is under way or went wrong, so a checkpoint can be written.
+        files: that a checkpoint has of its tensors.
     """
 
     def __init__(
@@ -73,8 +72,7 @@ class TrainingState:
         self.trained = trained
         self.transformer = trained.transformer
         self.parameters = list(trained.parameters.values())
-        # torch's default takes 4 bytes a parameter more while it steps.
-        self.optimizer = make_optimizer(config, self.parameters, foreach=False if config.train == "full" else None)
+        self.optimizer = make_optimizer(config, self.parameters)
         self.lr_scheduler = get_scheduler(
             config.lr_scheduler,
             self.optimizer,
@@ -93,6 +91,7 @@ class TrainingState:
         self.skipped = 0
         self.skipped_in_a_row = 0
         self.is_whole = True
+        self.files = trained.state_files(self)
         # The place in the prompts after the last whole update; those of an update that failed are drawn again.
         self._prompts = self.sampler.state_dict()
 
@@ -176,14 +175,6 @@ class TrainingState:
 
     # Checkpoints.
 
-    def tensors(self) -> dict[str, dict[str, torch.Tensor]]:
-        """Whole tensors by file, for `save_tensors`. Collective."""
-        moments = full_tensors(optimizer_tensors(self.optimizer, self.parameters))
-        found = {"lora": full_lora(self.transformer), "optimizer": moments}
-        if self.average is not None:
-            found["ema"] = {str(index): full_tensor(value) for index, value in enumerate(self.average)}
-        return found
-
     def state_dict(self) -> dict[str, Any]:
         """What is no tensor, as JSON has it."""
         return {
@@ -202,7 +193,7 @@ class TrainingState:
         """Continue from a checkpoint.
 
         Args:
-            folder: with the files of `tensors`.
+            folder: that `files` has written.
             state: of `state_dict`.
 
         Raises:
@@ -218,10 +209,7 @@ class TrainingState:
                 f"{where}: that run was {'with' if state['has_average'] else 'without'} --use_ema; this one must be "
                 "too."
             )
-        if isinstance(self.trained, FullWeights):
-            self._load_shards(folder)
-        else:
-            self._load_lora(folder, where, state["optimizer_numbers"])
+        self.files.read(folder, state["optimizer_numbers"])
         self._load_schedule(state["lr_scheduler"])
         self.sampler.load_state_dict(state["prompts"])
         self._prompts = self.sampler.state_dict()
@@ -231,63 +219,6 @@ class TrainingState:
         if self.skipped_in_a_row >= self.config.max_skipped_updates:
             # The run ended for it; one that resumes gets as many updates again.
             self.skipped_in_a_row = 0
-
-    def _load_lora(self, folder: Path, where: str, numbers: Mapping[str, float]) -> None:
-        lora = load_tensors(folder / "lora.safetensors")
-        expected = {name: tensor.shape for name, tensor in full_lora(self.transformer).items()}
-        if {name: tensor.shape for name, tensor in lora.items()} != expected:
-            raise CheckpointError(
-                f"{where}: its LoRA has other layers or another rank; use the --lora_layers, --rank, --use_dora and "
-                "--init_lora of that run."
-            )
-        self.trained.restore(lora)
-        moments = load_tensors(folder / "optimizer.safetensors")
-        load_optimizer(self.optimizer, self.parameters, moments, numbers)
-        if self.average is not None:
-            average = load_tensors(folder / "ema.safetensors")
-            for index, own in enumerate(self.average):
-                local(own).copy_(local(like(average[str(index)], own)))
-
-    def load_best(self, folder: Path, is_kept: bool) -> dict[str, torch.Tensor] | None:
-        """The best snapshot that a checkpoint keeps. Collective.
-
-        Args:
-            folder: of the checkpoint.
-            is_kept: whether it keeps one.
-        """
-        if not is_kept:
-            return None
-        if not isinstance(self.trained, FullWeights):
-            return load_tensors(folder / "best.safetensors")
-        best = self.trained.empty_snapshot()
-        read_shards(self.accelerator, folder, {f"best.{name}": each for name, each in best.items()})
-        return best
-
-    # All weights, in shards.
-
-    def shards(self) -> dict[str, torch.Tensor]:
-        """Sharded tensors by name: weights, moments and average."""
-        found = {f"weights.{name}": each.detach() for name, each in self.trained.parameters.items()}
-        for name, parameter in self.trained.parameters.items():
-            for moment, value in self.optimizer.state[parameter].items():
-                if moment != "step":
-                    found[f"{moment}.{name}"] = value
-        if self.average is not None:
-            found |= {f"ema.{name}": each for name, each in zip(self.trained.parameters, self.average, strict=True)}
-        return found
-
-    def steps(self) -> dict[str, torch.Tensor]:
-        """How often AdamW has moved each parameter, by name; those that have got no gradient yet are left out."""
-        states = {name: self.optimizer.state[parameter] for name, parameter in self.trained.parameters.items()}
-        return {name: state["step"] for name, state in states.items() if state}
-
-    def _load_shards(self, folder: Path) -> None:
-        for name, step in load_tensors(folder / "steps.safetensors").items():
-            parameter = self.trained.parameters[name]
-            moments = {moment: torch.zeros_like(parameter) for moment in ("exp_avg", "exp_avg_sq")}
-            self.optimizer.state[parameter] = {"step": step, **moments}
-        read_shards(self.accelerator, folder, self.shards())
-        self.trained.has_changed = True
 
     def _load_schedule(self, schedule_state: Mapping[str, Any]) -> None:
         # Where the schedule is comes from the checkpoint, what it multiplies from --learning_rate, which may differ.
@@ -301,9 +232,3 @@ class TrainingState:
         # A schedule sets rates when it steps; until then the optimizer needs these.
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
-
-
-def save_files(folder: Path, tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
-    """Write `TrainingState.tensors` into a folder."""
-    for name, content in tensors.items():
-        save_tensors(folder / f"{name}.safetensors", content)

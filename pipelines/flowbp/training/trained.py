@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -14,10 +15,12 @@ from diffusers import ModelMixin
 
 from ..files import apply_umask, move
 from ..observers import adapters_off
-from ..publishing.published_files import TRANSFORMER_FOLDER
-from .checkpoints import check_finite, write_folder
+from ..publishing.published_files import LORA_FILE, TRANSFORMER_FOLDER
+from .backbone import Backbone
+from .checkpoints import check_finite, write_folder, write_json
+from .config import TrainingConfig
 from .distributed import full_lora, full_tensor, load_lora, local
-from .model import LORA_FILE
+from .state_files import LoraFiles, ShardFiles, StateFiles
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -35,6 +38,13 @@ class TrainedWeights(ABC):
 
     title: str
     """For messages and tables."""
+    dtype: torch.dtype
+    """Of the result."""
+    loses_base: bool
+    """Whether the base model is gone after the first update."""
+    has_whole_gradients: bool
+    """Whether a process has whole gradients, whose norms can be measured by step."""
+    state_files: type[StateFiles]
 
     def __init__(self, transformer: torch.nn.Module) -> None:
         self.transformer = transformer
@@ -73,6 +83,23 @@ class TrainedWeights(ABC):
     def path(self, output_dir: Path) -> Path:
         """What `write` writes."""
 
+    @abstractmethod
+    def write_best(self, output_dir: Path, snapshot: Tensors, scores: Mapping[str, Any]) -> None:
+        """Write a snapshot and its scores into the folder `best`; large ones are in checkpoints only."""
+
+    @abstractmethod
+    def describe(self, config: TrainingConfig) -> str:
+        """What is trained, for the plan of a run."""
+
+    @property
+    @abstractmethod
+    def result_class(self) -> str | None:
+        """The class that loads the result, where the pipeline does not load it itself."""
+
+    @abstractmethod
+    def how_to_load(self, backbone: Backbone, output_dir: Path) -> str:
+        """Python that loads the result into a pipeline `pipe`."""
+
 
 class LoraWeights(TrainedWeights):
     """A LoRA; snapshots have its whole tensors by peft's names.
@@ -83,6 +110,11 @@ class LoraWeights(TrainedWeights):
     """
 
     title = "LoRA"
+    dtype = torch.float32
+    loses_base = False
+    has_whole_gradients = True
+    state_files = LoraFiles
+    result_class = None
 
     def __init__(self, transformer: torch.nn.Module, save: Callable[[Path, Tensors], None]) -> None:
         super().__init__(transformer)
@@ -118,6 +150,25 @@ class LoraWeights(TrainedWeights):
         """The LoRA's file."""
         return output_dir / LORA_FILE
 
+    def write_best(self, output_dir: Path, snapshot: Tensors, scores: Mapping[str, Any]) -> None:
+        """See `TrainedWeights`."""
+
+        def fill(folder: Path) -> None:
+            self.save(folder, snapshot)
+            write_json(folder / "evaluation.json", scores)
+
+        write_folder(output_dir / "best", fill)
+
+    def describe(self, config: TrainingConfig) -> str:
+        """See `TrainedWeights`."""
+        rank = "several ranks" if config.rank is None else f"rank {config.rank}"
+        start = "" if config.init_lora is None else f", from {config.init_lora}"
+        return f"{'DoRA' if config.use_dora else 'LoRA'} of {rank}{start}"
+
+    def how_to_load(self, backbone: Backbone, output_dir: Path) -> str:
+        """See `TrainedWeights`."""
+        return backbone.how_to_load(output_dir)
+
 
 class FullWeights(TrainedWeights):
     """All weights, in shards; snapshots have this process' shards in the dtype of the computation.
@@ -130,6 +181,9 @@ class FullWeights(TrainedWeights):
     """
 
     title = "transformer"
+    loses_base = True
+    has_whole_gradients = False
+    state_files = ShardFiles
 
     def __init__(
         self, transformer: torch.nn.Module, model_class: type[ModelMixin], component: str, dtype: torch.dtype
@@ -188,3 +242,20 @@ class FullWeights(TrainedWeights):
     def path(self, output_dir: Path) -> Path:
         """The folder of the transformer."""
         return output_dir / TRANSFORMER_FOLDER
+
+    def write_best(self, output_dir: Path, snapshot: Tensors, scores: Mapping[str, Any]) -> None:
+        """See `TrainedWeights`."""
+
+    def describe(self, config: TrainingConfig) -> str:
+        """See `TrainedWeights`."""
+        return "all weights, in shards (FSDP2)"
+
+    @property
+    def result_class(self) -> str:
+        """The transformer's."""
+        return self.model_class.__name__
+
+    def how_to_load(self, backbone: Backbone, output_dir: Path) -> str:
+        """See `TrainedWeights`."""
+        load = f'{self.result_class}.from_pretrained("{output_dir.as_posix()}", subfolder="{TRANSFORMER_FOLDER}"'
+        return f"pipe.{self.component} = {load}, dtype={self.dtype})"

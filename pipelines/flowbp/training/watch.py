@@ -28,7 +28,6 @@ class ProcessWatch:
     """A context manager that watches the other processes of a run; with one process it does nothing.
 
     Args:
-        accelerator: of the run.
         limit_minutes: of silence, after which this process ends with exit code 1.
         interval, silence: seconds, see the constants.
     """

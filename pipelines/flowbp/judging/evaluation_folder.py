@@ -16,19 +16,13 @@ from ..files import write_atomically
 from .models import EvaluatedModel
 
 
-class Store:
-    """Finished batches of each model, and the settings that they were made with.
-
-    A batch is the unit of work. It always holds the same images, whatever the number of processes and however often
-    the evaluation was interrupted, so every run computes the same numbers.
+class SettingsFile:
+    """`settings.json` of an evaluation: what images and scores depend on, the models, and remarks on them.
 
     Args:
         folder: `--output_dir`.
         settings: all that images and scores of every model depend on, as JSON can hold it.
         models: models to evaluate, the base model first.
-        images: number of images of each model.
-        batch_size: number of images of a batch; the last batch may be smaller.
-        rewards: names of the rewards, of which each batch has scores.
 
     Attributes:
         left_out: names of models in the folder that are not among `models`.
@@ -39,20 +33,11 @@ class Store:
             settings cannot be read.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        settings: Mapping[str, Any],
-        models: Sequence[EvaluatedModel],
-        images: int,
-        batch_size: int,
-        rewards: Sequence[str],
-    ) -> None:
-        self.folder, self.models, self.images, self.batch_size = folder, list(models), images, batch_size
-        self.rewards = list(rewards)
+    def __init__(self, folder: Path, settings: Mapping[str, Any], models: Sequence[EvaluatedModel]) -> None:
+        self.folder, self.models = folder, list(models)
         self.settings = json.loads(json.dumps(dict(settings)))
         self._path = folder / "settings.json"
-        kept = self._read_settings()
+        kept = self._read()
         self._check_settings(kept["settings"])
         self._check_models(kept["models"])
         described = {model.folder: asdict(model) for model in models}
@@ -60,8 +45,8 @@ class Store:
         self.left_out = [model["name"] for folder, model in kept["models"].items() if folder not in described]
         self.remarks: dict[str, str] = kept.get("remarks", {})
 
-    def _read_settings(self) -> dict[str, Any]:
-        """What the folder's `settings.json` says; the new settings for a folder without an evaluation."""
+    def _read(self) -> dict[str, Any]:
+        """What the file says; the new settings for a folder without an evaluation."""
         content = ""
         if self._path.is_file():
             content = self._path.read_text(encoding="utf-8", errors="replace")
@@ -103,17 +88,8 @@ class Store:
                     "changed); choose another name or folder."
                 )
 
-    def create(self) -> None:
-        """Make the folder and write its settings.
-
-        One process calls this, after all of them have asked for `pending` batches.
-        """
-        for model in self.models:
-            (self.folder / "scores" / model.folder).mkdir(parents=True, exist_ok=True)
-            (self.folder / "images" / model.folder).mkdir(parents=True, exist_ok=True)
-        self._write_settings()
-
-    def _write_settings(self) -> None:
+    def write(self) -> None:
+        """Write the file."""
         content = {"settings": self.settings, "models": self._described}
         if self.remarks:
             content["remarks"] = self.remarks
@@ -123,7 +99,7 @@ class Store:
         """Check that the folder is still there; nothing creates it again.
 
         Raises:
-            FileNotFoundError: it was removed or renamed after `create`.
+            FileNotFoundError: it was removed or renamed after `write`.
         """
         if not self._path.is_file():
             raise FileNotFoundError(
@@ -142,7 +118,47 @@ class Store:
         if remarks != self.remarks:
             self.require()
             self.remarks = remarks
-            self._write_settings()
+            self.write()
+
+
+class EvaluationFolder:
+    """Finished batches of each model, and the settings that they were made with.
+
+    A batch is the unit of work. It always holds the same images, whatever the number of processes and however often
+    the evaluation was interrupted, so every run computes the same numbers.
+
+    Args:
+        path, settings, models: see `SettingsFile`.
+        images: number of images of each model.
+        batch_size: number of images of a batch; the last batch may be smaller.
+        rewards: names of the rewards, of which each batch has scores.
+
+    Raises:
+        ValueError: see `SettingsFile`.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        settings: Mapping[str, Any],
+        models: Sequence[EvaluatedModel],
+        images: int,
+        batch_size: int,
+        rewards: Sequence[str],
+    ) -> None:
+        self.path, self.models, self.images, self.batch_size = path, list(models), images, batch_size
+        self.rewards = list(rewards)
+        self.settings_file = SettingsFile(path, settings, models)
+
+    def create(self) -> None:
+        """Make the folder and write its settings.
+
+        One process calls this, after all of them have asked for `pending` batches.
+        """
+        for model in self.models:
+            (self.path / "scores" / model.folder).mkdir(parents=True, exist_ok=True)
+            (self.path / "images" / model.folder).mkdir(parents=True, exist_ok=True)
+        self.settings_file.write()
 
     def discard_damaged(self) -> list[str]:
         """Make batches pending again that have a file that is missing, empty or cut, as after a crash or a full disk.
@@ -185,7 +201,7 @@ class Store:
 
     def image(self, model: EvaluatedModel, place: int) -> Path:
         """File of an image."""
-        return self.folder / "images" / model.folder / f"{place:06d}.png"
+        return self.path / "images" / model.folder / f"{place:06d}.png"
 
     def add(
         self,
@@ -208,7 +224,7 @@ class Store:
             ValueError: the number of images differs from the batch's.
             FileNotFoundError: the folder was removed or renamed.
         """
-        self.require()
+        self.settings_file.require()
         for place, image in zip(self.places(batch), images, strict=True):
             image.save(self.image(model, place))
         content = {**{name: list(values) for name, values in scores.items()}, "not_finite": not_finite}
@@ -239,11 +255,11 @@ class Store:
         except (OSError, ValueError, KeyError, TypeError):
             pass
         raise ValueError(
-            f"{path.relative_to(self.folder)} does not have {len(self.places(batch))} scores of each reward"
+            f"{path.relative_to(self.path)} does not have {len(self.places(batch))} scores of each reward"
         )
 
     def _batch(self, model: EvaluatedModel, batch: int) -> Path:
-        return self.folder / "scores" / model.folder / f"{batch:06d}.json"
+        return self.path / "scores" / model.folder / f"{batch:06d}.json"
 
 
 def _checked_size(path: Path) -> tuple[int, int]:

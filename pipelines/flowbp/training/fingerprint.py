@@ -1,6 +1,6 @@
 # Copyright 2026 The FlowBP for diffusers authors
 # SPDX-License-Identifier: Apache-2.0
-"""What a run is made of beside its settings: prompts, code of rewards, library versions. Resuming compares them."""
+"""Hashes of a run's prompts and of its rewards' code, and library versions; compared when a run resumes."""
 
 import hashlib
 import inspect
@@ -12,6 +12,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from ..files import sha256
 from ..publishing.run_info import versions
 from ..rewards import REWARDS, part_names, reward_spec
 from .config import TrainingConfig
@@ -19,13 +20,12 @@ from .optimizers import OPTIMIZERS
 from .prompts import Record
 
 
-def ingredients(
+def fingerprint(
     config: TrainingConfig, records: Sequence[Record], evaluation: Sequence[Record], reward: Any, lora: str | None
 ) -> dict:
     """Counts, hashes and versions, as JSON has them.
 
     Args:
-        config: of the run.
         records: of the training.
         evaluation: records of the evaluation.
         reward: a callable in place of `config.reward`, or None.
@@ -81,6 +81,6 @@ def _digest_of_code(function: Callable[..., Any]) -> str | None:
     is_code = inspect.isfunction(function) or isinstance(function, type)
     try:
         path = inspect.getsourcefile(inspect.unwrap(function) if is_code else type(function))
-        return None if path is None else hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+        return None if path is None else sha256(Path(path))[:16]
     except (TypeError, OSError):
         return None
