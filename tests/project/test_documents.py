@@ -40,6 +40,13 @@ def test_links_to_files_and_headings_lead_somewhere(document: Path) -> None:
             assert heading in anchors, target
 
 
+def test_every_document_is_linked_from_a_readme() -> None:
+    readmes = [(ROOT / folder / "README.md").read_text(encoding="utf-8") for folder in (".", "training", "benchmarks")]
+    for document in (ROOT / "docs").iterdir():
+        if document.suffix in (".md", ".ipynb", ".png"):
+            assert any(document.name in readme for readme in readmes), document.name
+
+
 def test_the_table_of_options_is_that_of_the_methods(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = importlib.util.spec_from_file_location("methods_table", ROOT / "docs" / "methods_table.py")
     methods_table = importlib.util.module_from_spec(spec)
@@ -64,10 +71,22 @@ def test_options_in_the_documents_are_options() -> None:
     configs = (TrainingConfig, ComparisonConfig, load_script("evaluate_flowbp").EvaluationConfig)
     known |= {f"--{option}" for options in (OPTIONS, *map(declarations, configs)) for option in options}
     # argparse's own and a negative, accelerate's, pip's.
-    others = {"--help", "--no-offload", "--config_file", "--no-deps", "--dry-run"}
+    others = {"--help", "--no-offload", "--no-unconditional_gradient", "--config_file", "--no-deps", "--dry-run"}
     for document in DOCUMENTS:
         found = set(re.findall(r"(?<![\w-])(--[a-z][\w-]+)", document.read_text(encoding="utf-8")))
         assert found <= known | others, (document, found - known - others)
+
+
+def test_errors_in_troubleshooting_are_errors_of_the_code() -> None:
+    """Each piece of a quoted message, as the literals that it is made of say it."""
+    text = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8").partition("## Errors that come first")[2]
+    messages = [each for row in rows_of_tables(text) for each in re.findall("`(.+?)`", row)]
+    assert len(messages) > 8
+    code = "\n".join(path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py"))
+    # Implicitly joined literals, and what is filled in.
+    code = re.sub(r"\{[^{}\n]*\}", "...", re.sub(r'"\n\s*f?"', "", code))
+    for message in messages:
+        assert all(piece.strip() in code for piece in message.split("...")), message
 
 
 # docs/life_of_a_gradient.md: the update that it follows, and the names that it mentions.
