@@ -145,6 +145,45 @@ def short(runs: Runs) -> str:
     return _table(head.split("|"), rows)
 
 
+def costs(runs: Runs) -> str:
+    """CPU time of an update against the reference's, and where it goes."""
+    rows = []
+    for name in results.LINES:
+        cost = runs.cost(name)
+        shares = [("rollout",), ("encode", "decode", "reward"), ("sweep",)]
+        cells = [f"{100 * sum(cost['stages'].get(stage, 0.0) for stage in stages):.0f}" for stages in shares]
+        rows.append([f"`{name}`", f"{cost['ratio']:.2f}", str(runs.plan.updates(name, runs.found)), *cells])
+        rows[-1].append(f"{cost['peak_mib']:.0f}")
+    head = "method|CPU time of an update|updates at equal CPU time|rollout, %|images and reward, %|sweep, %|peak MiB"
+    return _table(head.split("|"), rows)
+
+
+def several(runs: Runs, report: Mapping[str, Any]) -> str:
+    """What several surrogates for one rollout could gain: its adjoint is the same for all of them.
+
+    M draws multiply the sweep's time by M and divide the variance between draws by M. Variance times time is what an
+    equally exact mean gradient costs.
+    """
+    rows = []
+    for name in results.LINES:
+        sweep, row = runs.cost(name)["stages"]["sweep"], [f"`{name}`"]
+        for state in report["states"].values():
+            of = state["lines"][name]
+            if of["of_draws"] > 0:
+                costs = {
+                    count: (of["of_batches"] + of["of_draws"] / count) * (1 - sweep + sweep * count)
+                    for count in range(1, 9)
+                }
+                best = min(costs, key=lambda count: costs[count])
+                row += [f"{100 * of['of_draws']:.0f}", str(best), f"{100 * (costs[best] / costs[1] - 1):+.0f} %"]
+        if len(row) > 1:
+            rows.append([*row[:1], f"{100 * sweep:.0f}", *row[1:]])
+    head = ["method", "sweep, % of an update"]
+    for state in report["states"]:
+        head += [f"{state}: draws, % of the squared norm", "best number of draws", "variance x time"]
+    return _table(head, rows)
+
+
 def ablations(runs: Runs) -> str:
     """Each variant at equal seconds, and its difference from the method with its usual options."""
     rows = []
@@ -206,6 +245,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "methods at equal seconds": lambda: methods("seconds", _runs()),
     "methods at equal updates": lambda: methods("updates", _runs()),
     "methods, short": lambda: short(_runs()),
+    "costs": lambda: costs(_runs()),
+    "several": lambda: several(_runs(), _gradients()),
     "ablations": lambda: ablations(_runs()),
     "cosines": lambda: cosines(_gradients()),
     "step norms": lambda: step_norms(_gradients()),

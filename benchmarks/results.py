@@ -99,6 +99,11 @@ ABLATIONS = {
     "sample weights": _variants("flowbp-lagrange", {"tau": [None]}) | _variants("leapalign", {"tau": [None]}),
     "unconditional gradient": _variants("leapalign", {}, unconditional_gradient=False)
     | _variants("flowbp-sparse", {}, unconditional_gradient=True),
+    "an idea of ours": {
+        "flowbp-lagrange closed supports": Line(
+            "own_rows:CLOSED", SCALED["flowbp-lagrange"], rate_of="flowbp-lagrange"
+        )
+    },
 }
 ALL_LINES = LINES | {name: line for group in ABLATIONS.values() for name, line in group.items()}
 
