@@ -233,7 +233,9 @@ def gaps(report: Mapping[str, Any]) -> str:
     found = {(gap["weights"], gap["order"], gap["length"], gap["is_last"]): gap["gap"] for gap in state["gaps"]}
     lengths = [length for length in (2, 3, 5, 7, 9) if any(key[2] == length for key in found)]
     rows = []
-    for kind, order in dict.fromkeys(key[:2] for key in found):
+    # With one support all weights are a single leap.
+    shown = [("lagrange", order) for order in gradients.ORDERS]
+    for kind, order in [*shown, ("uniform", 3), ("adams-bashforth", 2), ("adams-bashforth", 3)]:
         for is_last in (False, True):
             cells = [found.get((kind, order, length, is_last)) for length in lengths]
             row = [kind, str(order), "d_0" if is_last else "d_j"]
