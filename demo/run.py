@@ -16,6 +16,8 @@ from pathlib import Path
 
 import yaml
 
+from flowbp.files import allow_any_character
+
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ROOT / "demo" / "recipe.yaml"
 # A file of its own, because each script refuses options that it does not have.
@@ -34,6 +36,7 @@ ALLOCATOR = {
 
 def main() -> None:
     """Train, evaluate, and say where the results are."""
+    allow_any_character()
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--output_dir", type=Path, default=ROOT / "demo" / "output", help="Folder of the results.")
     output = parser.parse_args().output_dir.resolve()
@@ -72,10 +75,10 @@ def main() -> None:
     rollout = ", ".join(f"{name}={settings[name]}" for name in ROLLOUT)
     print("\nUse the LoRA:\n")
     print(
-        f'  pipe = StableDiffusion3Pipeline.from_pretrained("{ROOT / "demo" / "pipeline"}", text_encoder_3=None, '
+        f'  pipe = StableDiffusion3Pipeline.from_pretrained("{ROOT.as_posix()}/demo/pipeline", text_encoder_3=None, '
         "tokenizer_3=None, dtype=torch.float32)"
     )
-    print(f'  pipe.load_lora_weights("{output}")')
+    print(f'  pipe.load_lora_weights("{output.as_posix()}")')
     print(f"  pipe('the text \"42\" in red on a yellow background', {rollout}).images[0]")
 
 

@@ -53,7 +53,7 @@ from flowbp.training.prompts import Record, columns_of, load_records, texts_of
 from flowbp.training.saved_pipeline import SavedPipeline
 from flowbp.training.script import run_script
 from flowbp.training.seeds import derive_seed
-from flowbp.training.setup import PATIENCE
+from flowbp.training.setup import PATIENCE, check_dtype
 
 _models = partial(option, group="models")
 _call = partial(option, group="what the pipeline is called with")
@@ -413,6 +413,7 @@ def main(argv: list[str] | None = None) -> None:
     config = parse_config(argv)
     plan = make_plan(config)
     accelerator = make_accelerator()
+    check_dtype(config.mixed_precision, accelerator.device)
     folder = OutputFolder(config.output_dir)
     with ExitStack() as closing:
         if accelerator.is_main_process:

@@ -168,6 +168,15 @@ def test_all_parts_end_when_the_run_is_late(tmp_path):
     assert set(journal.report["parts"]["second"]) >= {"late"}
 
 
+def test_without_alarms_what_comes_too_late_does_not_begin(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("journal.HAS_ALARM", False)
+    with Journal(tmp_path / "found.json", 60) as journal, journal.part("one", 0.01):
+        journal.attempt("slow", lambda: time.sleep(0.05) or {"value": 1})
+        journal.attempt("never", lambda: pytest.fail("it began"))
+    found = journal.report["parts"]["one"]
+    assert found["slow"]["value"] == 1 and found["never"] == {"late": 60} and "late" in found
+
+
 def test_busy_time_counts_overlaps_once():
     busy, gaps = busy_and_gaps([(0, 1_000_000_000), (500_000_000, 800_000_000), (2_000_000_000, 2_500_000_000)])
     assert (busy, gaps) == (1.5, [1.0])

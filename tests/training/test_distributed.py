@@ -17,7 +17,7 @@ from accelerate.commands.config.config_args import ClusterConfig, load_config_fr
 from accelerate.commands.launch import launch_command_parser
 from accelerate.state import AcceleratorState
 from distributed_batches import tiny_pipeline
-from tiny_pipelines import tiny_flux_pipeline
+from tiny_pipelines import tiny_flux_pipeline, tiny_klein_pipeline
 from tiny_sd3 import MAX_SEQUENCE_LENGTH, tiny_sd3_pipeline
 from training_scripts import SHARED_ARGUMENTS, command_line, log_of, lora_of, same, script_path, write_prompts
 
@@ -32,6 +32,7 @@ from flowbp.training.distributed import (
     load_lora,
     prepare_transformer,
 )
+from flowbp.training.speed import block_classes
 
 ROOT = Path(__file__).parents[2]
 SUPPORT = ROOT / "tests" / "support"
@@ -382,6 +383,18 @@ def test_config_files_have_keys_that_accelerate_knows(path: Path) -> None:
     # accelerate looks at the names of its own level only.
     options = {action.dest for action in launch_command_parser()._actions}
     assert set(yaml.safe_load(path.read_text(encoding="utf-8")).get("fsdp_config") or {}) <= options
+
+
+@pytest.mark.parametrize(
+    ("build", "blocks"),
+    [
+        (tiny_sd3_pipeline, {"JointTransformerBlock"}),
+        (tiny_flux_pipeline, {"FluxTransformerBlock", "FluxSingleTransformerBlock"}),
+        (tiny_klein_pipeline, {"Flux2TransformerBlock", "Flux2SingleTransformerBlock"}),
+    ],
+)
+def test_a_config_file_shards_every_backbone(build: Any, blocks: set[str]) -> None:
+    assert block_classes(build().transformer) == blocks
 
 
 WHO = """

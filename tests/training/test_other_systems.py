@@ -168,11 +168,11 @@ def test_where_all_weights_can_be_trained(
 
 
 def test_what_a_device_does_not_compute_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = make_config(tmp_path, mixed_precision="bf16", optimizer="adamw-8bit")
+    config = make_config(tmp_path, optimizer="adamw-8bit")
     with pytest.raises(ValueError, match="adamw-8bit: bitsandbytes does not compute on mps, .*; choose adamw"):
         check_optimizer(config, False, "mps")
-    setup.check_dtype(config, torch.device("mps"))
+    setup.check_dtype("bf16", torch.device("mps"))
     monkeypatch.setattr(setup, "is_bf16_available", lambda: False)
-    setup.check_dtype(config, torch.device("cpu"))
+    setup.check_dtype("bf16", torch.device("cpu"))
     with pytest.raises(ValueError, match="--mixed_precision bf16: this mps device"):
-        setup.check_dtype(config, torch.device("mps"))
+        setup.check_dtype("bf16", torch.device("mps"))

@@ -11,6 +11,7 @@ HF_TOKEN; there is no option for it, because command lines are logged.
 import argparse
 import json
 import shlex
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -257,8 +258,9 @@ def push_folder(
     Raises:
         PushError: if it failed for good. The files are kept.
     """
-    later = f"python -m flowbp.publishing.push {shlex.quote(str(output_dir))} --hub_model_id {shlex.quote(repo_id)}"
-    later += " --hub_private_repo" if private else ""
+    words = ["python", "-m", "flowbp.publishing.push", str(output_dir), "--hub_model_id", repo_id]
+    words += ["--hub_private_repo"] if private else []
+    later = subprocess.list2cmdline(words) if sys.platform == "win32" else shlex.join(words)
     try:
         files = allowed_files(output_dir)
         _check_weights(output_dir, files)

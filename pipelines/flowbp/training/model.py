@@ -49,7 +49,7 @@ def load_quantization_config(path: Path | None, dtype: torch.dtype) -> Quantizat
     if path is None:
         return None
     try:
-        content = {"quant_method": "bitsandbytes", **json.loads(path.read_text(encoding="utf-8"))}
+        content = {"quant_method": "bitsandbytes", **json.loads(path.read_text(encoding="utf-8-sig"))}
         if content.get("load_in_4bit"):
             content.setdefault("bnb_4bit_compute_dtype", str(dtype).removeprefix("torch."))
         config = DiffusersAutoQuantizer.from_dict(content)

@@ -217,20 +217,20 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
         ),
     )
     check_distributed(accelerator)
-    check_dtype(config, accelerator.device)
+    check_dtype(config.mixed_precision, accelerator.device)
     if config.deterministic:
         make_deterministic()
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
     return accelerator
 
 
-def check_dtype(config: TrainingConfig, device: torch.device) -> None:
+def check_dtype(mixed_precision: str, device: torch.device) -> None:
     """Refuse bfloat16 where a GPU lacks it.
 
     Raises:
         ValueError: in one line.
     """
-    if config.mixed_precision == "bf16" and device.type != "cpu" and not is_bf16_available():
+    if mixed_precision == "bf16" and device.type != "cpu" and not is_bf16_available():
         raise ValueError(
             f"--mixed_precision bf16: this {device.type} device does not compute in bfloat16 (Apple's do since macOS "
             "14); use fp16 or no"
