@@ -212,6 +212,9 @@ def test_only_what_is_a_release_is_published(tmp_path: Path) -> None:
         assert len(problems("v1.2.0", REPOSITORY, tmp_path)) == expected
         assert len(problems("v1.2.1", REPOSITORY, tmp_path)) == expected + 1
     flows = {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / ".github" / "workflows").glob("*.yml")}
+    matrix = flows["tests"]["jobs"]["tests"]["strategy"]["matrix"]
+    supported = re.findall(r"Python :: (3\.\d+)$", (ROOT / "setup.cfg").read_text(encoding="utf-8"), re.MULTILINE)
+    assert matrix["python"] == supported
     jobs = flows["release"]["jobs"]
     assert all(flow["permissions"] == {"contents": "read"} for flow in flows.values())
     assert {name: (job.get("needs"), job.get("permissions")) for name, job in jobs.items()} == {
