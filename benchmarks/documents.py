@@ -205,7 +205,7 @@ def cosines(report: Mapping[str, Any]) -> str:
     order = sorted(names, key=lambda name: -next(iter(states))["lines"][name]["cosine"])
     rows = []
     for name in order:
-        row = [f"`{name}`" if name in results.LINES else name]
+        row = [name if "," in name or " " in name else f"`{name}`"]
         for state in states:
             of = state["lines"][name]
             shares = [f"{100 * of[share]:.0f}" for share in ("of_draws", "of_batches", "of_mean")]
@@ -235,8 +235,11 @@ def gaps(report: Mapping[str, Any]) -> str:
     rows = []
     # With one support all weights are a single leap.
     shown = [("lagrange", order) for order in gradients.ORDERS]
-    for kind, order in [*shown, ("uniform", 3), ("adams-bashforth", 2), ("adams-bashforth", 3)]:
-        for is_last in (False, True):
+    shown += [("uniform", 3), ("adams-bashforth", 2), ("adams-bashforth", 3)]
+    # There is no velocity at the image to close a leg with.
+    closed = [(gradients.CLOSED, order) for order in (2, 3) if (gradients.CLOSED, order, 2, False) in found]
+    for kind, order in [*shown, *closed]:
+        for is_last in (False,) if kind == gradients.CLOSED else (False, True):
             cells = [found.get((kind, order, length, is_last)) for length in lengths]
             row = [kind, str(order), "d_0" if is_last else "d_j"]
             rows.append([*row, *("-" if gap is None else f"{gap:.3f}" for gap in cells)])

@@ -23,7 +23,8 @@ from typing import Any
 
 import demo_runs
 import torch
-from results import LINES, rounded
+from own_rows import closed_supports
+from results import ALL_LINES, LINES, Line, rounded
 
 from flowbp import FlowBPCallback, Leg, Method, Surrogate, Term, get_method
 from flowbp.files import write_atomically
@@ -35,6 +36,10 @@ from flowbp.weights import LEG_WEIGHTS, leg_supports, leg_weights, step_lengths
 
 RESULTS = Path(__file__).parent / "results" / "demo_gradients.json"
 ORDERS = (1, 2, 3, 4)
+CLOSED = "lagrange, closed"
+# How the gradient grows with the steps, and the row of own_rows.py, beside the lines of results.py.
+MORE = {f"draft-{count}": Line("draft-k", {"last_k": count}) for count in (2, 6, 8)}
+MORE |= {name: ALL_LINES[name] for name in ("flowbp-lagrange closed supports",)}
 
 
 @dataclass(frozen=True)
@@ -45,14 +50,14 @@ class Size:
         batches: of prompts and noise.
         draws: of a surrogate for each batch.
         updates: of the training between the two states, by the demo's recipe; 0 for the first one alone.
-        lines: of results.py.
+        lines: of results.py and of `MORE`.
         options: of the run.
     """
 
     batches: int = 12
     draws: int = 2
     updates: int = 60
-    lines: tuple[str, ...] = tuple(LINES)
+    lines: tuple[str, ...] = (*LINES, *MORE)
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -162,12 +167,16 @@ def gaps(latents: Mapping[int, torch.Tensor], velocities: Mapping[int, torch.Ten
     """Mean connector gaps by weights, order and length of the leg: those that end at the sample, and the others."""
     found: dict[tuple[str, int, int, bool], list[float]] = {}
     num_steps = len(sigmas) - 1
-    for kind in LEG_WEIGHTS:
+    for kind in (*LEG_WEIGHTS, CLOSED):
         for order in ORDERS:
             for start in range(num_steps):
-                for end in range(start + 1, num_steps + 1):
-                    supports = leg_supports(kind, start, end, order)
-                    weights = leg_weights(kind, sigmas, start, end, supports)
+                # There is no velocity at the last leg's end.
+                for end in range(start + 1, num_steps + (kind != CLOSED)):
+                    if kind == CLOSED:
+                        supports = closed_supports(start, end, order)
+                    else:
+                        supports = leg_supports(kind, start, end, order)
+                    weights = leg_weights(kind.partition(",")[0], sigmas, start, end, supports)
                     value = latents[start] + sum(w * velocities[s] for s, w in zip(supports, weights, strict=True))
                     gap = (value - latents[end]).abs().mean().item()
                     found.setdefault((kind, order, end - start, end == num_steps), []).append(gap)
@@ -199,7 +208,7 @@ def measure(run: Run, size: Size) -> dict[str, Any]:
         each, found["norms"][f"{coupling:g}"] = gradients.of(euler(sigmas, coupling), 1)
         found["lines"][f"all steps, coupling {coupling:g}"] = compare(each, exact)
     for name in size.lines:
-        line = LINES[name]
+        line = {**LINES, **MORE}[name]
         draws = 1 if line.method in ("full", "draft-k") else size.draws
         found["lines"][name] = compare(gradients.of(get_method(line.method, **line.options), draws)[0], exact)
     both = gradients.of(get_method("full"), 1, unconditional_gradient=True)[0]

@@ -18,6 +18,12 @@ _LAGRANGE = METHODS["flowbp-lagrange"]
 _FOR_SD3 = _LAGRANGE.defaults("sd3")
 
 
+def closed_supports(start: int, end: int, order: int) -> tuple[int, ...]:
+    """`order` steps spread evenly over the leg, both ends included; all of a shorter leg."""
+    places = min(order, end - start + 1)
+    return tuple(start + round(place * (end - start) / max(places - 1, 1)) for place in range(places))
+
+
 def _closed(sigmas: Sequence[float], options: Mapping[str, Any], generator: torch.Generator | None) -> Surrogate:
     """FlowBP-Lagrange whose first leg [k, j) has a support at j too: the velocity there is known, and j is active."""
     surrogate = _LAGRANGE.draw(sigmas, options, generator)
@@ -25,8 +31,7 @@ def _closed(sigmas: Sequence[float], options: Mapping[str, Any], generator: torc
     k, j = first.start, first.end
     if first.blend or options["grad_rescale"] or options["active_supports"] != "midpoint":
         raise ValueError("closed supports need anchor_lambda 1, grad_rescale 0 and active_supports=midpoint.")
-    places = min(options["order"], j - k + 1)
-    supports = tuple(dict.fromkeys(k + round(place * (j - k) / max(places - 1, 1)) for place in range(places)))
+    supports = closed_supports(k, j, options["order"])
     weights = leg_weights("lagrange", sigmas, k, j, supports)
     terms = {term.step: term for term in surrogate.terms if term.step >= j}
     for step, weight in zip(supports, weights, strict=True):
