@@ -241,6 +241,16 @@ def test_options_are_those_of_the_table_and_each_is_read(check: ModuleType) -> N
         assert names == {"FlowBPCallback", "get_method", "load_reward"}
 
 
+def test_results_are_those_of_the_readme(check: ModuleType) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (?:read|colors|one step|the graphs).*$", (FOLDER / "README.md").read_text("utf-8"), re.M)
+    numbers = {number for row in rows for number in re.findall(r"\d+\.\d+", row)}
+    numbers |= set(re.findall(r"\d+\.\d+ (?:GiB|%|to)", (check.HERE / "ISSUE.md").read_text(encoding="utf-8")))
+    assert len(numbers) > 15 and not [
+        each for each in numbers if each.removesuffix(" to").removesuffix(" %") not in readme
+    ]
+
+
 def test_edits_are_made_once(check: ModuleType) -> None:
     for _, before, added in (check.TOCTREE, check.DDPO):
         text = f"first\n{before}last\n"
