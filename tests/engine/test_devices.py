@@ -41,7 +41,7 @@ from flowbp.judging.images import draw_images
 from flowbp.judging.loras import scores_by_reward
 from flowbp.judging.statistics import estimate
 from flowbp.replayed import TOLERANCE, deviations
-from flowbp.training.checkpointing import Checkpointer
+from flowbp.training import setup
 
 REWARD = make_reward()
 DEVICE = torch.device("cpu")
@@ -249,14 +249,14 @@ def test_a_training_run_computes_nothing_in_float64(
     script: ModuleType, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """From what a checkpoint holds to the results of a resumed run; loading of models before is left out."""
-    device, resume = PretendedDevice(), Checkpointer.resume
+    device, resume = PretendedDevice(), setup.resume
     opened = ExitStack()
 
-    def resume_on_the_device(checkpointer: Checkpointer) -> Path | None:
+    def resume_on_the_device(*run: Any) -> Path | None:
         opened.enter_context(device)
-        return resume(checkpointer)
+        return resume(*run)
 
-    monkeypatch.setattr(Checkpointer, "resume", resume_on_the_device)
+    monkeypatch.setattr(setup, "resume", resume_on_the_device)
     arguments = {
         **SHARED_ARGUMENTS,
         "pretrained_model_name_or_path": model,
