@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from .state import TrainingState
 
 Tensors = Mapping[str, torch.Tensor]
+Check = Callable[[], None]
+Add = Callable[[Path], None]
 
 
 class StateFiles(ABC):
@@ -39,14 +41,7 @@ class StateFiles(ABC):
         """Whether no process can write alone."""
 
     @abstractmethod
-    def write(
-        self,
-        folder: Path,
-        best: Tensors | None,
-        check: Callable[[], None],
-        add: Callable[[Path], None],
-        alone: bool = False,
-    ) -> None:
+    def write(self, folder: Path, best: Tensors | None, check: Check, add: Add, alone: bool = False) -> None:
         """Write a checkpoint. Collective, unless `alone`.
 
         Args:
@@ -96,15 +91,7 @@ class LoraFiles(StateFiles):
             found["ema"] = {str(index): full_tensor(value) for index, value in enumerate(state.average)}
         return found
 
-    def write(
-        self,
-        folder: Path,
-        best: Tensors | None,
-        check: Callable[[], None],
-        add: Callable[[Path], None],
-        alone: bool = False,
-    ) -> None:
-        """See `StateFiles`."""
+    def write(self, folder: Path, best: Tensors | None, check: Check, add: Add, alone: bool = False) -> None:
         tensors, result = self.tensors(), self.state.result()
         if best is not None:
             tensors["best"] = best
@@ -119,7 +106,6 @@ class LoraFiles(StateFiles):
             write_folder(folder, fill)
 
     def read(self, folder: Path, numbers: Mapping[str, float]) -> None:
-        """See `StateFiles`."""
         state = self.state
         lora = load_tensors(folder / "lora.safetensors")
         expected = {name: tensor.shape for name, tensor in full_lora(state.transformer).items()}
@@ -136,7 +122,6 @@ class LoraFiles(StateFiles):
                 local(own).copy_(local(like(average[str(index)], own)))
 
     def read_best(self, folder: Path) -> dict[str, torch.Tensor]:
-        """See `StateFiles`."""
         return load_tensors(folder / "best.safetensors")
 
 
@@ -163,15 +148,7 @@ class ShardFiles(StateFiles):
         states = {name: moments[parameter] for name, parameter in self.state.trained.parameters.items()}
         return {name: found["step"] for name, found in states.items() if found}
 
-    def write(
-        self,
-        folder: Path,
-        best: Tensors | None,
-        check: Callable[[], None],
-        add: Callable[[Path], None],
-        alone: bool = False,
-    ) -> None:
-        """See `StateFiles`."""
+    def write(self, folder: Path, best: Tensors | None, check: Check, add: Add, alone: bool = False) -> None:
         tensors = self.tensors() | {f"best.{name}": each for name, each in (best or {}).items()}
 
         def fill(partial: Path) -> None:
@@ -194,7 +171,6 @@ class ShardFiles(StateFiles):
         state.trained.has_changed = True
 
     def read_best(self, folder: Path) -> dict[str, torch.Tensor]:
-        """See `StateFiles`."""
         best = self.state.trained.empty_snapshot()
         read_shards(self.accelerator, folder, {f"best.{name}": each for name, each in best.items()})
         return best

@@ -121,19 +121,15 @@ class LoraWeights(TrainedWeights):
         self.save = save
 
     def snapshot(self) -> dict[str, torch.Tensor]:
-        """See `TrainedWeights`."""
         return {name: tensor.cpu() for name, tensor in full_lora(self.transformer).items()}
 
     def restore(self, snapshot: Tensors) -> None:
-        """See `TrainedWeights`."""
         load_lora(self.transformer, snapshot)
 
     def left_out(self) -> AbstractContextManager[None]:
-        """See `TrainedWeights`."""
         return adapters_off(self.transformer)
 
     def write(self, accelerator: Accelerator, output_dir: Path, snapshot: Tensors) -> None:
-        """See `TrainedWeights`."""
         if not accelerator.is_main_process:
             return
         file, partial = self.path(output_dir), output_dir / "lora.partial"
@@ -151,8 +147,6 @@ class LoraWeights(TrainedWeights):
         return output_dir / LORA_FILE
 
     def write_best(self, output_dir: Path, snapshot: Tensors, scores: Mapping[str, Any]) -> None:
-        """See `TrainedWeights`."""
-
         def fill(folder: Path) -> None:
             self.save(folder, snapshot)
             write_json(folder / "evaluation.json", scores)
@@ -160,13 +154,11 @@ class LoraWeights(TrainedWeights):
         write_folder(output_dir / "best", fill)
 
     def describe(self, config: TrainingConfig) -> str:
-        """See `TrainedWeights`."""
         rank = "several ranks" if config.rank is None else f"rank {config.rank}"
         start = "" if config.init_lora is None else f", from {config.init_lora}"
         return f"{'DoRA' if config.use_dora else 'LoRA'} of {rank}{start}"
 
     def how_to_load(self, backbone: Backbone, output_dir: Path) -> str:
-        """See `TrainedWeights`."""
         return backbone.how_to_load(output_dir)
 
 
@@ -194,7 +186,6 @@ class FullWeights(TrainedWeights):
         self.dtype = dtype
 
     def snapshot(self) -> dict[str, torch.Tensor]:
-        """See `TrainedWeights`."""
         return {name: each.detach().to("cpu", self.dtype, copy=True) for name, each in self.parameters.items()}
 
     def empty_snapshot(self) -> dict[str, torch.Tensor]:
@@ -203,7 +194,6 @@ class FullWeights(TrainedWeights):
 
     @torch.no_grad()
     def restore(self, snapshot: Tensors) -> None:
-        """See `TrainedWeights`."""
         for name, parameter in self.parameters.items():
             local(parameter).copy_(local(snapshot[name]))
         self.has_changed = True
@@ -244,10 +234,9 @@ class FullWeights(TrainedWeights):
         return output_dir / TRANSFORMER_FOLDER
 
     def write_best(self, output_dir: Path, snapshot: Tensors, scores: Mapping[str, Any]) -> None:
-        """See `TrainedWeights`."""
+        """Checkpoints have them."""
 
     def describe(self, config: TrainingConfig) -> str:
-        """See `TrainedWeights`."""
         return "all weights, in shards (FSDP2)"
 
     @property
@@ -256,6 +245,5 @@ class FullWeights(TrainedWeights):
         return self.model_class.__name__
 
     def how_to_load(self, backbone: Backbone, output_dir: Path) -> str:
-        """See `TrainedWeights`."""
         load = f'{self.result_class}.from_pretrained("{output_dir.as_posix()}", subfolder="{TRANSFORMER_FOLDER}"'
         return f"pipe.{self.component} = {load}, dtype={self.dtype})"
