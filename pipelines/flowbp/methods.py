@@ -363,18 +363,6 @@ def find_row(name: str) -> Row:
     return row
 
 
-def row_options(name: str) -> dict[str, Option]:
-    """The declarations of a method's options, in the row's order.
-
-    Args:
-        name: see `find_row`.
-
-    Raises:
-        ValueError: see `find_row`.
-    """
-    return find_row(name).declarations
-
-
 def _nearest(word: str, choices: Mapping[str, Any]) -> str:
     match = difflib.get_close_matches(word, choices, n=1)
     return f" (nearest: {match[0]!r})" if match else ""

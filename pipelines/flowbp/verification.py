@@ -405,20 +405,14 @@ class _Part:
         return call if self.count == 1 else f"part {self.place + 1}/{self.count} of {call}"
 
 
+@dataclass(frozen=True)
 class _Comparison:
     """The rollouts of one pipeline call, and their differences."""
 
-    def __init__(
-        self,
-        pipe: Any,
-        arguments: Mapping[str, Any],
-        parameters: Mapping[str, torch.nn.Parameter],
-        restart: Callable[[], None],
-    ) -> None:
-        self.pipe = pipe
-        self.arguments = arguments
-        self.parameters = parameters
-        self.restart = restart
+    pipe: Any
+    arguments: Mapping[str, Any]
+    parameters: Mapping[str, torch.nn.Parameter]
+    restart: Callable[[], None]
 
     def compare(self, name: str, method: Method | Surrogate, unconditional_gradient: bool) -> Difference:
         """Record one method's gradient and compare it with the reference."""

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import flowbp
 from flowbp import METHODS, Leg, Method, Surrogate, Term, get_method
-from flowbp.methods import BACKBONES, COUNT, OPTIONS, Option, Row, find_row, row_options
+from flowbp.methods import BACKBONES, COUNT, OPTIONS, Option, Row, find_row
 
 N = 12
 EVEN = torch.linspace(1, 0, N + 1, dtype=torch.float64)
@@ -453,7 +453,7 @@ def test_the_row_of_the_page(user_module: Callable[[str, str], None]):
     name = "my_methods:one_step"
     row = find_row(name)
     assert row.title == "One step"
-    assert row_options(name) == {"among_last": Option("among_last", COUNT, row.own_options[0].help)}
+    assert find_row(name).declarations == {"among_last": Option("among_last", COUNT, row.own_options[0].help)}
     assert get_method(name, "flux").options == {"among_last": 10}
     method = get_method(name, among_last=3)
     assert method.name == name and method == get_method(name, among_last=3)
@@ -475,7 +475,7 @@ def test_a_row_with_an_option_of_the_table(user_module: Callable[[str, str], Non
         "wider = Option('wider', COUNT, 'How much.')\n"
         "row = Row(METHODS['draft-k'].draw, 'Mixed', 'ours', {'wider': 2, 'last_k': 3}, own_options=(wider,))\n",
     )
-    options = row_options("mixed_methods:row")
+    options = find_row("mixed_methods:row").declarations
     assert list(options) == ["wider", "last_k"] and options["last_k"] is OPTIONS["last_k"]
     assert get_method("mixed_methods:row", wider=5).options == {"wider": 5, "last_k": 3}
     assert_refused(
@@ -486,8 +486,8 @@ def test_a_row_with_an_option_of_the_table(user_module: Callable[[str, str], Non
 @pytest.mark.parametrize("name", METHODS)
 def test_the_options_of_a_row_of_the_table(name: str):
     assert find_row(name) is METHODS[name]
-    assert list(row_options(name)) == list(METHODS[name].options)
-    assert all(option is OPTIONS[key] for key, option in row_options(name).items())
+    assert list(find_row(name).declarations) == list(METHODS[name].options)
+    assert all(option is OPTIONS[key] for key, option in find_row(name).declarations.items())
 
 
 BROKEN_ROW = "from flowbp.methods import Row\nrow = Row(None, 'Mine', 'ours', {'last_k': 0})\n"
@@ -510,7 +510,7 @@ NO_ROW = "from flowbp.methods import METHODS\nnot_a_row, mine = print, METHODS['
 )
 def test_a_row_that_cannot_be_had(user_module: Callable[[str, str], None], code: str, name: str, message: str):
     user_module("my_broken", code)
-    for find in (find_row, row_options, get_method):
+    for find in (find_row, get_method):
         assert_refused(lambda find=find: find(name), message)
 
 

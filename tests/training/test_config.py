@@ -20,7 +20,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
 from training_scripts import ROOT, backbone_of, command_line, load_script
 
-from flowbp.methods import BACKBONES, METHODS, get_method, row_options
+from flowbp.methods import BACKBONES, METHODS, find_row, get_method
 from flowbp.training import Backbone, TrainingConfig
 from flowbp.training.options import declarations, is_required, item_type, without_none
 from flowbp.training.train_command_line import parse_training_config
@@ -403,7 +403,7 @@ def test_help_has_the_meaning_of_an_option_its_default_and_where_that_is_from(ca
         f"{DECLARED['checkpointing_steps'][1].help} (default: 500, diffusers' LoRA scripts)"
     )
     assert help_of("revision", capsys).endswith(DECLARED["revision"][1].help)
-    meaning = row_options("draft-k")["last_k"].help
+    meaning = find_row("draft-k").declarations["last_k"].help
     assert help_of("last_k", capsys).endswith(f"{meaning} Defaults: draft-k 1.")
     assert "flowbp-sparse" in help_of("num_active", capsys) and "drtune" in help_of("num_active", capsys)
 

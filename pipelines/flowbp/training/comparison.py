@@ -20,7 +20,7 @@ from typing import Any
 
 from ..files import write_atomically
 from ..judging.models import BASE, can_be_folder, folder_name
-from ..methods import OPTIONS, row_options
+from ..methods import OPTIONS, find_row
 from ..publishing.published_files import LORA_FILE
 from .backbone import Backbone
 from .checkpoints import checkpoints
@@ -207,7 +207,7 @@ def base_options(given: Mapping[str, Any], recipes: Path) -> tuple[dict[str, Any
         path = find_recipe(str(recipe), recipes)
         options = {**{name: _beside(path, name, value) for name, value in read_recipe(path).items()}, **options}
     owner = options.pop("method", None)
-    known = {*OPTIONS, *(row_options(owner) if owner is not None else ())}
+    known = {*OPTIONS, *(find_row(owner).declarations if owner is not None else ())}
     of_method = {name: options.pop(name) for name in list(options) if name in known}
     if of_method and owner is None:
         raise ValueError(

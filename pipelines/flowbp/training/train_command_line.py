@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..methods import METHODS, Option, find_row, row_options
+from ..methods import METHODS, Option, find_row
 from .command_line import (
     add_options,
     find_recipe,
@@ -40,7 +40,7 @@ def add_method_options(
     declared: dict[str, Option] = {}
     for row, content in rows.items():
         defaults = content.defaults(backbone)
-        for name, found in row_options(row).items():
+        for name, found in content.declarations.items():
             declared[name] = found
             owners.setdefault(name, []).append(f"{row} {_text(defaults[name])}")
     for name, found in declared.items():
