@@ -74,6 +74,9 @@ def _values(runs: Sequence[Mapping[str, Any]], measure: str) -> torch.Tensor:
 
 def _interval(values: torch.Tensor, factor: float = 1.0, digits: int = 1, sign: str = "") -> str:
     low, high = over_seeds(values[:, None])
+    if factor == 100 and not sign:
+        # No share is outside of [0, 1], whatever few seeds say.
+        low, high = max(low, 0.0), min(high, 1.0)
     mean, low, high = (factor * number for number in (values.mean().item(), low, high))
     return f"{mean:{sign}.{digits}f} [{low:{sign}.{digits}f}, {high:{sign}.{digits}f}]"
 
