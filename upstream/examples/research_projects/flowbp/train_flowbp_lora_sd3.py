@@ -434,11 +434,11 @@ def main(args):
         images = log_validation(rollout, args, accelerator, global_step, True) if args.validation_prompt else []
         if args.push_to_hub:
             save_model_card(repo_id, images, args, repo_folder=args.output_dir)
-            upload_folder(repo_id=repo_id, folder_path=args.output_dir, allow_patterns=["*.md", "image_*", "pytorch_*"])
+            patterns = ["*.md", "image_*", "pytorch_*"]
+            upload_folder(repo_id=repo_id, folder_path=args.output_dir, allow_patterns=patterns)
 
     accelerator.end_training()
 
 
 if __name__ == "__main__":
-    args = parse_args()
-    main(args)
+    main(parse_args())
