@@ -8,8 +8,7 @@
 PYTHON ?= python3
 PIP_TORCH_OPTIONS ?=
 LOWEST_TESTS ?= tests/engine tests/training/test_train_scripts.py tests/training/test_prompts.py \
-	tests/training/test_prompt_tables.py tests/training/test_full_fine_tuning.py tests/judging tests/publishing/test_push.py \
-	tests/rewards/test_geneval.py tests/rewards/test_reward_loading.py
+	tests/judging/test_figures.py tests/judging/test_evaluate.py
 SOURCES = pipelines training demo tests benchmarks docs upstream setup.py
 
 .PHONY: demo test test-lowest matrix style quality dist upstream venv
@@ -20,7 +19,7 @@ demo: .venv/.demo
 test: .venv/.installed
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2
 
-# The engine, a training with each script, and what uses the packages of extras.
+# The engine, a training with each script, and what uses the packages of the extra training.
 test-lowest: .venv-lowest/.installed
 	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n 2 $(LOWEST_TESTS)
 
@@ -61,5 +60,5 @@ venv: .venv/.installed
 .venv-lowest/.installed: setup.cfg constraints-lowest.txt
 	$(PYTHON) -m venv .venv-lowest
 	.venv-lowest/bin/python -m pip install --quiet -c constraints-lowest.txt $(PIP_TORCH_OPTIONS) torch
-	.venv-lowest/bin/python -m pip install --quiet -c constraints-lowest.txt -e ".[training,geneval]" pytest pytest-xdist
+	.venv-lowest/bin/python -m pip install --quiet -c constraints-lowest.txt -e ".[training]" pytest pytest-xdist
 	touch $@

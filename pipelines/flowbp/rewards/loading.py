@@ -84,7 +84,11 @@ def find_files(source: Source, model_path: Path | None = None) -> Path:
         try:
             folder = Path(
                 snapshot_download(
-                    source.repo_id, revision=source.revision, allow_patterns=[*source.required, *source.patterns]
+                    source.repo_id,
+                    revision=source.revision,
+                    allow_patterns=[*source.required, *source.patterns],
+                    # huggingface_hub 1 asks for the files of a commit even offline.
+                    local_files_only=constants.HF_HUB_OFFLINE,
                 )
             )
         except HUB_ERRORS as error:
