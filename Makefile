@@ -17,7 +17,7 @@ demo: .venv/.demo
 	.venv/bin/python demo/run.py
 
 test: .venv/.installed
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist worksteal
 
 # The engine, a training with each script, and what uses the packages of the extra training.
 test-lowest: .venv-lowest/.installed

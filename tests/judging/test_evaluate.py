@@ -7,7 +7,6 @@ import json
 import math
 import re
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -27,7 +26,19 @@ from safetensors.torch import load_file, save_file
 from tiny_pipelines import tiny_ovis_image_pipeline, tiny_wan_22_pipeline, tiny_wan_pipeline
 from tiny_rewards import GENEVAL_METADATA, tiny_clip, tiny_detector
 from tiny_sd3 import MAX_SEQUENCE_LENGTH, add_random_lora, save_random_lora, tiny_sd3_pipeline
-from training_scripts import ROOT, check_refusal, command_line, environment, load_pipeline, load_script, script_path
+from training_scripts import (
+    ROOT,
+    check_refusal,
+    command_line,
+    environment,
+    load_pipeline,
+    load_script,
+    on_cpus,
+    run_program,
+    script_path,
+    torchrun,
+)
+from warm_python import warm
 
 from flowbp.judging.images import are_finite, to_pil
 from flowbp.judging.loras import scores_by_reward
@@ -219,13 +230,8 @@ def test_killed_in_the_middle_and_started_again_it_writes_the_same(
 ) -> None:
     words = command_line(arguments, rewards="fatal_reward:make_reward", batch_size=2)
     # Batches are two images: the base has three, and the process dies when it scores the second of the LoRA's.
-    killed = subprocess.run(
-        [sys.executable, str(script_path(NAME)), *words],
-        env={**environment(), "FLOWBP_TEST_LAST_CALL": "5"},
-        capture_output=True,
-        check=False,
-        timeout=300,
-    )
+    variables = warm({**environment(), "FLOWBP_TEST_LAST_CALL": "5"})
+    killed = run_program([sys.executable, script_path(NAME), *words], variables, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
     folder = arguments["output_dir"]
     assert len(list(folder.glob("scores/*/*.json"))) == 4 and not (folder / "table.md").exists()
@@ -254,16 +260,7 @@ def test_killed_in_the_middle_and_started_again_it_writes_the_same(
 
 def test_two_processes_write_the_same_as_one(script: ModuleType, arguments: dict[str, Any], tmp_path: Path) -> None:
     words = command_line(arguments, batch_size=2, num_images_per_prompt=3)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*launch, str(script_path(NAME)), *words],
-        env={**environment(), "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = run_program(torchrun(script_path(NAME), *words), on_cpus())
     assert done.stdout.count("3 prompts, 3 images of each") == 1
     alone = tmp_path / "alone"
     script.main(command_line(arguments, batch_size=2, num_images_per_prompt=3, output_dir=alone))

@@ -14,7 +14,6 @@ JSON.
 
 import argparse
 import json
-import os
 import random
 import shutil
 import signal
@@ -23,7 +22,7 @@ import time
 from pathlib import Path
 
 import torch
-from resume_harness import SD3, Process, Warm, check_same_end, sd3_arguments
+from resume_harness import SD3, Process, check_same_end, sd3_arguments
 from tiny_sd3 import tiny_sd3_pipeline
 from training_scripts import command_line, write_prompts
 
@@ -60,11 +59,10 @@ def wait_for_a_moment(process: Process, output: Path) -> int | None:
     return process.poll()
 
 
-def kill_and_resume(warm: Warm, words: list[str], output: Path, kills: int) -> dict[str, int]:
+def kill_and_resume(words: list[str], output: Path, kills: int) -> dict[str, int]:
     """One run, killed up to so many times and resumed until it is done.
 
     Args:
-        warm: starts the script.
         words: its command line.
         output: its output folder.
         kills: how often to kill it.
@@ -82,16 +80,17 @@ def kill_and_resume(warm: Warm, words: list[str], output: Path, kills: int) -> d
             checkpoints.find_checkpoint(output, "latest", told.append)
             assert not told, told
         counts["resumes"] += was_written
-        process = warm.start([*words, *(["--resume_from_checkpoint", "latest"] if was_written else [])])
+        resume = ["--resume_from_checkpoint", "latest"] if was_written else []
+        process = Process(SD3, [*words, *resume], output.parent)
         if counts["kills"] == kills:
-            code = process.wait()
+            code = process.ended()
         else:
             code = wait_for_a_moment(process, output)
         if code is not None:
-            assert code == 0, process.errors.read_text()[-3000:]
+            assert code == 0, process.told.read_text()[-3000:]
             return counts
-        os.kill(process.number, signal.SIGKILL)
-        if (code := process.wait()) == 0:  # it was done a moment before
+        process.kill()
+        if (code := process.ended()) == 0:  # it was done a moment before
             return counts
         assert code == -signal.SIGKILL, code
         counts["kills"] += 1
@@ -100,11 +99,10 @@ def kill_and_resume(warm: Warm, words: list[str], output: Path, kills: int) -> d
         print(f"kill {counts['kills']}: {sorted(path.name for path in output.glob('checkpoint-*'))}", flush=True)
 
 
-def kill_runs(warm: Warm, kills: int, rotations: int | None, folder: Path) -> dict[str, int]:
+def kill_runs(kills: int, rotations: int | None, folder: Path) -> dict[str, int]:
     """Train once without and then with kills, until there were enough; raises AssertionError for any difference.
 
     Args:
-        warm: starts the script for Stable Diffusion 3.
         kills: how many.
         rotations: `--checkpoints_total_limit`; None keeps all.
         folder: empty.
@@ -122,13 +120,13 @@ def kill_runs(warm: Warm, kills: int, rotations: int | None, folder: Path) -> di
         "lr_scheduler": "cosine",
         "checkpoints_total_limit": rotations,
     }
-    process = warm.start(command_line(arguments))
-    assert process.wait() == 0, process.errors.read_text()[-3000:]
+    process = Process(SD3, command_line(arguments), folder)
+    assert process.ended() == 0, process.told.read_text()[-3000:]
     total = {"kills": 0, "while_writing": 0, "resumes": 0, "runs": 0}
     while total["kills"] < kills:
         output = folder / "killed"
         words = command_line(arguments, output_dir=output)
-        counts = kill_and_resume(warm, words, output, kills - total["kills"])
+        counts = kill_and_resume(words, output, kills - total["kills"])
         # Also that nothing is left of what was half written.
         assert not [path for path in output.iterdir() if path.suffix in (".partial", ".removed", ".replaced")]
         assert len(checkpoints.checkpoints(output)) == (rotations or UPDATES)
@@ -147,5 +145,4 @@ if __name__ == "__main__":
     options = parser.parse_args()
     random.seed(options.seed)
     with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
-        with Warm(SD3, Path(scratch)) as warm:
-            print(json.dumps(kill_runs(warm, options.kills, options.rotations, Path(scratch))))
+        print(json.dumps(kill_runs(options.kills, options.rotations, Path(scratch))))

@@ -3,23 +3,29 @@
 """What the tests of resuming, of killing and of skipped updates share: how runs are started, and what is compared."""
 
 import json
-import os
 import re
-import signal
+import resource
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from resume_warm import ask
 from safetensors.torch import load_file
 from tiny_sd3 import MAX_SEQUENCE_LENGTH
-from training_scripts import LORA_FILE, SHARED_ARGUMENTS, environment, log_of, script_path
+from training_scripts import (
+    LORA_FILE,
+    SHARED_ARGUMENTS,
+    environment,
+    log_of,
+    on_cpus,
+    run_program,
+    script_path,
+    torchrun,
+)
+from warm_python import settle, warm
 
 from flowbp.training import checkpoints
 
@@ -115,134 +121,71 @@ def lines_of(text: str) -> list[str]:
 # Processes of their own.
 
 
-@dataclass
-class Process:
-    """A script that was started by `Warm`.
-
-    Attributes:
-        number: of the process.
-        warm: that started it.
-        output: file of its stdout.
-        errors: file of its stderr.
-    """
-
-    number: int
-    warm: "Warm"
-    output: Path
-    errors: Path
-
-    def wait(self, seconds: float = 200) -> int:
-        """Its return code, as `subprocess` has it. A process that does not end in time is killed."""
-        code = self.poll(seconds)
-        if code is None:
-            os.kill(self.number, signal.SIGKILL)
-            self.poll(10)
-            raise AssertionError(f"still running after {seconds} s: {self.errors.read_text()[-3000:]}")
-        return code
-
-    def poll(self, seconds: float = 0) -> int | None:
-        """Its return code, None if it still runs after so long. Once there was one, it is not to be asked again."""
-        end = time.monotonic() + seconds
-        while (code := ask(self.warm.path, do="poll", process=self.number)) is None and time.monotonic() < end:
-            time.sleep(0.01)
-        return code
-
-    def lines(self) -> list[str]:
-        """What it wrote to stderr by itself."""
-        return lines_of(self.errors.read_text())
-
-
-class Warm:
-    """Starts a script in processes of its own without paying for its imports each time; see `resume_warm.py`.
+class Process(subprocess.Popen):
+    """A script in a process of its own, which starts warm.
 
     Args:
         name: of the script.
-        folder: for the output of the processes.
-
-    Attributes:
-        path: of the socket.
+        words: its command line.
+        folder: for the files `printed` and `told` of what it writes.
+        variables: what to add to its environment.
+        file_size_limit: in bytes; a write beyond it fails as on a full disk.
     """
 
-    def __init__(self, name: str, folder: Path) -> None:
-        self.name = name
-        self.folder = folder
-        self._started = 0
+    def __init__(
+        self,
+        name: str,
+        words: Sequence[str],
+        folder: Path,
+        variables: dict[str, str] | None = None,
+        file_size_limit: int | None = None,
+    ) -> None:
+        def limit() -> None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (file_size_limit,) * 2)
 
-    def __enter__(self) -> "Warm":
-        # The path of a socket may not be longer than about 100 characters, which pytest's folders may be.
-        self._short = tempfile.TemporaryDirectory(prefix="flowbp-")
-        self.path = str(Path(self._short.name) / "socket")
-        with (self.folder / "warm.txt").open("w") as errors:
-            self._process = subprocess.Popen(
-                [sys.executable, str(HERE / "resume_warm.py"), self.name, self.path],
-                stdout=subprocess.PIPE,
+        self.variables = warm({**environment(), **(variables or {})})
+        self.printed, self.told = (folder / f"{time.monotonic_ns()}.{name}" for name in ("out", "err"))
+        with self.printed.open("w") as output, self.told.open("w") as errors:
+            super().__init__(
+                [sys.executable, str(script_path(name)), *words],
+                env=self.variables,
+                stdout=output,
                 stderr=errors,
-                text=True,
-                env=environment(),
+                preexec_fn=None if file_size_limit is None else limit,
             )
-        assert self._process.stdout.readline() == "ready\n", (self.folder / "warm.txt").read_text()
-        return self
 
-    def __exit__(self, *exception: object) -> None:
-        ask(self.path, do="end")
-        self._process.wait(60)
-        self._process.stdout.close()
-        self._short.cleanup()
+    def ended(self, seconds: float = 200) -> int:
+        """Its return code. A process that does not end in time is killed."""
+        try:
+            return self.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise AssertionError(f"still running after {seconds} s: {self.told.read_text()[-3000:]}") from None
 
-    def start(
-        self, words: Sequence[str], environment: dict[str, str] | None = None, file_size_limit: int | None = None
-    ) -> Process:
-        """Start the script.
+    def kill(self) -> None:
+        """Kill it, and wait until it is gone."""
+        super().kill()
+        self.wait()
+        settle(self.variables)
 
-        Args:
-            words: its command line.
-            environment: what to add to this process'.
-            file_size_limit: in bytes; a write beyond it fails as on a full disk.
-        """
-        self._started += 1
-        output, errors = (self.folder / f"{self._started}.{name}" for name in ("out", "err"))
-        with output.open("a") as out, errors.open("a") as err:
-            number = ask(
-                self.path,
-                (out.fileno(), err.fileno()),
-                do="start",
-                argv=[str(script_path(self.name)), *words],
-                environment=environment or {},
-                file_size_limit=file_size_limit,
-            )
-        return Process(number, self, output, errors)
+    def lines(self) -> list[str]:
+        """What it wrote to stderr by itself."""
+        return lines_of(self.told.read_text())
 
-    def two_processes(self, program: Path, words: Sequence[str]) -> list[str]:
-        """The command by which torchrun starts a program in two processes, with `two_processes_environment`."""
-        launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-        return [*launch, str(HERE / "resume_warm.py"), str(program), *words]
 
-    def two_processes_environment(self, **more: str) -> dict[str, str]:
-        """Of `two_processes`: on CPUs accelerate has to be told, or each of the two trains alone."""
-        return {**os.environ, "FLOWBP_TEST_WARM": self.path, "ACCELERATE_USE_CPU": "true", **more}
+def run_in_two_processes(jobs: Sequence[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
+    """Run scripts one after the other in the same two processes, see `resume_processes.py`.
 
-    def run_in_two_processes(self, jobs: Sequence[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
-        """Run scripts one after the other in the same two processes, see `resume_processes.py`.
+    Args:
+        jobs: each with the script's `name`, its `words`, and what to add to the `environment`.
+        folder: for the files that the processes leave.
 
-        Args:
-            jobs: each with the script's `name`, its `words`, and what to add to the `environment`.
-            folder: for the files that the processes leave.
-
-        Returns:
-            What `resume_processes.py` found for each job.
-        """
-        (folder / "jobs.json").write_text(json.dumps(jobs))
-        words = [str(folder / "jobs.json"), str(folder / "found.json")]
-        done = subprocess.run(
-            self.two_processes(HERE / "resume_processes.py", words),
-            env=self.two_processes_environment(),
-            capture_output=True,
-            text=True,
-            timeout=500,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        return json.loads((folder / "found.json").read_text())
+    Returns:
+        What `resume_processes.py` found for each job.
+    """
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    run_program(torchrun(HERE / "resume_processes.py", folder / "jobs.json", folder / "found.json"), on_cpus())
+    return json.loads((folder / "found.json").read_text())
 
 
 def wait_for(path: Path, seconds: float = 200) -> None:

@@ -55,12 +55,14 @@ def make_waiting_reward() -> Reward:
     """The toy reward, which waits at training call FLOWBP_TEST_WAIT_CALL.
 
     It writes its process' number to the file `reached-RANK` of the folder FLOWBP_TEST_WAIT, and waits for `go` there.
+    FLOWBP_TEST_WAIT_AFTER: it does so only where this file is there.
     """
     reward, calls = toy_reward.make_reward(), []
 
     def score(images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         calls.append(images.requires_grad)
-        if images.requires_grad and sum(calls) == int(os.environ.get("FLOWBP_TEST_WAIT_CALL", "0")):
+        is_time = Path(os.environ.get("FLOWBP_TEST_WAIT_AFTER", "/")).exists()
+        if images.requires_grad and sum(calls) == int(os.environ.get("FLOWBP_TEST_WAIT_CALL", "0")) and is_time:
             folder = Path(os.environ["FLOWBP_TEST_WAIT"])
             partial = folder / f"partial-{os.getpid()}"
             partial.write_text(str(os.getpid()))

@@ -11,7 +11,7 @@ import os
 import runpy
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,6 +22,7 @@ from diffusers import DiffusionPipeline
 from diffusers.models.modeling_utils import ModelMixin
 from safetensors import safe_open
 from safetensors.torch import load_file
+from warm_python import warm
 
 from flowbp.judging import images as validation
 from flowbp.publishing.published_files import LORA_FILE
@@ -277,17 +278,30 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
-def accelerate_launch(name: str, words: list[str]) -> str:
-    """What a script prints when it is started as users start it, in one process on the CPU."""
+def accelerate_launch(name: str, words: Sequence[str]) -> list[str]:
+    """The command that starts a script as users do, in one process on the CPU."""
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--cpu"]
-    done = subprocess.run(
-        [*launch, str(script_path(name)), *words],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=environment(),
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    return [*launch, str(script_path(name)), *words]
+
+
+def torchrun(*words: Any, processes: int = 2) -> list[str]:
+    """The command that starts a program in several processes."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--standalone"]
+    return [*launch, *map(str, words)]
+
+
+def on_cpus(**variables: str) -> dict[str, str]:
+    """The environment of `torchrun`, warm: on CPUs accelerate has to be told, or each process trains alone."""
+    own = {name: value for name, value in environment().items() if not name.startswith(("ACCELERATE_", "FSDP_"))}
+    return warm({**own, "ACCELERATE_USE_CPU": "true", **variables})
+
+
+def run_program(
+    words: Sequence[Any], variables: Mapping[str, str], check: bool = True
+) -> subprocess.CompletedProcess[str]:
+    """Run a command in this environment to its end; fails with what it wrote where its exit code is not 0."""
+    command = list(map(str, words))
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=600, check=False)
+    assert not check or done.returncode == 0, done.stderr[-8000:]
+    return done

@@ -5,7 +5,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -13,12 +12,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import psutil
 import pytest
 import yaml
 from filelock import FileLock
-from resume_harness import sd3_arguments, wait_for
-from training_scripts import ROOT, environment, load_script, lora_of, parse_config, same, script_path
+from resume_harness import Process, sd3_arguments, wait_for
+from training_scripts import ROOT, load_script, lora_of, parse_config, same, script_path
 
 from flowbp.training.comparison import as_words
 from flowbp.training.config import TrainingConfig
@@ -89,34 +87,27 @@ def records_of(folder: Path) -> list[dict[str, Any]]:
     return json.loads((folder / "evaluation" / "table.json").read_text())["records"]
 
 
-def processes_of(number: int) -> list[psutil.Process]:
-    return [psutil.Process(number), *psutil.Process(number).children(recursive=True)]
-
-
 def test_killed_and_started_again_it_ends_as_one_that_was_not(
     start: Start, recipe: dict[str, Any], tmp_path: Path
 ) -> None:
     """With real processes, which are killed during the second run; the other one runs in this process."""
     out = tmp_path / "out"
-    # Its updates are slow enough to be killed between two of them.
-    recipe["base"] |= {"max_train_steps": 4, "gradient_accumulation_steps": 2}
-    program = [sys.executable, str(script_path("compare_flowbp")), *write(recipe, tmp_path / "killed.yaml")]
-
-    def popen() -> subprocess.Popen:
-        return subprocess.Popen(program, env=environment(), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
+    # The second run waits in its third update.
+    recipe["base"] |= {"max_train_steps": 3, "reward": "resume_rewards:make_waiting_reward"}
     first, second = out / "flowbp-sparse" / "seed-0", out / "flowbp-sparse" / "seed-1"
-    process = popen()
-    wait_for(second / "checkpoint-2")
-    for each in reversed(processes_of(process.pid)):
-        each.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL and not (second / "README.md").exists()
+    later = {"FLOWBP_TEST_WAIT_AFTER": str(first / "README.md")}
+    waiting = {"FLOWBP_TEST_WAIT": str(tmp_path), "FLOWBP_TEST_WAIT_CALL": "3", **later}
+    words = write(recipe, tmp_path / "killed.yaml")
+    process = Process("compare_flowbp", words, tmp_path, waiting)
+    wait_for(tmp_path / "reached-0")
+    process.kill()
+    os.kill(int((tmp_path / "reached-0").read_text()), signal.SIGKILL)
+    assert process.ended() == -signal.SIGKILL and not (second / "README.md").exists()
     finished = {path: path.stat().st_mtime_ns for path in first.rglob("*") if path.is_file() and path.name != LOCK}
     assert first / "README.md" in finished
-    process = popen()
-    printed, told = process.communicate(timeout=500)
-    assert process.returncode == 0, told[-3000:]
+    process = Process("compare_flowbp", words, tmp_path)
+    code, printed, told = process.ended(500), process.printed.read_text(), process.told.read_text()
+    assert code == 0, told[-3000:]
     assert "4 runs, 1 of them finished before" in told and "flowbp-sparse, seed 0: started" not in told
     assert "refl (2 seeds)" in printed
     assert all(path.stat().st_mtime_ns == changed for path, changed in finished.items())

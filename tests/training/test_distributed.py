@@ -3,8 +3,6 @@
 """Two processes on the CPU, DDP and FSDP2: gradients are means, batches may be split; other kinds are refused."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,18 @@ from accelerate.state import AcceleratorState
 from distributed_batches import tiny_pipeline
 from tiny_pipelines import tiny_flux_pipeline, tiny_klein_pipeline
 from tiny_sd3 import MAX_SEQUENCE_LENGTH, tiny_sd3_pipeline
-from training_scripts import SHARED_ARGUMENTS, command_line, log_of, lora_of, same, script_path, write_prompts
+from training_scripts import (
+    SHARED_ARGUMENTS,
+    command_line,
+    log_of,
+    lora_of,
+    on_cpus,
+    run_program,
+    same,
+    script_path,
+    torchrun,
+    write_prompts,
+)
 
 from flowbp.training.distributed import (
     all_ranks_max,
@@ -38,27 +47,17 @@ ROOT = Path(__file__).parents[2]
 SUPPORT = ROOT / "tests" / "support"
 CONFIGS = sorted((ROOT / "training" / "accelerate_configs").glob("*.yaml"))
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
 
 
-def run(words: list[str], variables: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    """Run Python on the CPU with these words, able to import the tests and the package."""
-    own = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "FSDP_"))}
-    paths = os.pathsep.join([str(SUPPORT), str(ROOT / "pipelines")])
-    return subprocess.run(
-        [sys.executable, *words],
-        env={**own, "PYTHONPATH": paths, "ACCELERATE_USE_CPU": "true", **variables},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+def printed(command: list[str], **variables: str) -> Any:
+    """What the first process printed last, in JSON."""
+    return json.loads(run_program(command, on_cpus(**variables)).stdout.strip().splitlines()[-1])
 
 
-def printed(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
-    """The JSON object that the first process printed last."""
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.strip().splitlines()[-1])
+def launch(config: str, *words: Any) -> list[str]:
+    """The command that starts a program with one of the files for `accelerate launch`."""
+    path = ROOT / "training" / "accelerate_configs" / f"{config}.yaml"
+    return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(path), *map(str, words)]
 
 
 # Two processes.
@@ -78,7 +77,7 @@ def printed(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
 def test_gradients_of_two_processes_are_averaged(
     variables: dict[str, str], words: list[str], exchange: str, of_term: int, others: set[str]
 ) -> None:
-    found = printed(run([*TORCHRUN, str(SUPPORT / "distributed_gradients.py"), *words], variables))
+    found = printed(torchrun(SUPPORT / "distributed_gradients.py", *words), **variables)
     assert len(found) == 7
     for method, of_method in found.items():
         assert of_method["apart"] > 0.1, method  # the processes have noise of their own
@@ -95,7 +94,7 @@ def test_gradients_of_two_processes_are_averaged(
 
 
 def test_a_batch_may_be_split_into_micro_batches_and_processes() -> None:
-    found = printed(run([*TORCHRUN, str(SUPPORT / "distributed_batches.py")], {}))
+    found = printed(torchrun(SUPPORT / "distributed_batches.py"))
     for dtype, tolerance in (("float64", 1e-12), ("float32", 1e-6)):
         assert len(found[dtype]) == 7
         for method, of_method in found[dtype].items():
@@ -105,7 +104,7 @@ def test_a_batch_may_be_split_into_micro_batches_and_processes() -> None:
 
 
 def test_a_sharded_transformer_trains_like_a_whole_one(tmp_path: Path) -> None:
-    found = printed(run([*TORCHRUN, str(SUPPORT / "distributed_training.py"), str(tmp_path)], FSDP2))
+    found = printed(torchrun(SUPPORT / "distributed_training.py", tmp_path), **FSDP2)
     assert 0.5 <= found["share"] < 0.55
     for whole, sharded in found["norms"]:
         assert whole > 0.05  # so that clipping scales
@@ -142,16 +141,15 @@ def test_the_script_trains_the_same_however_its_batch_is_split(tmp_path: Path, u
         "max_grad_norm": 1e6,
     }
     steps = {}
-    for name, batch, passes, launch, variables in (
-        ("one batch", 4, 1, [], {}),
-        ("one by one", 1, 4, [], {}),
-        ("two processes", 2, 1, TORCHRUN, {}),
-        ("two shards", 1, 2, TORCHRUN, FSDP2),
+    for name, batch, passes, processes, variables in (
+        ("one batch", 4, 1, 1, {}),
+        ("one by one", 1, 4, 1, {}),
+        ("two processes", 2, 1, 2, {}),
+        ("two shards", 1, 2, 2, FSDP2),
     ):
         split = {"train_batch_size": batch, "gradient_accumulation_steps": passes, "output_dir": tmp_path / name}
-        words = [*launch, str(script_path("train_flowbp_sd3")), *command_line(arguments, **split)]
-        done = run(words, variables)
-        assert done.returncode == 0, done.stderr[-3000:]
+        words = [script_path("train_flowbp_sd3"), *command_line(arguments, **split)]
+        run_program([sys.executable, *words] if processes == 1 else torchrun(*words), on_cpus(**variables))
         # What LoRA's B matrices began at is 0.
         lora = lora_of(tmp_path / name)
         steps[name] = torch.cat([lora[key].flatten() for key in sorted(lora) if "lora_B" in key])
@@ -194,8 +192,7 @@ def test_processes_agree_on_an_overdue_checkpoint(tmp_path: Path) -> None:
         "method": "draft-k",
         "train_batch_size": 1,
     }
-    done = run([*TORCHRUN, str(tmp_path / "one_overdue.py"), *command_line(arguments)], {})
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_program(torchrun(tmp_path / "one_overdue.py", *command_line(arguments)), on_cpus())
     assert sorted(path.name for path in (tmp_path / "run").glob("wrote-*")) == [
         "wrote-checkpoint-1",
         "wrote-checkpoint-2",
@@ -228,7 +225,7 @@ exit_process(0)
 def test_processes_leave_although_a_thread_is_busy(tmp_path: Path) -> None:
     script = tmp_path / "busy.py"
     script.write_text(LEAVE_BUSY, encoding="utf-8")
-    assert printed(run([*TORCHRUN, str(script)], {})) == {"exit": "functions"}
+    assert printed(torchrun(script)) == {"exit": "functions"}
 
 
 def test_the_exit_code_of_a_process(tmp_path: Path) -> None:
@@ -237,7 +234,7 @@ def test_the_exit_code_of_a_process(tmp_path: Path) -> None:
         "from flowbp.training.distributed import exit_process; print('said'); exit_process(143)", encoding="utf-8"
     )
     for processes in ("1", "2"):
-        done = run([str(script)], {"WORLD_SIZE": processes})
+        done = run_program([sys.executable, script], on_cpus(WORLD_SIZE=processes), check=False)
         assert done.returncode == 143
         assert done.stdout == "said\n"
 
@@ -422,9 +419,7 @@ accelerator.end_training()
 def test_config_files_launch_what_they_say(tmp_path: Path, name: str, words: list[str], expected: list[Any]) -> None:
     script = tmp_path / "who.py"
     script.write_text(WHO, encoding="utf-8")
-    config = ROOT / "training" / "accelerate_configs" / f"{name}.yaml"
-    launch = ["-m", "accelerate.commands.launch", "--config_file", str(config), *words, str(script)]
-    assert printed(run(launch, {})) == expected
+    assert printed(launch(name, *words, script)) == expected
 
 
 def test_flux_trains_and_resumes_with_the_config_of_a_large_base(tmp_path: Path) -> None:
@@ -441,15 +436,13 @@ def test_flux_trains_and_resumes_with_the_config_of_a_large_base(tmp_path: Path)
         "use_ema": True,
         "checkpointing_steps": 1,
     }
-    config = ROOT / "training" / "accelerate_configs" / "fsdp2_12b.yaml"
-    launch = ["-m", "accelerate.commands.launch", "--config_file", str(config)]
-    launch += ["--num_processes", "2", "--main_process_port", "0", str(script_path("train_flowbp_flux"))]
+    program = ["--num_processes", "2", "--main_process_port", "0", script_path("train_flowbp_flux")]
     for name, changes in {
         "whole": {},
         "resumed": {"resume_from_checkpoint": tmp_path / "whole" / "checkpoint-1"},
     }.items():
-        done = run([*launch, *command_line(arguments, output_dir=tmp_path / name, **changes)], {})
-        assert done.returncode == 0, done.stderr[-3000:]
+        words = command_line(arguments, output_dir=tmp_path / name, **changes)
+        run_program(launch("fsdp2_12b", *program, *words), on_cpus())
     assert [row["step"] for row in log_of(tmp_path / "whole")] == [1, 2]
     lora, resumed = lora_of(tmp_path / "whole"), lora_of(tmp_path / "resumed")
     assert any(tensor.any() for name, tensor in lora.items() if "lora_B" in name)

@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -27,12 +26,14 @@ from training_scripts import (
     SHARED_ARGUMENTS,
     check_refusal,
     command_line,
-    environment,
     images_of,
     load_pipeline,
     load_script,
     log_of,
+    on_cpus,
+    run_program,
     script_path,
+    torchrun,
     watch_pictures,
     write_prompts,
 )
@@ -89,24 +90,9 @@ def script() -> ModuleType:
     return load_script("train_flowbp_sd3")
 
 
-@pytest.fixture
-def torchrun(tmp_path: Path) -> Any:
-    """Runs a program of ours in several processes; returns what ended and what it printed last."""
-
-    def run(processes: int, *words: Any, check: bool = True, **variables: str) -> subprocess.CompletedProcess[str]:
-        launch = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--standalone"]
-        done = subprocess.run(
-            [sys.executable, *launch, *map(str, words)],
-            env={**environment(), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", **variables},
-            capture_output=True,
-            text=True,
-            timeout=600,
-            check=False,
-        )
-        assert not check or done.returncode == 0, done.stderr[-3000:]
-        return done
-
-    return run
+def run(processes: int, *words: Any, check: bool = True, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run a program of ours in several processes."""
+    return run_program(torchrun(*words, processes=processes), on_cpus(**variables), check)
 
 
 def transformer_of(output: Path) -> dict[str, torch.Tensor]:
@@ -186,37 +172,37 @@ def test_an_average_on_the_cpu_gives_the_same(script: ModuleType, arguments: dic
 # Checkpoints.
 
 
-def test_a_checkpoint_of_two_processes_is_read_by_one_and_three(tmp_path: Path, torchrun: Any) -> None:
+def test_a_checkpoint_of_two_processes_is_read_by_one_and_three(tmp_path: Path) -> None:
     program = SUPPORT / "full_checkpoints.py"
     for writers, readers in ((2, (1, 3)), (1, (3, 2))):
         folder = tmp_path / f"of_{writers}" / "checkpoint-2"
         folder.parent.mkdir()
-        torchrun(writers, program, "write", folder, **FSDP2)
+        run(writers, program, "write", folder, **FSDP2)
         files = sorted(path.name for path in folder.iterdir())
         assert len([name for name in files if name.startswith("shard-")]) == writers
         assert {Path(name).suffix for name in files} == {".safetensors", ".json"}
         for count in readers:
-            found = json.loads(torchrun(count, program, "read", folder, **FSDP2).stdout.strip().splitlines()[-1])
+            found = json.loads(run(count, program, "read", folder, **FSDP2).stdout.strip().splitlines()[-1])
             assert found["difference"] == 0.0 and found["update"] == 2 and found["tensors"] > 100
 
 
-def test_a_process_killed_while_saving_leaves_the_checkpoint_before(tmp_path: Path, torchrun: Any) -> None:
+def test_a_process_killed_while_saving_leaves_the_checkpoint_before(tmp_path: Path) -> None:
     program = SUPPORT / "full_checkpoints.py"
-    torchrun(2, program, "write", tmp_path / "checkpoint-1", **FSDP2)
-    done = torchrun(2, program, "kill", tmp_path / "checkpoint-2", check=False, **FSDP2)
+    run(2, program, "write", tmp_path / "checkpoint-1", **FSDP2)
+    done = run(2, program, "kill", tmp_path / "checkpoint-2", check=False, **FSDP2)
     assert done.returncode != 0
     assert checkpoints(tmp_path) == [tmp_path / "checkpoint-1"]
-    torchrun(1, program, "read", tmp_path / "checkpoint-1", **FSDP2)
+    run(1, program, "read", tmp_path / "checkpoint-1", **FSDP2)
 
 
 def test_a_run_of_two_processes_trains_and_resumes_like_one(
-    script: ModuleType, arguments: dict[str, Any], tmp_path: Path, torchrun: Any
+    script: ModuleType, arguments: dict[str, Any], tmp_path: Path
 ) -> None:
     shared = {**arguments, "checkpointing_steps": 1, "use_ema": True, "eval_reward": "toy_reward:make_held_out_reward"}
     shared |= {"eval_steps": 1, "adam_epsilon": 1, "adam_weight_decay": 0, "eval_prompts": shared["prompts"]}
     script.main(command_line(shared))
     two = {**shared, "output_dir": tmp_path / "two", "train_batch_size": 1}
-    torchrun(2, script_path("train_flowbp_sd3"), *command_line(two), **FSDP2)
+    run(2, script_path("train_flowbp_sd3"), *command_line(two), **FSDP2)
     one, other = transformer_of(tmp_path / "run"), transformer_of(tmp_path / "two")
     base = load_pipeline(arguments["pretrained_model_name_or_path"]).transformer.state_dict()
     moved = max((one[name] - base[name]).abs().max().item() for name in one)
@@ -316,7 +302,7 @@ def test_what_does_not_go_with_full_fine_tuning(
     check_refusal("train_flowbp_sd3", {**arguments, **changes}, message, monkeypatch, capsys)
 
 
-def test_several_processes_without_fsdp2_are_refused(arguments: dict[str, Any], torchrun: Any) -> None:
-    done = torchrun(2, script_path("train_flowbp_sd3"), *command_line(arguments), check=False)
+def test_several_processes_without_fsdp2_are_refused(arguments: dict[str, Any]) -> None:
+    done = run(2, script_path("train_flowbp_sd3"), *command_line(arguments), check=False)
     assert "--train full: expected FSDP2 for 2 processes, got DDP" in done.stderr and done.returncode != 0
     assert "Loading pipeline components" not in done.stderr

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 from resume_harness import (
     SD3,
-    Warm,
     check_same_end,
     largest_difference,
+    run_in_two_processes,
     sd3_arguments,
     state_of,
     tensors_of,
@@ -206,8 +206,7 @@ def in_two(
     for name, (changes, variables) in runs.items():
         arguments = {**sd3_arguments(model, prompts, root / name), **FAULTY, "train_batch_size": 1, **changes}
         jobs.append({"name": SD3, "words": command_line(arguments), "environment": variables})
-    with Warm(SD3, root) as warm:
-        found = warm.run_in_two_processes(jobs, root)
+    found = run_in_two_processes(jobs, root)
     return {name: (root / name, each) for name, each in zip(runs, found, strict=True)}
 
 

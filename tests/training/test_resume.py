@@ -11,8 +11,8 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,10 +21,11 @@ import pytest
 from kill_training import kill_runs
 from resume_harness import (
     SD3,
-    Warm,
+    Process,
     check_same_end,
     largest_difference,
     lines_of,
+    run_in_two_processes,
     sd3_arguments,
     state_of,
     tensors_of,
@@ -33,13 +34,17 @@ from resume_harness import (
 from tiny_pipelines import tiny_flux_pipeline, tiny_klein_pipeline, tiny_wan_pipeline
 from training_scripts import (
     PROMPTS,
+    accelerate_launch,
     command_line,
     environment,
     error_of,
     load_script,
     log_of,
+    on_cpus,
     script_path,
+    torchrun,
 )
+from warm_python import warm
 from watched_updates import watch_updates
 
 from flowbp.training import checkpoints, state_files
@@ -73,12 +78,6 @@ EVERYTHING = {
 @pytest.fixture
 def arguments(model: Path, prompts: Path, tmp_path: Path) -> dict[str, Any]:
     return sd3_arguments(model, prompts, tmp_path / "run")
-
-
-@pytest.fixture(scope="module")
-def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
-    with Warm(SD3, tmp_path_factory.mktemp("warm")) as started:
-        yield started
 
 
 # Exact, in one process.
@@ -201,7 +200,7 @@ IN_TWO = {
 
 @pytest.fixture(scope="module")
 def stopped_in_two(
-    warm: Warm, plain_arguments: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+    plain_arguments: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, tuple[Path, str]]:
     """Runs of two processes that were stopped in their first update: their folders, and what went to stderr."""
     found = {}
@@ -210,8 +209,8 @@ def stopped_in_two(
         changes = {"output_dir": folder / "run", "train_batch_size": 1, "checkpointing_steps": 100}
         with (folder / "err").open("a") as errors:
             process = subprocess.Popen(
-                warm.two_processes(script_path(SD3), command_line(plain_arguments, **changes)),
-                env=warm.two_processes_environment(FLOWBP_TEST_WAIT=str(folder), FLOWBP_TEST_WAIT_CALL="1"),
+                torchrun(script_path(SD3), *command_line(plain_arguments, **changes)),
+                env=on_cpus(FLOWBP_TEST_WAIT=str(folder), FLOWBP_TEST_WAIT_CALL="1"),
                 stdout=subprocess.DEVNULL,
                 stderr=errors,
             )
@@ -221,14 +220,13 @@ def stopped_in_two(
                 os.kill(target, number)
             (folder / "go").touch()
             # torchrun's own code says only that a worker ended with one.
-            assert process.wait(200) == 1
+            assert process.wait(200) == 1, (folder / "err").read_text()[-3000:]
         found[what] = (folder / "run", (folder / "err").read_text())
     return found
 
 
 @pytest.fixture(scope="module")
 def in_two(
-    warm: Warm,
     model: Path,
     prompts: Path,
     plain: Path,
@@ -250,7 +248,7 @@ def in_two(
     for what, (folder, _) in stopped_in_two.items():
         runs[what] = {**runs["plain"], "output_dir": folder, "resume_from_checkpoint": "latest"}
     jobs = [{"name": SD3, "words": command_line(arguments), "environment": {}} for arguments in runs.values()]
-    for name, found in zip(runs, warm.run_in_two_processes(jobs, root), strict=True):
+    for name, found in zip(runs, run_in_two_processes(jobs, root), strict=True):
         assert found["processes"] == 2 and found["endings"] == ["done", "done"], (name, found)
         assert found["apart"] == 0 and found["finite"], (name, found)
     return {name: arguments["output_dir"] for name, arguments in runs.items()}
@@ -295,10 +293,10 @@ def check_stopped(output: Path, printed: str, name: str) -> None:
     assert not (output / "pytorch_lora_weights.safetensors").exists()
 
 
-def stop(warm: Warm, arguments: dict[str, Any], folder: Path) -> Any:
+def stop(arguments: dict[str, Any], folder: Path) -> Process:
     """A process that is in the first update of the short run, and stays there until the file `go` is there."""
     words = command_line(arguments, checkpointing_steps=100)
-    process = warm.start(words, {"FLOWBP_TEST_WAIT": str(folder), "FLOWBP_TEST_WAIT_CALL": "1"})
+    process = Process(SD3, words, folder, {"FLOWBP_TEST_WAIT": str(folder), "FLOWBP_TEST_WAIT_CALL": "1"})
     wait_for(folder / "reached-0")
     return process
 
@@ -306,7 +304,6 @@ def stop(warm: Warm, arguments: dict[str, Any], folder: Path) -> Any:
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_the_update_and_writes_a_checkpoint(
     script: ModuleType,
-    warm: Warm,
     plain: Path,
     plain_arguments: dict[str, Any],
     tmp_path: Path,
@@ -314,12 +311,13 @@ def test_a_signal_ends_the_update_and_writes_a_checkpoint(
     code: int,
 ):
     arguments = {**plain_arguments, "output_dir": tmp_path / "run"}
-    process = stop(warm, arguments, tmp_path)
-    os.kill(process.number, number)
-    assert process.poll(0.3) is None
+    process = stop(arguments, tmp_path)
+    process.send_signal(number)
+    time.sleep(0.3)
+    assert process.poll() is None
     (tmp_path / "go").touch()
-    assert process.wait() == code
-    check_stopped(tmp_path / "run", process.errors.read_text(), number.name)
+    assert process.ended() == code
+    check_stopped(tmp_path / "run", process.told.read_text(), number.name)
     stopping, stopped = process.lines()
     assert stopping.startswith(f"{number.name}: stopping after this update or image, with a checkpoint."), stopping
     assert stopped.startswith(f"Stopped by {number.name}"), stopped
@@ -328,7 +326,7 @@ def test_a_signal_ends_the_update_and_writes_a_checkpoint(
 
 
 def test_what_is_due_after_a_stopped_update_is_made_up_for(
-    script: ModuleType, warm: Warm, plain_arguments: dict[str, Any], tmp_path: Path
+    script: ModuleType, plain_arguments: dict[str, Any], tmp_path: Path
 ):
     """Launchers kill soon, so the checkpoint comes first; the resumed run ends as one that was not stopped."""
     judged = {
@@ -339,10 +337,10 @@ def test_what_is_due_after_a_stopped_update_is_made_up_for(
         "validation_steps": 1,
     }
     script.main(command_line(judged, output_dir=tmp_path / "whole"))
-    process = stop(warm, {**judged, "output_dir": tmp_path / "run"}, tmp_path)
-    os.kill(process.number, signal.SIGTERM)
+    process = stop({**judged, "output_dir": tmp_path / "run"}, tmp_path)
+    process.terminate()
     (tmp_path / "go").touch()
-    assert process.wait() == 143
+    assert process.ended() == 143
     evaluation = state_of(tmp_path / "run" / "checkpoint-1")["evaluation"]
     assert evaluation["is_pending"] and evaluation["found"].keys() == {"base"}
     assert not (tmp_path / "run" / "validation").exists()
@@ -382,12 +380,13 @@ def test_a_signal_during_an_evaluation_stops_it_between_images(
     assert [entry["update"] for entry in evaluation["history"]] == [0, 1, 2] and not evaluation["is_pending"]
 
 
-def test_a_second_interrupt_stops_at_once(warm: Warm, plain_arguments: dict[str, Any], tmp_path: Path):
-    process = stop(warm, {**plain_arguments, "output_dir": tmp_path / "run"}, tmp_path)
+def test_a_second_interrupt_stops_at_once(plain_arguments: dict[str, Any], tmp_path: Path):
+    process = stop({**plain_arguments, "output_dir": tmp_path / "run"}, tmp_path)
     code, sent = None, 0
     while code is None and sent < 100:
-        os.kill(process.number, signal.SIGINT)
-        code, sent = process.poll(0.3), sent + 1
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+        code, sent = process.poll(), sent + 1
     # Python ends itself with the signal; shells call that 130 too.
     assert code == -signal.SIGINT and sent > 1
     assert process.lines()[-1] == "KeyboardInterrupt: a second SIGINT"
@@ -398,12 +397,10 @@ def test_a_signal_to_the_worker_of_accelerate_launch(
     script: ModuleType, plain: Path, plain_arguments: dict[str, Any], tmp_path: Path
 ):
     arguments = {**plain_arguments, "output_dir": tmp_path / "run"}
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--cpu"]
     with (tmp_path / "err").open("w") as errors:
         process = subprocess.Popen(
-            [*launch, str(script_path(SD3)), *command_line(arguments, checkpointing_steps=100)],
-            env={**environment(), "FLOWBP_TEST_WAIT": str(tmp_path), "FLOWBP_TEST_WAIT_CALL": "1"},
+            accelerate_launch(SD3, command_line(arguments, checkpointing_steps=100)),
+            env=warm({**environment(), "FLOWBP_TEST_WAIT": str(tmp_path), "FLOWBP_TEST_WAIT_CALL": "1"}),
             stdout=subprocess.DEVNULL,
             stderr=errors,
         )
@@ -513,7 +510,7 @@ def test_the_latest_whole_checkpoint_is_taken_and_told(
 
 
 def test_a_full_disk_leaves_the_old_checkpoint(
-    script: ModuleType, warm: Warm, plain: Path, plain_arguments: dict[str, Any], tmp_path: Path
+    script: ModuleType, plain: Path, plain_arguments: dict[str, Any], tmp_path: Path
 ):
     arguments = {**plain_arguments, "output_dir": tmp_path / "run"}
     output = arguments["output_dir"]
@@ -523,8 +520,8 @@ def test_a_full_disk_leaves_the_old_checkpoint(
     # Enough for the LoRA and everything before it, and not for the moments, which are twice as large.
     sizes = {path.name: path.stat().st_size for path in (plain / "checkpoint-1").iterdir()}
     limit = (sizes["lora.safetensors"] + sizes["optimizer.safetensors"]) // 2
-    process = warm.start(words, file_size_limit=limit)
-    assert process.wait() == 1
+    process = Process(SD3, words, tmp_path, file_size_limit=limit)
+    assert process.ended() == 1
     errors = [line for line in process.lines() if line.startswith(f"{SD3}.py: error: ")]
     assert len(errors) == 1 and f"{output / 'checkpoint-2'}: not written: " in errors[0], process.lines()
     assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-1"]
@@ -537,8 +534,8 @@ def test_a_full_disk_leaves_the_old_checkpoint(
 
 
 @pytest.mark.parametrize("rotations", [None, 1])
-def test_a_run_that_is_killed_ends_as_one_that_is_not(warm: Warm, tmp_path: Path, rotations: int | None):
+def test_a_run_that_is_killed_ends_as_one_that_is_not(tmp_path: Path, rotations: int | None):
     # The first kill is while the third checkpoint is written.
     random.seed(5)
-    counts = kill_runs(warm, 3, rotations, tmp_path)
+    counts = kill_runs(3, rotations, tmp_path)
     assert counts["kills"] == 3 and counts["resumes"] >= 1, counts

@@ -32,10 +32,12 @@ from training_scripts import (
     check_round_trip,
     check_run,
     command_line,
+    environment,
     load_pipeline,
     load_script,
     lora_of,
     metadata_of,
+    run_program,
     same,
     watch_pictures,
     write_prompts,
@@ -224,7 +226,7 @@ def test_dry_run_writes_nothing(
 def test_accelerate_launch(arguments_of: Arguments):
     arguments = arguments_of("Wan 2.1")
     output = arguments["output_dir"]
-    printed = accelerate_launch(NAME, command_line(arguments))
+    printed = run_program(accelerate_launch(NAME, command_line(arguments)), environment()).stdout
     assert f'  load   pipe.load_lora_weights("{output}")' in printed.splitlines()
     check_run(output)
     load_pipeline(arguments["pretrained_model_name_or_path"]).load_lora_weights(output)

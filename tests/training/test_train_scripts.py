@@ -30,6 +30,7 @@ from training_scripts import (
     check_round_trip,
     check_run,
     command_line,
+    environment,
     images_of,
     load_pipeline,
     load_script,
@@ -37,10 +38,12 @@ from training_scripts import (
     lora_of,
     metadata_of,
     parse_config,
+    run_program,
     same,
     watch_pictures,
     write_prompts,
 )
+from warm_python import warm
 from watched_updates import check_float32_over_bfloat16, watch_updates
 
 from flowbp import METHODS
@@ -124,7 +127,8 @@ def test_two_updates(
 @rows(*BACKBONES)
 def test_accelerate_launch(backbone: TrainedBackbone, arguments: dict[str, Any], model: Path, method: str):
     output = arguments["output_dir"]
-    printed = accelerate_launch(backbone.script, command_line(arguments, method=method, **METHOD_OPTIONS[method]))
+    words = command_line(arguments, method=method, **METHOD_OPTIONS[method])
+    printed = run_program(accelerate_launch(backbone.script, words), warm(environment())).stdout
     assert f"LoRA, model card, run.json, before_after.png and reward_curve.png are in {output}" in printed
     check_run(output)
     load_pipeline(model).load_lora_weights(output)
