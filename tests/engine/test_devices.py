@@ -190,13 +190,13 @@ UPDATES = {
 def test_an_update_computes_nothing_in_float64(name: str, dtype: torch.dtype):
     pipe = tiny_sd3_pipeline(dtype, lora_rank=2)
     options, callback_options = UPDATES[name]
-    for guidance_scale in (1.0, 3.5):
-        for is_function in (False, True):
-            callback = FlowBPCallback(get_method(name, **options), generator=generator(), **callback_options)
-            with PretendedDevice() as device:
-                out = update(pipe, callback, is_function=is_function, guidance_scale=guidance_scale)
-            assert not any(map(device.is_on_host, (out.rewards, out.loss, out.anchor, *out.gaps.values())))
-            assert out.rewards.dtype == dtype
+    # Together the two dtypes have all pairs.
+    for guidance_scale, is_function in ((1.0, dtype == torch.float32), (3.5, dtype != torch.float32)):
+        callback = FlowBPCallback(get_method(name, **options), generator=generator(), **callback_options)
+        with PretendedDevice() as device:
+            out = update(pipe, callback, is_function=is_function, guidance_scale=guidance_scale)
+        assert not any(map(device.is_on_host, (out.rewards, out.loss, out.anchor, *out.gaps.values())))
+        assert out.rewards.dtype == dtype
 
 
 @pytest.mark.parametrize("name", METHODS)

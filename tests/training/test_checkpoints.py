@@ -8,7 +8,6 @@ import os
 import random
 import re
 import shutil
-import subprocess
 import sys
 import tracemalloc
 from datetime import UTC, datetime, timedelta
@@ -19,6 +18,8 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from training_scripts import environment, run_program
+from warm_python import warm
 
 from flowbp.training import checkpoints
 from flowbp.training.checkpoints import CheckpointError
@@ -26,7 +27,6 @@ from flowbp.training.checkpoints import CheckpointError
 ROOT = Path(__file__).parents[2]
 TENSORS = ["lora", "optimizer", "ema", "best", "pytorch_lora_weights"]
 FILES = [*(f"{name}.safetensors" for name in TENSORS), "state.json", "manifest.json"]
-SCRIPT_ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT / "pipelines")}
 
 
 def fill(folder: Path) -> None:
@@ -541,14 +541,8 @@ checkpoints.write_folder(folder, fill)
 def test_a_process_without_the_space_ends_with_an_error(tmp_path: Path, limit: int, through_safetensors: bool) -> None:
     (folder,) = write(tmp_path, 1)
     before = (folder / "manifest.json").read_bytes()
-    done = subprocess.run(
-        [sys.executable, "-c", WRITE_TOO_MUCH, str(folder), str(limit), str(through_safetensors)],
-        env=SCRIPT_ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    words = [sys.executable, "-c", WRITE_TOO_MUCH, folder, limit, through_safetensors]
+    done = run_program(words, warm(environment()), check=False)
     assert done.returncode == 1
     assert re.match(r"OSError: .*File too large", done.stderr.splitlines()[-1]), done.stderr
     assert names(tmp_path) == {"checkpoint-1"} and (folder / "manifest.json").read_bytes() == before
@@ -560,15 +554,8 @@ def run_script(tmp_path: Path, *words: str) -> dict[str, int]:
     # and more checkpoints are written in the same time.
     memory = Path("/dev/shm")
     folder = memory if os.access(memory, os.W_OK) else tmp_path
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "support" / "kill_checkpoints.py"), *words, "--folder", str(folder)],
-        env=SCRIPT_ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    program = ROOT / "tests" / "support" / "kill_checkpoints.py"
+    done = run_program([sys.executable, program, *words, "--folder", folder], warm(environment()))
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -389,7 +389,8 @@ def test_a_second_interrupt_stops_at_once(plain_arguments: dict[str, Any], tmp_p
         code, sent = process.poll(), sent + 1
     # Python ends itself with the signal; shells call that 130 too.
     assert code == -signal.SIGINT and sent > 1
-    assert process.lines()[-1] == "KeyboardInterrupt: a second SIGINT"
+    # On a slow machine a third one may come before it has ended.
+    assert "KeyboardInterrupt: a second SIGINT" in process.lines()
     assert not checkpoints.checkpoints(tmp_path / "run")
 
 
