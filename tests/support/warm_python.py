@@ -18,6 +18,7 @@ import atexit
 import contextlib
 import functools
 import gc
+import importlib
 import json
 import os
 import resource
@@ -100,7 +101,8 @@ def stand_in() -> None:
         signal.signal(each, lambda each, frame: _signal(number, each))
     code = int(answers.readline() or 1)
     if code < 0:
-        signal.signal(-code, signal.SIG_DFL)
+        with contextlib.suppress(OSError):  # SIGKILL has no handler
+            signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
     os._exit(code)
 
@@ -200,15 +202,14 @@ def become(request: dict[str, Any], files: list[int]) -> None:
 
 def main() -> None:
     """Import, then serve; in a fork, run the program."""
-    import accelerate.commands.launch
-    import tiny_sd3  # the models' classes, which transformers otherwise imports when they are loaded
     import torch
-    import torch.distributed.fsdp
-    import torch.distributed.run
-    from matplotlib import pyplot
     from training_scripts import ROOT, load_script
 
-    del accelerate, tiny_sd3, pyplot
+    # The models' classes are in `tiny_sd3`; transformers otherwise imports them when they are loaded.
+    for (
+        name
+    ) in "tiny_sd3 matplotlib.pyplot accelerate.commands.launch torch.distributed.fsdp torch.distributed.run".split():
+        importlib.import_module(name)
     torch.set_num_threads(1)  # more would not live on in forked processes
     for path in (ROOT / "training").glob("*_flowbp*.py"):
         load_script(path.stem)

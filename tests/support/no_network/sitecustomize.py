@@ -82,4 +82,8 @@ if __name__ == "sitecustomize":
     if "FLOWBP_TEST_WARM" in os.environ:
         import warm_python
 
-        warm_python.stand_in()
+        try:
+            warm_python.stand_in()
+        except BaseException as error:  # Python would go on, and run the program once more
+            os.write(2, f"the stand-in failed: {error!r}\n".encode())
+            os._exit(1)
