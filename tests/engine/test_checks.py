@@ -658,9 +658,7 @@ SCENARIOS: dict[str, list[Scenario]] = {
         Scenario("group offloading", stock(offloads_groups), RIGHT, 2),
         Scenario("sequential CPU offload", stock(offloads_parameters), "unknown device type", 3),
     ],
-    "check_cache": [
-        Scenario("cache is on", stock(caches_blocks, build=build_flux, call=flux_call), "context is set")
-    ],
+    "check_cache": [Scenario("cache is on", stock(caches_blocks, build=build_flux, call=flux_call), "context is set")],
     "check_dropout": [
         Scenario("dropout 0.5", known("fresh LoRA with lora_dropout in training mode"), "draws random numbers")
     ],

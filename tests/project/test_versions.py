@@ -14,6 +14,7 @@ from packaging.version import Version
 from training_scripts import ROOT, environment
 
 from flowbp.extras import EXTRAS, require
+from flowbp.training.distributed import check_fsdp2
 
 SETTINGS = configparser.ConfigParser()
 SETTINGS.read(ROOT / "setup.cfg", encoding="utf-8")
@@ -123,6 +124,13 @@ for call in (
         "matplotlib",
     ]
     assert len(told) == len(needed) and all(each in line for each, line in zip(needed, told, strict=True)), told
+
+
+def test_shards_of_an_older_torch_are_refused_in_several_processes():
+    check_fsdp2(1, "2.8.0+cu128")
+    check_fsdp2(2, "2.13.0+cpu")
+    with pytest.raises(ValueError, match=r"^FSDP2 over 2 processes needs torch 2.13 or later, got 2.8.0\+cu128: .*; "):
+        check_fsdp2(2, "2.8.0+cu128")
 
 
 def test_what_is_installed_is_not_refused(monkeypatch: pytest.MonkeyPatch):

@@ -22,6 +22,7 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.torch_version import TorchVersion
 
 from .speed import block_classes
 
@@ -114,6 +115,21 @@ def check_number_of_processes(accelerator: Accelerator) -> None:
         raise ValueError(
             f"expected {expected} processes (WORLD_SIZE), accelerate runs {accelerator.num_processes}; on CPUs set "
             "ACCELERATE_USE_CPU=true."
+        )
+    if uses_fsdp2(accelerator):
+        check_fsdp2(accelerator.num_processes, torch.__version__)
+
+
+def check_fsdp2(num_processes: int, torch_version: str) -> None:
+    """Refuse torch versions whose shards were not seen to train as one process does.
+
+    Raises:
+        ValueError: for several processes with a torch before 2.13.
+    """
+    if num_processes > 1 and TorchVersion(torch_version) < (2, 13):
+        raise ValueError(
+            f"FSDP2 over {num_processes} processes needs torch 2.13 or later, got {torch_version}: with torch "
+            "2.8 they trained other weights than one process; update torch, or use one process or DDP."
         )
 
 
