@@ -182,7 +182,7 @@ BROKEN: dict[type[PlainLoop], tuple[str, str]] = {
     WordsDrift: DRIFT,
     LatentsThroughNumpy: DRIFT,
     DetachedVelocity: DISCONNECTED,
-    GuidanceWithoutGradients: DRIFT,
+    GuidanceWithoutGradients: DISCONNECTED,
     GuidanceThroughNumpy: NUMPY,
     VelocityAgain: DISCONNECTED,
     StepFirst: ("scheduler.step was called before any transformer ran", "expected a sampling loop"),

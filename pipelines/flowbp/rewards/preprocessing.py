@@ -114,7 +114,7 @@ def pad(images: Tensor, size: int) -> Tensor:
     return F.pad(images, (width // 2, width - width // 2, height // 2, height - height // 2))
 
 
-def normalize(images: Tensor) -> Tensor:
-    """`(images - mean) / std` by channel, with CLIP's numbers."""
-    mean, std = (torch.tensor(values).to(images).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
+def normalize(images: Tensor, mean: Sequence[float] = CLIP_MEAN, std: Sequence[float] = CLIP_STD) -> Tensor:
+    """`(images - mean) / std` by channel."""
+    mean, std = (torch.tensor(values).to(images).view(3, 1, 1) for values in (mean, std))
     return (images - mean) / std
