@@ -31,13 +31,14 @@ import psutil
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from diffusers.utils.logging import set_verbosity_error
-from meters import STAGES, CudaPeak, SavedBytes, Stages, cpu_allocator_peaks, hardware, versions
+from meters import STAGES, CudaPeak, SavedBytes, Stages, cpu_allocator_peaks, hardware
 from model_sizes import MODELS as ALL_MODELS
 from tqdm.auto import tqdm
 from updates import LORA_RANK, Bench, build_bench, sweep_update, whole_update
 
 from flowbp import METHODS, Method, Objective, Surrogate, get_method
 from flowbp.objectives import connector_gaps, sample_weights
+from flowbp.publishing.run_info import versions
 
 VARIANTS = ("sweep", "paper", "usual", "floor")
 # Whose cost is given as a share of whose.

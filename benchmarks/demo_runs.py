@@ -22,12 +22,12 @@ import evaluate  # noqa: E402
 import text_pictures  # noqa: E402
 import yaml  # noqa: E402
 from diffusers import StableDiffusion3Pipeline  # noqa: E402
-from meters import hardware, versions  # noqa: E402
+from meters import hardware  # noqa: E402
 from run import ALLOCATOR, EVALUATION, RECIPE, ROLLOUT  # noqa: E402
 from train_flowbp_sd3 import SD3  # noqa: E402
 
 from flowbp.judging.guard import Guard, Measurement, high_frequency_energy, saturated_share  # noqa: E402
-from flowbp.publishing.run_info import git_commit  # noqa: E402
+from flowbp.publishing.run_info import git_commit, versions  # noqa: E402
 from flowbp.rewards import load_reward  # noqa: E402
 from flowbp.training.comparison import as_words  # noqa: E402
 from flowbp.training.config import TrainingConfig  # noqa: E402

@@ -42,12 +42,13 @@ import torch  # noqa: E402
 from diffusers.utils.logging import set_verbosity_error  # noqa: E402
 from gpu_exact import exact  # noqa: E402
 from journal import Journal  # noqa: E402
-from meters import GIB, Stages, hardware, versions  # noqa: E402
+from meters import GIB, Stages, hardware  # noqa: E402
 from model_sizes import MODELS, call_arguments  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from updates import Bench, build_bench, sweep_update  # noqa: E402
 
 from flowbp import get_method  # noqa: E402
+from flowbp.publishing.run_info import versions  # noqa: E402
 from flowbp.training.speed import set_attention_backend  # noqa: E402
 
 TINY = {"sd3.5-medium": "tiny", "flux.1-dev": "tiny-flux", "flux.2-klein-4b": "tiny-klein"}

@@ -4,11 +4,9 @@
 
 import json
 import os
-import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -187,11 +185,3 @@ def hardware(device: torch.device) -> dict[str, Any]:
         # glibc's allocator decides how often large tensors cost page faults.
         "malloc_settings": {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")},
     }
-
-
-def versions() -> dict[str, str]:
-    """Versions of what runs."""
-    import flowbp
-
-    names = ("torch", "diffusers", "transformers", "peft")
-    return {"python": platform.python_version(), "flowbp": flowbp.__version__} | {n: version(n) for n in names}

@@ -171,7 +171,7 @@ def test_too_little_memory_is_reported(monkeypatch):
 def test_report_names_the_machine_and_the_versions(report):
     found, _ = report
     assert found["versions"]["torch"] == torch.__version__
-    assert set(found["versions"]) == {"python", "flowbp", "torch", "diffusers", "transformers", "peft"}
+    assert set(found["versions"]) >= {"python", "flowbp", "torch", "diffusers", "transformers", "peft"}
     assert found["hardware"]["cpu"] and found["hardware"]["cores"] >= 1
     assert found["hardware"]["threads"] == 1 and found["hardware"]["gpu"] is None
     assert found["settings"]["method"] == "flowbp-sparse" and found["settings"]["repeats"] == 2

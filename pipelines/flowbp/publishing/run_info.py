@@ -65,6 +65,8 @@ def versions(library: str | None = None) -> dict[str, str | None]:
     Args:
         library: one more, for what not every run uses.
     """
+    import torch
+
     # A checkout on PYTHONPATH has no installed metadata.
     from .. import __version__
 
@@ -74,7 +76,8 @@ def versions(library: str | None = None) -> dict[str, str | None]:
             found[name] = version(name)
         except PackageNotFoundError:
             found[name] = None
-    return found
+    # The metadata of PyPI's wheel does not say for which CUDA it was built.
+    return {**found, "torch": torch.__version__}
 
 
 def _git(folder: Path, *words: str) -> str | None:
