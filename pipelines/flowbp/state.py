@@ -8,6 +8,7 @@ reaches, are compared as well.
 """
 
 import functools
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -195,10 +196,18 @@ def name_of(modules: Sequence[torch.nn.Module], wanted: torch.nn.Module | torch.
     return type(wanted).__name__
 
 
+def _identity(value: Any) -> Any:
+    """What equals only that of the same object, which it does not keep alive. An id may be given to a later one."""
+    try:
+        return weakref.ref(value)
+    except TypeError:
+        return value
+
+
 def _structure(part: torch.nn.Module) -> tuple[Any, ...]:
     attributes = part.__dict__
-    hooks = [tuple(map(id, attributes[name].values())) for name in _HOOKS if attributes[name]]
-    facts: tuple[Any, ...] = (part.training, tuple(hooks), id(attributes.get("forward")), id(part))
+    hooks = [tuple(map(_identity, attributes[name].values())) for name in _HOOKS if attributes[name]]
+    facts: tuple[Any, ...] = (part.training, tuple(hooks), _identity(attributes.get("forward")), _identity(part))
     processor = attributes.get("processor") or attributes["_modules"].get("processor")
     if processor is not None:
         facts += ("processor", type(processor).__name__, _plain_attributes(processor))
@@ -232,7 +241,7 @@ def _global_hooks() -> tuple[Any, ...]:
         torch_module._global_backward_pre_hooks,
         torch_module._global_backward_hooks,
     )
-    return tuple(id(hook) for registry in registries for hook in registry.values())
+    return tuple(_identity(hook) for registry in registries for hook in registry.values())
 
 
 def _plain_attributes(value: Any) -> tuple[tuple[str, Any], ...]:

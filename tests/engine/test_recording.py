@@ -5,6 +5,7 @@
 `test_checks` has what is refused; here are refusals that depend on how the callback is called.
 """
 
+import gc
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -759,3 +760,24 @@ def test_group_offloading_is_refused_where_gradients_flow(pipe: StableDiffusion3
         with sparse().record(pipe):
             pass
     assert "\n" not in str(caught.value) and "quantise" in str(caught.value)
+
+
+def test_a_hook_at_the_address_of_the_recorded_one_is_another_hook(pipe: StableDiffusion3Pipeline):
+    """Python gives the address of what is gone, which is its id, to what comes next."""
+
+    def hook(factor: float) -> Callable[..., torch.Tensor]:
+        return lambda module, inputs, output: factor * output
+
+    part = pipe.transformer.transformer_blocks[0].attn.to_q
+    before = hook(1.0)
+    address, handle = id(before), part.register_forward_hook(before)
+    callback = sparse()
+    images = record(pipe, callback)
+    handle.remove()
+    del before
+    gc.collect()
+    others = [hook(1.0) for _ in range(10_000)]
+    (same,) = [other for other in others if id(other) == address]
+    part.register_forward_hook(same)
+    with pytest.raises(RecordingError, match="other hooks"):
+        callback.backward(images.mean((1, 2, 3)))
