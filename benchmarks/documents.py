@@ -55,12 +55,14 @@ class Runs:
 
     def of(self, name: str, equal: str) -> list[Mapping[str, Any]]:
         """The runs of a line at equal `seconds` or `updates`, by seed, as far as they are there."""
-        rate = self.plan.rate(name, self.found)
-        updates = self.plan.updates(name, self.found) if equal == "seconds" else self.plan.size.updates
-        if rate is None or updates is None:
+        rate, judged_after = self.plan.rate(name, self.found), self.plan.judged_after(name, self.found)
+        if rate is None or not judged_after:
             return []
-        keys = [self.plan.key(name, rate, seed, updates) for seed in self.seeds]
-        return [self.found[key] for key in keys if key in self.found]
+        updates = self.plan.updates(name, self.found) if equal == "seconds" else self.plan.size.updates
+        keys = [self.plan.key(name, rate, seed, judged_after[-1]) for seed in self.seeds]
+        runs = [self.found[key] for key in keys if key in self.found]
+        judged = [{**run, **each} for run in runs for each in (run, *run["earlier"])]
+        return [each for each in judged if each["updates"] == updates]
 
     def lines(self, equal: str) -> list[str]:
         """The methods with more than one seed, the best first by the held-out judge."""

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -113,9 +113,10 @@ class Size:
     """How much is done.
 
     Attributes:
-        updates: of the runs at equal updates; equal CPU seconds are those of as many of `REFERENCE`.
+        updates: of the results at equal updates; equal CPU seconds are those of as many of `REFERENCE`.
         lines, ablations: which ones.
-        seeds: at equal CPU seconds first `few`, later all of them.
+        seeds: of the methods.
+        few: seeds of the ablations.
         tuning_seed: of the runs that choose the learning rate.
         rates: from which it is chosen.
         prompts: of each list; None for all.
@@ -175,18 +176,12 @@ class Plan:
         for attempt in range(3):
             for name in size.lines:
                 yield from self._tuning(name, attempt, found)
-        for seed in range(size.few):
-            yield from (self._run(name, seed, self.updates(name, found), found) for name in size.lines)
-        for seed in range(size.few):
-            yield from (self._run(name, seed, size.updates, found) for name in size.lines)
-        for seed in range(size.few, size.seeds):
-            yield from (self._run(name, seed, self.updates(name, found), found) for name in size.lines)
-        for seed in range(size.few, size.seeds):
-            yield from (self._run(name, seed, size.updates, found) for name in size.lines)
+        for seed in range(size.seeds):
+            yield from (self._run(name, seed, found) for name in size.lines)
         for group in size.ablations:
             yield from (self._cost(name) for name in ABLATIONS[group])
             for seed in range(size.few):
-                yield from (self._run(name, seed, self.updates(name, found), found) for name in ABLATIONS[group])
+                yield from (self._run(name, seed, found) for name in ABLATIONS[group])
 
     # What results decide.
 
@@ -194,6 +189,11 @@ class Plan:
         """Updates that cost as many CPU seconds as `size.updates` of the reference."""
         cost = found.get(f"cost {name}")
         return None if cost is None else max(1, round(self.size.updates / cost["ratio"]))
+
+    def judged_after(self, name: str, found: Mapping[str, Any]) -> list[int]:
+        """Updates after which a run is judged: at equal CPU seconds, and for a method at equal updates too."""
+        updates = self.updates(name, found)
+        return [] if updates is None else sorted({updates, *([self.size.updates] if name in LINES else [])})
 
     def tried_rates(self, name: str, found: Mapping[str, Any]) -> list[float]:
         """The rates that are tried, as far as they are known: two in the middle, then on the better one's side."""
@@ -227,19 +227,19 @@ class Plan:
     def _tuning(self, name: str, attempt: int, found: Mapping[str, Any]) -> Iterator[Job | None]:
         tried, updates = self.tried_rates(name, found), self.updates(name, found)
         if updates is not None and attempt < len(tried):
-            yield self._job(name, tried[attempt], self.size.tuning_seed, updates)
+            yield self._job(name, tried[attempt], self.size.tuning_seed, [updates])
         elif self.rate(name, found) is None:
             yield None
 
-    def _run(self, name: str, seed: int, updates: int | None, found: Mapping[str, Any]) -> Job | None:
-        rate = self.rate(name, found)
-        return None if updates is None or rate is None else self._job(name, rate, seed, updates)
+    def _run(self, name: str, seed: int, found: Mapping[str, Any]) -> Job | None:
+        rate, judged_after = self.rate(name, found), self.judged_after(name, found)
+        return None if rate is None or not judged_after else self._job(name, rate, seed, judged_after)
 
-    def _job(self, name: str, rate: float, seed: int, updates: int) -> Job:
+    def _job(self, name: str, rate: float, seed: int, judged_after: Sequence[int]) -> Job:
         def work(found: Mapping[str, Any], check: Callable[[], None]) -> dict[str, Any]:
-            return self._train(name, rate, seed, updates, found["base"], check)
+            return self._train(name, rate, seed, judged_after, found["base"], check)
 
-        return Job(self.key(name, rate, seed, updates), work)
+        return Job(self.key(name, rate, seed, judged_after[-1]), work)
 
     def _cost(self, name: str) -> Job:
         return Job(f"cost {name}", lambda found, check: self._measure_cost(name, check))
@@ -258,21 +258,30 @@ class Plan:
         return {**self.size.options, **line.run, **words, "method": line.method}
 
     def _train(
-        self, name: str, rate: float, seed: int, updates: int, base: Mapping[str, float], check: Callable[[], None]
+        self,
+        name: str,
+        rate: float,
+        seed: int,
+        judged_after: Sequence[int],
+        base: Mapping[str, float],
+        check: Callable[[], None],
     ) -> dict[str, Any]:
+        """One run, judged after some of its updates: the learning rate is constant, so a prefix is a run too."""
         line = ALL_LINES[name]
-        options = {**self.options(line), "learning_rate": rate, "seed": seed, "max_train_steps": updates}
-        wall, cpu = time.perf_counter(), 0.0
+        options = {**self.options(line), "learning_rate": rate, "seed": seed, "max_train_steps": judged_after[-1]}
+        judged, cpu = [], 0.0
         with demo_runs.demo_run(options) as run:
             if run.method != get_method(line.method, **line.options):
                 raise RuntimeError(f"{name}: expected the options {line.options}, got {run.method.options}.")
-            for update in range(updates):
+            for update in range(judged_after[-1]):
                 check()
                 began = time.process_time()
                 one_update(run, update)
                 cpu += time.process_time() - began
-            wall = time.perf_counter() - wall
-            found = demo_runs.judged(run, *self._prompts(seed))
+                if update + 1 in judged_after:
+                    found = demo_runs.judged(run, *self._prompts(seed))
+                    alarms = demo_runs.alarms(run, base, found)
+                    judged.append({"updates": update + 1, "cpu_seconds": cpu, **found, "alarms": alarms})
             log = run.reports.log
             return {
                 "line": name,
@@ -281,11 +290,8 @@ class Plan:
                 "run": dict(line.run),
                 "learning_rate": rate,
                 "seed": seed,
-                "updates": updates,
-                "cpu_seconds": cpu,
-                "wall_seconds": wall,
-                **found,
-                "alarms": demo_runs.alarms(run, base, found),
+                **judged[-1],
+                "earlier": judged[:-1],
                 "skipped_updates": run.state.skipped,
                 # Means of ten updates.
                 "training": [_mean(log[i : i + 10], "reward") for i in range(0, len(log), 10)],

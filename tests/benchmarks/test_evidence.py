@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +47,13 @@ def test_the_queue(reads: dict[str, float], tried: list[str], chosen: str) -> No
     plan = results.Plan(results.Size(lines=(results.REFERENCE, "full"), ablations=(), seeds=2, few=1))
     keys = in_order(plan, reads, {"full": 1.6})
     of_full = [key.removeprefix("full rate ") for key in keys if key.startswith("full rate")]
-    # The rate is chosen with a seed of its own; equal seconds come before equal updates, few seeds before all.
+    # The rate is chosen with a seed of its own. One run is judged at equal seconds and at equal updates.
     expected = [f"{rate} seed 100 updates 75" for rate in tried]
-    expected += [f"{chosen} seed {seed} updates {updates}" for seed in (0, 1) for updates in (75, 120)]
+    expected += [f"{chosen} seed {seed} updates 120" for seed in (0, 1)]
     assert of_full == expected
-    # The reference's updates are the same in both, so its runs are shared.
-    assert sum(key.startswith(f"{results.REFERENCE} rate") for key in keys) == len(tried) + 2
+    assert plan.judged_after("full", {"cost full": {"ratio": 1.6}}) == [75, 120]
+    assert plan.judged_after("refl", {"cost refl": {"ratio": 0.75}}) == [120, 160]
+    assert plan.judged_after("refl endpoint sample", {"cost refl endpoint sample": {"ratio": 0.75}}) == [160]
 
 
 def test_every_line_is_one_of_the_table_of_methods_and_can_be_given_on_the_command_line() -> None:
@@ -86,6 +88,14 @@ def test_a_tiny_run_is_kept_collected_and_shown(tmp_path: Path, monkeypatch: pyt
     results.collect(state, output, SMALL)
     report = json.loads(output.read_text(encoding="utf-8"))
     assert len(report["records"]) == 4 and len(report["environments"]) == 1
+    # A run that is judged on the way ends as one that is not, and its prefix as a shorter run.
+    train = partial(results.Plan(SMALL)._train, results.REFERENCE, 3e-4, 0, base=report["records"][0], check=int)
+    both, one = train([1, 2]), train([2])
+    (earlier,) = both.pop("earlier")
+    assert {name: both[name] for name in measured} == {name: one[name] for name in measured}
+    assert {name: earlier[name] for name in measured & earlier.keys()} == {
+        name: old[name] for name in measured & earlier.keys()
+    }
     (state / "stop").touch()
     with pytest.raises(SystemExit, match="Stopped"):
         results.work(state, SMALL)
