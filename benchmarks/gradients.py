@@ -2,12 +2,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """How good each surrogate's gradient is: against exact backpropagation, on the demo's pipeline.
 
-    python benchmarks/gradients.py --output benchmarks/results/demo_gradients.json     # about 15 minutes of one core
+    python benchmarks/gradients.py --output benchmarks/results/demo_gradients.json     # about 25 minutes of one core
     python benchmarks/documents.py --write                                             # tables of the documents
 
 With a new LoRA and after a short training, for the same prompts, noise and augmentation: cosine and norm ratio with
-the gradient of `full`, how much of the gradient varies with the draw and how much with noise and prompts, its norm by
-step, and the connector gaps of legs. A state that is in the output file already is not measured again.
+the gradient of `full`, how much of the gradient varies with the draw and how much with noise and prompts, what steps
+along it change the reward of other batches by, its norm by step, and the connector gaps of legs. A state that is in
+the output file already is not measured again.
 """
 
 import argparse
@@ -49,6 +50,8 @@ class Size:
     Attributes:
         batches: of prompts and noise.
         draws: of a surrogate for each batch.
+        other_batches: on which the reward after steps along a gradient is measured.
+        steps: how many updates' lengths such steps have.
         updates: of the training between the two states, by the demo's recipe; 0 for the first one alone.
         lines: of results.py and of `MORE`.
         options: of the run.
@@ -56,12 +59,14 @@ class Size:
 
     batches: int = 12
     draws: int = 2
+    other_batches: int = 4
+    steps: tuple[int, ...] = (1, 4, 16, 64)
     updates: int = 60
     lines: tuple[str, ...] = (*LINES, *MORE)
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
-TINY = Size(2, 2, 0, ("full", "leapalign"), {"train_batch_size": 1, "num_inference_steps": 4})
+TINY = Size(2, 2, 1, (1,), 0, ("full", "leapalign"), {"train_batch_size": 1, "num_inference_steps": 4})
 
 
 def euler(sigmas: Sequence[float], coupling: float) -> Surrogate:
@@ -85,7 +90,8 @@ class Gradients:
 
     def __init__(self, run: Run, size: Size) -> None:
         self.run, self.size = run, size
-        self.batches: list[list[Record]] = [next(run.state.sampler) for _ in range(size.batches)]
+        count = size.batches + size.other_batches
+        self.batches: list[list[Record]] = [next(run.state.sampler) for _ in range(count)]
         self.callback: FlowBPCallback | None = None
 
     def gradient(self, method: Method | Surrogate, batch: int, draw: int, **options: Any) -> torch.Tensor:
@@ -102,10 +108,7 @@ class Gradients:
         seed_rewards(0, batch, places)
         inputs = run.sampling.inputs(records)
         with callback.record(run.sampling.pipe):
-            images = [
-                run.sampling.images(inputs, sample_generators("noise", 0, batch, places), run.sampling.size(0, 0))
-                for _ in range(1 + callback.copies)
-            ]
+            images = [self._images(inputs, batch) for _ in range(1 + callback.copies)]
         self.out = callback.backward(
             run.rewards.scoring, torch.cat(images), [record.prompt for record in records], objective=run.objective
         )
@@ -114,6 +117,41 @@ class Gradients:
         for parameter in parameters:
             parameter.grad = None
         return found
+
+    def _images(self, inputs: Mapping[str, Any], batch: int) -> torch.Tensor:
+        generators = sample_generators("noise", 0, batch, range(len(self.batches[batch])))
+        return self.run.sampling.images(inputs, generators, self.run.sampling.size(0, 0))
+
+    @torch.no_grad()
+    def reward(self) -> float:
+        """The mean over the other batches."""
+        values = []
+        for batch in range(self.size.batches, len(self.batches)):
+            records = self.batches[batch]
+            seed_rewards(0, batch, range(len(records)))
+            images = self._images(self.run.sampling.inputs(records), batch)
+            values.append(self.run.rewards.scoring(images, [record.prompt for record in records]).mean())
+        return torch.stack(values).mean().item()
+
+    def gains(self, found: torch.Tensor) -> dict[str, float]:
+        """What `steps` updates of Adam along one direction, that of these gradients, change the reward by.
+
+        Args:
+            found: `(batches, parameters)`. Adam's direction is their mean over the root of their mean square, in
+                each element, so noise shortens it.
+        """
+        direction = found.mean(0) / found.square().mean(0).sqrt().clamp_min(1e-12)
+        parameters, kept = self.run.state.parameters, [each.detach().clone() for each in self.run.state.parameters]
+        before, gains = self.reward(), {}
+        for steps in self.size.steps:
+            parts = direction.split([each.numel() for each in parameters])
+            for parameter, old, part in zip(parameters, kept, parts, strict=True):
+                length = steps * self.run.config.learning_rate
+                parameter.data.copy_(old - length * part.view_as(old))
+            gains[str(steps)] = self.reward() - before
+        for parameter, old in zip(parameters, kept, strict=True):
+            parameter.data.copy_(old)
+        return gains
 
     def of(self, method: Method | Surrogate, draws: int, **options: Any) -> tuple[torch.Tensor, dict[int, float]]:
         """`(batches, draws, parameters)`, and the mean norm of the part that each step adds."""
@@ -204,15 +242,19 @@ def measure(run: Run, size: Size) -> dict[str, Any]:
         "lines": {},
     }
     exact = exact[:, 0]
+
+    def line(each: torch.Tensor) -> dict[str, Any]:
+        return compare(each, exact) | {"gains": gradients.gains(each[:, 0])}
+
     for coupling in (0.0, 0.5):
         each, found["norms"][f"{coupling:g}"] = gradients.of(euler(sigmas, coupling), 1)
-        found["lines"][f"all steps, coupling {coupling:g}"] = compare(each, exact)
+        found["lines"][f"all steps, coupling {coupling:g}"] = line(each)
     for name in size.lines:
-        line = {**LINES, **MORE}[name]
-        draws = 1 if line.method in ("full", "draft-k") else size.draws
-        found["lines"][name] = compare(gradients.of(get_method(line.method, **line.options), draws)[0], exact)
+        of = {**LINES, **MORE}[name]
+        draws = 1 if of.method in ("full", "draft-k") else size.draws
+        found["lines"][name] = line(gradients.of(get_method(of.method, **of.options), draws)[0])
     both = gradients.of(get_method("full"), 1, unconditional_gradient=True)[0]
-    found["lines"]["full, both branches"] = compare(both, exact)
+    found["lines"]["full, both branches"] = line(both)
     return found | {"cpu_seconds": time.process_time() - began}
 
 
