@@ -8,9 +8,9 @@
         --guidance_scale 3.5 --rewards hpsv2.1,pickscore,imagereward --output_dir evaluation
 
 Any text-to-image or text-to-video pipeline of diffusers is called as at inference; of videos a reward scores every
-frame, and the mean counts. The output folder gets `scores.parquet` (every image), `table.md`, `table.json` and
-`table.csv` (means, 95 % intervals, changes and win rates), `report.html` and `grid.png`. Started again with the same
-settings, an evaluation resumes automatically; with more LoRAs, it adds those.
+frame, or `--reward_frames` of them, and the mean counts. The output folder gets `scores.parquet` (every image),
+`table.md`, `table.json` and `table.csv` (means, 95 % intervals, changes and win rates), `report.html` and `grid.png`.
+Started again with the same settings, an evaluation resumes automatically; with more LoRAs, it adds those.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ from flowbp.judging.loras import load_loras, scores_by_reward, use_model
 from flowbp.judging.models import BASE, EvaluatedModel, Line, check_names, evaluated_lines, reward_names
 from flowbp.judging.results import write_results
 from flowbp.judging.transformers import Transformers, transformer_lines
-from flowbp.rewards import check_columns, check_prompts, load_reward, reward_needs, reward_spec
+from flowbp.rewards import check_columns, check_prompts, check_videos, load_reward, reward_needs, reward_spec
 from flowbp.rewards.loading import parse_model_paths
 from flowbp.rewards.ocr import quoted_text
 from flowbp.training.command_line import add_options, make_config, make_parser, parse_args_with_config
@@ -54,6 +54,7 @@ from flowbp.training.saved_pipeline import SavedPipeline
 from flowbp.training.script import run_script
 from flowbp.training.seeds import derive_seed
 from flowbp.training.setup import PATIENCE, check_dtype
+from flowbp.videos import check_reward_frames
 
 _models = partial(option, group="models")
 _call = partial(option, group="what the pipeline is called with")
@@ -129,6 +130,12 @@ class EvaluationConfig:
     rewards: str = _data(MISSING, "Rewards with commas between them: names or package.module:factory.")
     reward_model_path: tuple[str, ...] = _data((), "NAME=FOLDER: local copies of rewards' weights.", is_path=True)
     reward_offload: bool = _data(False, "Rewards wait on the CPU between uses.")
+    reward_frames: int | None = _data(
+        None,
+        "Of a video, score this many evenly spaced frames, the first and the last among them (1: the middle one); "
+        "their mean counts. Default: all. Rewards of whole videos see all frames.",
+        range=COUNT,
+    )
     reward_text_column: str | None = _data(
         None, "Column of --prompts with the text that ocr looks for. Default: what is quoted."
     )
@@ -238,6 +245,7 @@ class Plan:
             "seed": config.seed,
             "batch_size": config.batch_size,
             "rewards": self.rewards,
+            "reward_frames": config.reward_frames,
             "reward_model_path": list(config.reward_model_path),
             "device": device.type,
             "torch": torch.__version__,
@@ -282,6 +290,7 @@ def plan_lines(config: EvaluationConfig, lines: list[Line]) -> Plan:
         rollout["sigmas"] = torch.linspace(1, 1 / steps, steps).tolist()
     arguments = {**config.size, "num_frames": config.num_frames, **rollout, **(config.pipeline_arguments or {})}
     call = call_arguments(found, arguments)
+    check_reward_frames(config.reward_frames, found, config.num_frames)
     records = load_records(config.prompts, column=config.prompt_column, split=config.prompt_split)
     records = records[: config.num_prompts]
     rewards = reward_names(config.rewards)
@@ -442,7 +451,9 @@ def evaluate(plan: Plan, accelerator: Accelerator) -> None:
     accelerator.wait_for_everyone()
     pending = folder.pending()
     if pending:
-        reward = load_reward(",".join(plan.rewards), model_paths, config.reward_offload, **plan.options)
+        shared = {"offload": config.reward_offload, "reward_frames": config.reward_frames}
+        reward = load_reward(",".join(plan.rewards), model_paths, **shared, **plan.options)
+        check_videos([reward], plan.pipeline_class, config.reward_frames)
         check_prompts(reward, plan.prompts, [(config.size["height"], config.size["width"])])
         check_columns(reward, plan.prompts, [record.columns for record in plan.records], "--prompts")
         freeze(reward).to(accelerator.device)

@@ -165,7 +165,9 @@ class FlowBPCallback:
             reward: `(B,)` rewards of the recorded images, differentiable; or a function of
                 `(images, prompts, **columns)` that scores each image on its own, which is then called on
                 `samples_per_decode` images at a time.
-            images: `(B, 3, H, W)` for a reward function. DRaFT-LV's copies follow the samples, also in `reward`.
+            images: `(B, 3, H, W)`, or videos `(B, F, 3, H, W)`, for a reward function; one without
+                `takes_videos = True` scores frames, and their mean counts. DRaFT-LV's copies follow
+                the samples, also in `reward`.
             prompts: one for each image, or one for each `B / len(prompts)` images in a row.
             columns: what else is known of the prompts, name -> a value for each prompt. A reward function gets those
                 that its signature has a parameter for, or all of them as `**columns`, as keyword arguments.

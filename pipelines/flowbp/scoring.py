@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from . import checks
-from .columns import Columns, Reward, call_with_columns
+from .columns import Columns, Reward
 from .host import read, widened
 from .state import without_autocast, without_cudnn_attention
+from .videos import score_samples
 
 
 def columns_of_images(columns: Columns, prompts: Sequence[str], num_images: int, num_samples: int) -> Columns:
@@ -72,8 +73,8 @@ class Scored:
 
     Attributes:
         rewards: `(B,)`, a leaf that requires a gradient.
-        images: `(B, 3, H, W)` with their graph.
-        gradients: `(B, 3, H, W)`, of each reward in its own image, with the scale.
+        images: `(B, 3, H, W)` or `(B, F, 3, H, W)` with their graph.
+        gradients: like `images`, of each reward in its own image, with the scale.
     """
 
     rewards: torch.Tensor
@@ -96,8 +97,8 @@ def score(
     """Score images a few at a time.
 
     Args:
-        reward: scores each image on its own.
-        images: `(B, 3, H, W)`.
+        reward: scores each image on its own, see `score_samples`.
+        images: `(B, 3, H, W)`, or videos `(B, F, 3, H, W)`.
         prompts: see `prompts_of_images`.
         columns: see `columns_of_images`.
         num_images: that are expected.
@@ -128,7 +129,7 @@ def score(
             continue
         on_stage("reward")
         with torch.enable_grad(), without_cudnn_attention():
-            scored = call_with_columns(reward, part, prompts[places], of_part)
+            scored = score_samples(reward, part, prompts[places], of_part)
         check(scored, len(part))
         # Each reward sees its own image only, so the sum's gradient is every reward's own.
         # It is scaled here and not later: float16 gradients of single pixels would be lost before.

@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from tiny_pipelines import tiny_ovis_image_pipeline, tiny_wan_22_pipeline, tiny_wan_pipeline
 from tiny_rewards import GENEVAL_METADATA, tiny_clip, tiny_detector
 from tiny_sd3 import MAX_SEQUENCE_LENGTH, add_random_lora, save_random_lora, tiny_sd3_pipeline
+from toy_reward import Motion, make_reward
 from training_scripts import (
     ROOT,
     check_refusal,
@@ -411,15 +412,24 @@ def test_loras_that_no_pipeline_loads(
     assert scores_of(folder, "lora × 0") == scores_of(folder, "base") != scores_of(folder, "lora × 1")
 
 
-def test_videos_are_scored_by_frame(script: ModuleType, arguments: dict[str, Any], tmp_path: Path) -> None:
+def test_videos_are_scored_whole_and_by_chosen_frames(
+    script: ModuleType, arguments: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pipe = tiny_wan_pipeline()
     pipe.save_pretrained(tmp_path / "wan")
     save_random_lora(pipe, tmp_path / "lora", seed=0)
     changes = {"pretrained_model_name_or_path": tmp_path / "wan", "lora": [tmp_path / "lora"]}
     size = {"height": 16, "width": 16, "num_frames": 5, "num_images_per_prompt": 1, "num_prompts": 1}
-    script.main(command_line(arguments, **changes, **size, pipeline_arguments={"max_sequence_length": 16}))
-    folder = arguments["output_dir"]
+    rewards, drawn = ["toy_reward:make_reward", "toy_reward:Motion"], []
+    monkeypatch.setattr(script, "to_pil", lambda images: drawn.append(images) or to_pil(images))
+    arguments |= {**changes, **size, "rewards": ",".join(rewards), "pipeline_arguments": {"max_sequence_length": 16}}
+    script.main(command_line(arguments, reward_frames=2))
+    folder, (base, _) = arguments["output_dir"], drawn
     assert scores_of(folder, "base") != scores_of(folder, "lora")
+    expected = [make_reward()(base[0, [0, 4]], ["", ""]).mean(), Motion()(base, [""])]
+    assert [scores_of(folder, "base", name) for name in rewards] == [[pytest.approx(float(one))] for one in expected]
+    with pytest.raises(ValueError, match="with reward_frames 2, got 3; choose another folder"):
+        script.main(command_line(arguments, reward_frames=3))
     with Image.open(folder / scores_of(folder, "base", "image")[0]) as image:
         assert image.size == (16, 16)
 
@@ -525,6 +535,7 @@ def test_rewards_get_the_columns_of_the_table(
         ({"pipeline_arguments": {"true_cfg": 1}}, "takes no argument true_cfg here"),
         ({"pipeline_arguments": "[1]"}, "a JSON object expected"),
         ({"num_frames": 5}, "takes no argument num_frames here"),
+        ({"reward_frames": 5}, "--reward_frames 5: StableDiffusion3Pipeline makes images, not videos"),
         ({"lora_component": "unet"}, "StableDiffusion3Pipeline has transformer."),
         ({"lora_component": "vae"}, "StableDiffusion3Pipeline has transformer."),
         ({"steps": 4}, "unknown argument --steps"),

@@ -22,6 +22,7 @@ from tiny_pipelines import (
     tiny_wan_pipeline,
     tiny_z_image_pipeline,
 )
+from toy_reward import Motion, make_reward
 from training_scripts import (
     METHOD_OPTIONS,
     SHARED_ARGUMENTS,
@@ -35,6 +36,7 @@ from training_scripts import (
     environment,
     load_pipeline,
     load_script,
+    log_of,
     lora_of,
     metadata_of,
     run_program,
@@ -154,6 +156,27 @@ def test_videos(
     assert (output / "validation" / "000001.png").is_file() and (output / "before_after.png").is_file()
 
 
+def test_rewards_of_whole_videos_and_of_chosen_frames(
+    script: ModuleType, arguments_of: Arguments, monkeypatch: pytest.MonkeyPatch
+):
+    """Update, evaluation and validation score the same frames; `run.json` has the scores of the base model's video."""
+    arguments, drawn = arguments_of("Wan 2.1"), watch_pictures(monkeypatch)
+    rewards = {"toy_reward:make_reward": 1, "toy_reward:Motion": 2}
+    words = {"reward": ",".join(f"{name}:{weight}" for name, weight in rewards.items()), "reward_frames": 2}
+    words |= {"eval_reward": "toy_reward:make_held_out_reward", "num_eval_images": 1}
+    script.main(command_line(arguments, method="draft-k", **words))
+    output, video = arguments["output_dir"], drawn[0]
+    assert {f"reward/{name}" for name in rewards} < log_of(output)[0].keys()
+    red = torch.stack([make_reward()(video[:, frame], [""]) for frame in (0, 4)]).mean()
+    expected = {"toy_reward:make_reward": red, "toy_reward:Motion": Motion()(video, [""]).mean()}
+    expected[words["reward"]] = sum(weight * expected[name] for name, weight in rewards.items())
+    expected["toy_reward:make_held_out_reward"] = video[:, [0, 4]].mean()
+    found = json.loads((output / "run.json").read_text())["rewards"]
+    assert {each["name"]: each["base"]["mean"] for each in found} == pytest.approx(
+        {name: float(value) for name, value in expected.items()}, rel=1e-4
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "component"), [("Ovis-Image", "transformer"), ("Wan 2.2", "transformer"), ("Wan 2.2", "transformer_2")]
 )
@@ -254,6 +277,11 @@ REFUSALS = {
     ),
     "undo guidance": ({"undo_guidance": True}, "--undo_guidance needs to know what guidance multiplies by"),
     "offload": ({"offload": True}, "unknown argument --offload"),
+    "frames of images": ({"reward_frames": 2}, "--reward_frames 2: FluxPipeline makes images, not videos"),
+    "images for a reward of videos": (
+        {"reward": "toy_reward:Motion"},
+        "it takes videos, but FluxPipeline makes images",
+    ),
 }
 
 

@@ -14,8 +14,9 @@ from accelerate.utils import gather_object
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
-from ..columns import Columns, call_with_columns
+from ..columns import Columns
 from ..rewards import WeightedReward
+from ..videos import score_samples
 from .guard import VelocityMeter, diversity, high_frequency_energy, saturated_share
 
 
@@ -59,21 +60,11 @@ def are_finite(images: torch.Tensor) -> torch.Tensor:
     return images.isfinite().flatten(1).all(1)
 
 
-def frames(
-    images: torch.Tensor, prompts: Sequence[str], columns: Columns
-) -> tuple[torch.Tensor, Sequence[str], Columns]:
-    """The arguments of a reward: images, or all frames of videos, with the prompt and the columns of each.
-
-    Args:
-        images: `(B, 3, H, W)` or `(B, F, 3, H, W)`, in [0, 1].
-        prompts: B prompts.
-        columns: name -> B values.
-
-    Returns:
-        `(B, 3, H, W)` or `(B * F, 3, H, W)`, video by video, and as many prompts and values.
+def check_range(images: torch.Tensor) -> None:
+    """Refuse images or videos with values outside of [0, 1]; NaNs are allowed.
 
     Raises:
-        ValueError: values are outside of [0, 1]; NaNs are allowed.
+        ValueError: with the range.
     """
     low, high = images.min().item(), images.max().item()
     if low < -1e-3 or high > 1 + 1e-3:
@@ -81,32 +72,18 @@ def frames(
             f"images: expected the pipeline's images in [0, 1], got values from {low:.2f} to {high:.2f}; use its "
             'image processor with output_type="pt".'
         )
-    if images.ndim == 4:
-        return images, prompts, columns
-    places = [place for place in range(len(images)) for _ in range(images.shape[1])]
-    of_frames = {name: [values[place] for place in places] for name, values in columns.items()}
-    return images.flatten(0, 1), [prompts[place] for place in places], of_frames
 
 
 def score_images(
     reward: Callable[..., torch.Tensor], images: torch.Tensor, prompts: Sequence[str], columns: Columns
 ) -> torch.Tensor:
-    """Rewards of images; of a video, the mean over its frames.
-
-    Args:
-        reward: `(images (B, 3, H, W), prompts, **columns) -> (B,)`.
-        images: `(B, 3, H, W)` or `(B, F, 3, H, W)`, in [0, 1].
-        prompts: B prompts.
-        columns: name -> B values; the reward gets those that it has a place for.
-
-    Returns:
-        `(B,)`.
+    """`score_samples` of what a pipeline made, `(B,)`.
 
     Raises:
-        ValueError: values are outside of [0, 1].
+        ValueError: as `score_samples`, and for values outside of [0, 1].
     """
-    scores = call_with_columns(reward, *frames(images, prompts, columns))
-    return scores if images.ndim == 4 else scores.unflatten(0, (len(images), -1)).mean(1)
+    check_range(images)
+    return score_samples(reward, images, prompts, columns)
 
 
 @torch.no_grad()

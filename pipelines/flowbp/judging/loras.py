@@ -11,12 +11,13 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors import safe_open
 
-from ..columns import Columns, call_with_columns
+from ..columns import Columns
 from ..host import float64_on_host
 from ..inference import BaseForLast, lora_models
 from ..rewards import WeightedReward
 from ..rewards.loading import brief
-from .images import are_finite, frames
+from ..videos import score_samples
+from .images import are_finite, check_range
 from .lora_files import download_lora, is_of_peft, read_lora
 from .models import EvaluatedModel
 
@@ -128,7 +129,7 @@ def scores_by_reward(
     Args:
         reward: of `load_reward`, for these names.
         names: of the rewards.
-        images: `(B, 3, H, W)`, or `(B, F, 3, H, W)` of videos, whose frames' mean counts, in [0, 1].
+        images: `(B, 3, H, W)`, or `(B, F, 3, H, W)` of videos, in [0, 1].
         prompts: B of them.
         columns: name -> B values; each reward gets those that it has a place for.
 
@@ -141,17 +142,18 @@ def scores_by_reward(
     if not places:
         return found
     of_places = {name: [values[place] for place in places] for name, values in columns.items()}
-    each, texts, of_each = frames(images[places], [prompts[place] for place in places], of_places)
+    finite, texts = images[places], [prompts[place] for place in places]
+    check_range(finite)
     # Of several rewards load_reward makes a sum whose parts can be had alone.
     is_sum = isinstance(reward, WeightedReward) and list(reward.weights) == list(names)
     if is_sum:
-        parts = reward.parts(each, texts, **of_each)
+        parts = reward.parts(finite, texts, **of_places)
     else:
-        parts = {names[0]: call_with_columns(reward, each, texts, of_each)}
+        parts = {names[0]: score_samples(reward, finite, texts, of_places)}
     for name, values in parts.items():
         # NaN is a judge's answer without a score, and an infinite score is none either.
         values = float64_on_host(values)
         values = values.masked_fill(~values.isfinite(), math.nan)
-        for place, score in zip(places, values.unflatten(0, (len(places), -1)).nanmean(1).tolist(), strict=True):
+        for place, score in zip(places, values.tolist(), strict=True):
             found[name][place] = score
     return found

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..columns import Places
+from ..videos import makes_videos, takes_videos
 from .specs import REWARDS, RewardSpec, reward_spec
 from .weighted import WeightedReward, call_reward
 
@@ -27,6 +28,10 @@ class NamedReward(nn.Module):
         self.name = name
         self.reward = reward
 
+    @property
+    def takes_videos(self) -> bool | None:
+        return takes_videos(self.reward)
+
     def forward(self, images: Tensor, prompts: Sequence[str], /, **columns: Sequence[Any]) -> Tensor:
         return call_reward(self.name, self.reward, images, prompts, columns)
 
@@ -43,6 +48,7 @@ def load_reward(
     reward: str | Callable[..., Tensor],
     model_paths: Mapping[str, str | Path] | None = None,
     offload: bool = False,
+    reward_frames: int | None = None,
     **options: Any,
 ) -> nn.Module:
     """Makes a reward from its name, or wraps a user's function.
@@ -56,6 +62,8 @@ def load_reward(
         model_paths: name -> local folder with the weights, used in place of the Hub. The factory gets it as
             `model_path`.
         offload: keep the rewards on the CPU; each moves to the images' device while it scores, see `WeightedReward`.
+        reward_frames: of a video, how many evenly spaced frames a reward of images scores, the first and the last
+            among them (1: the middle one); None: all. Their mean counts.
         options: keyword arguments of the factories. Each must be known to at least one part, and goes to every part
             that knows it, see `option_names`. The `ocr` rewards have `augment` (False), its `generator` (None: torch's
             global one) and `texts` (prompt -> text to look for; None: what the prompt quotes); `geneval` has
@@ -63,7 +71,7 @@ def load_reward(
 
     Returns:
         A module `reward(images, prompts, **columns) -> (B,)`, frozen and in evaluation mode. For several parts, a
-        weight or `offload` it is a `WeightedReward`.
+        weight, `offload` or `reward_frames` it is a `WeightedReward`.
 
     Raises:
         ValueError: an unknown name, option or factory, a weight that is not a finite number, a name given twice, or a
@@ -73,7 +81,7 @@ def load_reward(
             package, or the repository and how to get it.
     """
     if not isinstance(reward, str):
-        return _wrapped(reward, offload, [*(model_paths or {}), *options])
+        return _wrapped(reward, offload, reward_frames, [*(model_paths or {}), *options])
     weights: dict[str, float] = {}
     for name, weight in _parts(reward):
         if name in weights:
@@ -95,12 +103,14 @@ def load_reward(
             f"{', '.join(unknown)}."
         )
     rewards = {name: _made(name, spec, folders.get(name), options) for name, spec in specs.items()}
-    if list(weights.values()) == [1.0] and not offload:
+    if list(weights.values()) == [1.0] and not offload and reward_frames is None:
         return rewards[next(iter(rewards))]
-    return WeightedReward(rewards, weights, offload)
+    return WeightedReward(rewards, weights, offload, reward_frames)
 
 
-def _wrapped(reward: Callable[..., Tensor], offload: bool, given: Sequence[str]) -> nn.Module:
+def _wrapped(
+    reward: Callable[..., Tensor], offload: bool, reward_frames: int | None, given: Sequence[str]
+) -> nn.Module:
     """A user's function or module; `given` are names of model paths and options, which it cannot have."""
     name = getattr(reward, "__name__", type(reward).__name__)
     if given:
@@ -109,7 +119,10 @@ def _wrapped(reward: Callable[..., Tensor], offload: bool, given: Sequence[str])
             f"{', '.join(given)}; give them to it directly."
         )
     module = _as_frozen_module(name, reward, "a function or a module")
-    return WeightedReward({name: module}, {name: 1.0}, offload) if offload else module
+    if isinstance(module, WeightedReward) and reward_frames is not None:
+        raise ValueError(f"reward {name!r}: expected no reward_frames for a sum; give them where the sum is made.")
+    is_plain = not offload and reward_frames is None
+    return module if is_plain else WeightedReward({name: module}, {name: 1.0}, offload, reward_frames)
 
 
 def _made(name: str, spec: RewardSpec, folder: Path | None, options: Mapping[str, Any]) -> nn.Module:
@@ -135,6 +148,7 @@ def _as_frozen_module(name: str, reward: Any, expected: str) -> nn.Module:
         raise ValueError(f"reward {name!r}: expected {expected}, got the class {reward.__name__}; create an instance.")
     # The parts of a sum have their names already.
     module = reward if isinstance(reward, WeightedReward | NamedReward) else NamedReward(name, reward)
+    takes_videos(module)
     return module.requires_grad_(False).eval()
 
 
@@ -180,7 +194,7 @@ def check_prompts(reward: nn.Module, prompts: Sequence[str], sizes: Sequence[tup
         ValueError: the first prompt in which an `ocr` reward finds no text to look for, or one with characters unknown
             to the recogniser, or too long for a size.
     """
-    for part in reward.all_parts() if isinstance(reward, WeightedReward) else [reward]:
+    for part in _all_parts(reward):
         for prompt in prompts:
             if hasattr(part, "check_prompt"):
                 part.check_prompt(prompt, sizes)
@@ -208,7 +222,7 @@ def check_columns(
     """
     found = dict.fromkeys(column for row in rows for column in row)
     reached: dict[str, None] = {}
-    for part in reward.all_parts() if isinstance(reward, WeightedReward) else [reward]:
+    for part in _all_parts(reward):
         name = part.name if isinstance(part, NamedReward) else type(part).__name__
         places = Places.of(part.reward if isinstance(part, NamedReward) else part)
         for column in (each for each, is_required in places.named.items() if is_required):
@@ -226,6 +240,33 @@ def check_columns(
             )
         reached |= dict.fromkeys(places.columns(dict.fromkeys(found, ())))
     return reached
+
+
+def check_videos(rewards: Sequence[nn.Module], pipeline: type, reward_frames: int | None) -> None:
+    """Checks that loaded rewards can score what a pipeline class makes, before it is loaded.
+
+    Args:
+        rewards: of `load_reward`.
+        pipeline: class of diffusers.
+        reward_frames: that the rewards were given.
+
+    Raises:
+        ValueError: a reward of videos for a pipeline of images, or `reward_frames` where every reward takes videos.
+    """
+    parts = [part for reward in rewards for part in _all_parts(reward)]
+    of_videos = [part for part in parts if takes_videos(part)]
+    if of_videos and not makes_videos(pipeline):
+        name = of_videos[0].name if isinstance(of_videos[0], NamedReward) else type(of_videos[0]).__name__
+        raise ValueError(
+            f"reward {name!r}: it takes videos, but {pipeline.__name__} makes images; choose a video pipeline, or "
+            "another reward."
+        )
+    if reward_frames is not None and len(of_videos) == len(parts):
+        raise ValueError(f"--reward_frames {reward_frames}: every reward takes whole videos; leave it out.")
+
+
+def _all_parts(reward: nn.Module) -> list[nn.Module]:
+    return reward.all_parts() if isinstance(reward, WeightedReward) else [reward]
 
 
 def _parts(reward: str) -> list[tuple[str, float]]:

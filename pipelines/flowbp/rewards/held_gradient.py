@@ -21,11 +21,12 @@ class _HeldGradient(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
-        return (gradient * cotangent.to(gradient).view(-1, 1, 1, 1)).to(ctx.dtype), None, None
+        shape = (-1, *[1] * (gradient.ndim - 1))
+        return (gradient * cotangent.to(gradient).view(shape)).to(ctx.dtype), None, None
 
 
 def hold_gradient(images: Tensor, scores: Tensor, gradient: Tensor) -> Tensor:
-    """Scores (B,) with a known gradient (B, 3, H, W) in the images; each image has an effect on its score only.
+    """Scores (B,) with a known gradient in the images, of their shape; each image has an effect on its score only.
 
     There are no second derivatives.
     """

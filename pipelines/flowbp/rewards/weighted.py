@@ -9,16 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..columns import Columns, call_with_columns
+from ..columns import Columns
+from ..videos import score_samples
 from .held_gradient import hold_gradient
 
 
 def call_reward(
-    name: str, reward: Callable[..., Any], images: Tensor, prompts: Sequence[str], columns: Columns
+    name: str,
+    reward: Callable[..., Any],
+    images: Tensor,
+    prompts: Sequence[str],
+    columns: Columns,
+    reward_frames: int | None = None,
 ) -> Tensor:
-    """Scores (B,) of images (B, 3, H, W) by a reward whose name is in everything that goes wrong.
-
-    The reward gets those columns that its signature has a place for.
+    """`score_samples` by a reward whose name is in everything that goes wrong.
 
     Raises:
         ValueError: the reward does not return a tensor (B,).
@@ -26,7 +30,7 @@ def call_reward(
         Exception: what the reward raises, with its name as a note.
     """
     try:
-        score = call_with_columns(reward, images, prompts, columns)
+        score = score_samples(reward, images, prompts, columns, reward_frames)
     except SystemExit as stop:
         raise RuntimeError(
             f"reward {name!r}: expected scores, got sys.exit({stop.code!r}); raise an error instead."
@@ -55,13 +59,24 @@ class WeightedReward(nn.Module):
         rewards: name -> reward.
         weights: name -> weight, for the same names.
         offload: keep the parts on the CPU, whatever `.to` is told; each moves to the images' device while it scores.
+        reward_frames: of a video, how many frames a part that scores images scores, see `chosen_frames`.
 
     Attributes:
         last_scores: name -> scores (B,) of each part in the last `forward`, not weighted, detached.
     """
 
-    def __init__(self, rewards: Mapping[str, nn.Module], weights: Mapping[str, float], offload: bool = False) -> None:
+    # Each part says it for itself.
+    takes_videos = None
+
+    def __init__(
+        self,
+        rewards: Mapping[str, nn.Module],
+        weights: Mapping[str, float],
+        offload: bool = False,
+        reward_frames: int | None = None,
+    ) -> None:
         super().__init__()
+        self.reward_frames = reward_frames
         self.weights = {name: weights[name] for name in rewards}
         self.offload = offload
         # Modules in a dict are not moved when this one is.
@@ -83,11 +98,11 @@ class WeightedReward(nn.Module):
         scores = {}
         for name, reward in self._parts.items():
             with self._on_device(reward, images.device):
-                scores[name] = call_reward(name, reward, images, prompts, columns)
+                scores[name] = call_reward(name, reward, images, prompts, columns, self.reward_frames)
         return scores
 
     def forward(self, images: Tensor, prompts: Sequence[str], /, **columns: Sequence[Any]) -> Tensor:
-        """Scores images (B, 3, H, W) in [0, 1] against B prompts: the sum of weight x score, (B,).
+        """Scores images (B, 3, H, W) or videos (B, F, 3, H, W) in [0, 1] against B prompts: the sum of weight x score.
 
         Each part gets those columns (lists of B values) that its signature has a place for.
 
@@ -110,13 +125,13 @@ class WeightedReward(nn.Module):
         return means
 
     def scores_and_gradient(self, images: Tensor, prompts: Sequence[str], columns: Columns) -> tuple[Tensor, Tensor]:
-        """The weighted sum (B,), and its gradient (B, 3, H, W) in the images in float32 or float64."""
+        """The weighted sum (B,), and its gradient in the images, of their shape, in float32 or float64."""
         images = images.detach().to(torch.promote_types(images.dtype, torch.float32))
         scores, gradient = {}, torch.zeros_like(images)
         for name, reward in self._parts.items():
             with self._on_device(reward, images.device), torch.enable_grad():
                 leaf = images.detach().requires_grad_()
-                score = call_reward(name, reward, leaf, prompts, columns)
+                score = call_reward(name, reward, leaf, prompts, columns, self.reward_frames)
                 if not score.requires_grad:
                     raise ValueError(
                         f"reward {name!r}: expected scores with a gradient in the images, got none; leave it out of "

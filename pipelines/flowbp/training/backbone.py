@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline, PipelineQuantizationConfig
 from diffusers.training_utils import _collate_lora_metadata
 
 from ..inference import usual_size_multiple
+from ..videos import check_reward_frames
 from .config import TrainingConfig
 from .model import WEIGHT_DTYPES, freeze, load_quantization_config, missing_components
 from .prompt_embeds import Embeds, group_offload_encoder, prepare_prompt_embeds, text_encoders
@@ -74,6 +75,7 @@ class Backbone:
         if self.config.negative_prompt and not self.is_guided:
             scale = "true_cfg_scale" if "true_cfg_scale" in self.defaults else "guidance_scale"
             raise ValueError(f"--negative_prompt has no effect without guidance; set --{scale} above 1")
+        check_reward_frames(self.config.reward_frames, self.pipeline_class, self.config.num_frames)
         multiple = self.size_multiple()
         for height, width in self.config.sizes:
             for option, size in (("height", height), ("width", width)):

@@ -39,7 +39,7 @@ OF_RUNS = ("method", "seed", "output_dir", "resume_from_checkpoint", "overwrite_
 # pipeline's call that the training's scripts have options for.
 SHARED = (
     "pretrained_model_name_or_path revision variant mixed_precision lora_component num_frames num_inference_steps "
-    "guidance_scale flow_shift sigmas"
+    "guidance_scale flow_shift sigmas reward_frames"
 ).split()
 OF_CALL = ("max_sequence_length", "negative_prompt", "true_cfg_scale")
 

@@ -183,6 +183,12 @@ class TrainingConfig:
         is_path=True,
     )
     reward_offload: bool = _reward(False, "Rewards wait on the CPU and visit the GPU in turn.")
+    reward_frames: int | None = _reward(
+        None,
+        "Of a video, score this many evenly spaced frames, the first and the last among them (1: the middle one), in "
+        "training and evaluation; their mean counts. Default: all. Rewards of whole videos see all frames.",
+        range=COUNT,
+    )
     reward_augment: bool = _reward(False, "Shift, blur and noise images a little before an ocr reward.")
     reward_text_column: str | None = _reward(
         None, "Column of --prompts with the text that ocr looks for. Default: what is quoted."

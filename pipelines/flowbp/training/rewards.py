@@ -52,6 +52,8 @@ class RunRewards:
             return score_images(self.training, images.float(), prompts, columns)
 
         score.__qualname__ = self.name
+        # The reward says it for itself.
+        score.takes_videos = None
         return score
 
 
@@ -128,10 +130,11 @@ def load_run_rewards(config: TrainingConfig, records: list[Record], reward: Rewa
     validation = validation_records(config, records)
     evaluation = evaluation_records(config, validation)
     texts = _texts(config, records, evaluation)
-    plain = load_reward(given, of_training, config.reward_offload, **texts)
+    shared = {"offload": config.reward_offload, "reward_frames": config.reward_frames}
+    plain = load_reward(given, of_training, **shared, **texts)
     training = plain
     if config.reward_augment:
-        training = load_reward(given, of_training, config.reward_offload, augment=True, **texts)
+        training = load_reward(given, of_training, **shared, augment=True, **texts)
     shown = {"--validation_prompt" if config.validation_prompt is not None else "--prompts": validation}
     shown |= {"--eval_prompts": evaluation} if config.eval_prompts is not None else {}
     columns = _check_table(plain, {"--prompts": records}, config.sizes)
@@ -140,9 +143,7 @@ def load_run_rewards(config: TrainingConfig, records: list[Record], reward: Rewa
     held_out = None
     if config.eval_reward is not None:
         takes_texts = "texts" in option_names(config.eval_reward)
-        held_out = load_reward(
-            config.eval_reward, of_held_out, config.reward_offload, **(texts if takes_texts else {})
-        )
+        held_out = load_reward(config.eval_reward, of_held_out, **shared, **(texts if takes_texts else {}))
         columns |= _check_table(held_out, shown, config.sizes[:1])
     count = 1 if config.validation_prompt is None else config.num_validation_images
     repeated = tuple(record for record in validation for _ in range(count))

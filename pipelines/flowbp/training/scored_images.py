@@ -20,11 +20,11 @@ from .rewards import RunRewards
 from .sampling import Sampling
 from .signals import DrawingStopped, StopSignals
 
-# What images depend on beside prompt, noise and what is trained.
+# What images and their scores depend on beside prompt, noise, rewards and what is trained.
 OF_IMAGES = (
     "pretrained_model_name_or_path revision variant quantization_config_path mixed_precision seed resolution height "
     "width num_frames num_inference_steps guidance_scale true_cfg_scale negative_prompt sigmas flow_shift "
-    "max_sequence_length pipeline_arguments"
+    "max_sequence_length pipeline_arguments reward_frames"
 ).split()
 
 

@@ -20,7 +20,7 @@ from ..judging.models import folder_name
 from ..methods import Method, find_row
 from ..objectives import Objective
 from ..publishing.push import check_access
-from ..rewards import WeightedReward
+from ..rewards import WeightedReward, check_videos
 from ..verification import verify
 from .backbone import Backbone
 from .checkpointing import Checkpointer
@@ -127,6 +127,7 @@ def prepare(
     closing.enter_context(ProcessWatch(accelerator, config.process_timeout_minutes))
     check_same_prompts(accelerator, records)
     rewards = load_run_rewards(config, records, reward)
+    check_videos(list(rewards), backbone.pipeline_class, config.reward_frames)
     if config.push_to_hub:
         config = backbone.config = replace(config, hub_model_id=_repository(config, accelerator))
     console = Console(accelerator)
