@@ -14,24 +14,24 @@ autograd through its own code. Stable Diffusion 3, FLUX.1 and FLUX.2-Klein have 
 defaults. Here the options of the method that are left out have those for Stable Diffusion 3.5.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
 from flowbp.inference import call_arguments, saved_class
 from flowbp.publishing.published_files import LORA_FILE
-from flowbp.training import Backbone
+from flowbp.training.backbone import PROMPT_EMBEDS
 from flowbp.training.prompts import Record
 from flowbp.training.script import run_script, train_from_command_line
+from flowbp.training.text_apart import TextApart
 from flowbp.verified_pipelines import VERIFIED_PIPELINES
 
 EULER = "FlowMatchEulerDiscreteScheduler"
 
 
-class AnyPipeline(Backbone):
+class AnyPipeline(TextApart):
     """A pipeline of diffusers that encodes its prompts itself."""
 
     name = "sd3"
@@ -45,6 +45,9 @@ class AnyPipeline(Backbone):
         "guidance_scale": None,
         "flow_shift": None,
         "pipeline_arguments": {},
+        **PROMPT_EMBEDS,
+        # Not every pipeline can be without its text encoders.
+        "offload": False,
         "output_dir": Path("flowbp-lora"),
     }
 
@@ -85,17 +88,11 @@ class AnyPipeline(Backbone):
             )
         super().check()
 
-    def prompt_inputs(
-        self, accelerator: Accelerator, records: Sequence[Record]
-    ) -> Callable[[Sequence[Record]], dict[str, Any]]:
+    def prompts_of(self, records: Sequence[Record]) -> dict[str, Any]:
         """The prompts themselves, and a negative prompt for each."""
         negative = (self.config.pipeline_arguments or {}).get("negative_prompt")
-
-        def inputs(batch: Sequence[Record]) -> dict[str, Any]:
-            several = {"negative_prompt": [negative] * len(batch)} if isinstance(negative, str) else {}
-            return {"prompt": [record.prompt for record in batch], **several}
-
-        return inputs
+        several = {"negative_prompt": [negative] * len(records)} if isinstance(negative, str) else {}
+        return {"prompt": [record.prompt for record in records], **several}
 
     def load(self, **components: Any) -> DiffusionPipeline:
         """With `--flow_shift`, the scheduler that it asks for."""

@@ -16,18 +16,21 @@ from diffusers import (
     Flux2Transformer2DModel,
     FluxPipeline,
     OvisImagePipeline,
+    QwenImagePipeline,
     StableDiffusion3Pipeline,
     WanPipeline,
     ZImagePipeline,
 )
 from families.family import ready
-from families.packed import build_ovis_image, byte_tokenizer, tiny_z_image_parts
+from families.packed import build_ovis_image, build_qwen_image, byte_tokenizer, tiny_z_image_parts
 from families.paper import build_flux, tiny_flux2_transformer, tiny_flux2_vae
 from families.videos import build_wan, build_wan_22
 from tiny_sd3 import CHARACTERS, tiny_sd3_pipeline, tiny_text_encoder, tiny_tokenizer
 from transformers import (
     CLIPTextModel,
     PreTrainedModel,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
     Qwen3Config,
     Qwen3ForCausalLM,
@@ -123,6 +126,16 @@ def tiny_z_image_pipeline() -> ZImagePipeline:
     return complete(
         ZImagePipeline(**tiny_z_image_parts()), text_encoder=tiny_qwen3(32, 2), tokenizer=tiny_qwen_tokenizer()
     )
+
+
+def tiny_qwen_image_pipeline() -> QwenImagePipeline:
+    """Qwen-Image: prompts are padded to the longest of their batch, with a mask where lengths differ."""
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
+    text = {**sizes, "vocab_size": len(tiny_qwen_tokenizer()), "num_hidden_layers": 1, "num_key_value_heads": 2}
+    text["rope_parameters"] = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e6}
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
+    encoder = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision))
+    return complete(build_qwen_image(), text_encoder=encoder, tokenizer=tiny_qwen_tokenizer())
 
 
 def tiny_ovis_image_pipeline() -> OvisImagePipeline:

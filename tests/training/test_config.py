@@ -316,9 +316,11 @@ def test_what_depends_on_other_options(values: dict[str, Any], expected: dict[st
         assert {name: getattr(config, name) for name in expected} == expected
 
 
-def test_a_backbone_that_does_not_encode_prompts_has_no_offload(backbones: dict[str, type[Backbone]], tmp_path: Path):
-    config = from_command_line(tmp_path, backbones["train_flowbp"], group_offload=True)
-    assert config.group_offload and config.offload is None
+def test_a_pipeline_of_any_class_keeps_its_text_encoders_by_default(
+    backbones: dict[str, type[Backbone]], tmp_path: Path
+):
+    for values, expected in (({}, False), ({"group_offload": True}, False), ({"offload": True}, True)):
+        assert from_command_line(tmp_path, backbones["train_flowbp"], **values).offload is expected
 
 
 # What becomes of the options.

@@ -276,7 +276,6 @@ REFUSALS = {
         "--lora_component transformer_2: FluxPipeline has transformer.",
     ),
     "undo guidance": ({"undo_guidance": True}, "--undo_guidance needs to know what guidance multiplies by"),
-    "offload": ({"offload": True}, "unknown argument --offload"),
     "frames of images": ({"reward_frames": 2}, "--reward_frames 2: FluxPipeline makes images, not videos"),
     "images for a reward of videos": (
         {"reward": "toy_reward:Motion"},

@@ -99,9 +99,11 @@ class TrainingConfig:
     )
     allow_tf32: bool = _model(False, "Allow TF32 matrix products on Ampere and later GPUs.")
 
-    # Prompt embeddings, for pipelines whose encode_prompt a script calls itself.
+    # Prompt embeddings.
     offload: bool | None = _embeds(
-        None, "Text encoders wait on the CPU between uses. Default: they do, except with --group_offload."
+        None,
+        "Text encoders wait on the CPU between uses. Default: they do, except with --group_offload and in "
+        "train_flowbp.py.",
     )
     precompute_prompt_embeds: bool = _embeds(
         False, "Encode all prompts before the transformer is loaded, keep them on disk and free the text encoders."
@@ -366,7 +368,7 @@ class TrainingConfig:
             raise ValueError("--lora_dtype base: a DoRA's norms of weights need float32; leave it out")
         if self.init_lora is None and self.train == "lora":
             found |= {name: 4 for name in ("rank", "lora_alpha") if getattr(self, name) is None}
-        if "offload" in backbone.defaults and self.offload is None:
+        if "offload" in found and found["offload"] is None:
             found["offload"] = not self.group_offload
         if self.learning_rate is None:
             found["learning_rate"] = 1e-5 if self.train == "full" else OPTIMIZERS[self.optimizer].learning_rate

@@ -42,7 +42,7 @@ class PipelineFiles:
     index: Mapping[str, Any]
     read: Callable[[str], Mapping[str, Any]]
 
-    def _components(self) -> dict[str, type]:
+    def components(self) -> dict[str, type]:
         """The classes of diffusers and transformers by component."""
         found = {}
         for name, spec in self.index.items():
@@ -67,7 +67,7 @@ class PipelineFiles:
         """
         names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
         weights = self.check_names(names)
-        for name, component in self._components().items():
+        for name, component in self.components().items():
             part = folder / name if (folder / name).is_dir() else folder
             for path in part.iterdir():
                 if path.is_file():
@@ -113,7 +113,7 @@ class PipelineFiles:
             ValueError: for a component without complete weights.
         """
         chosen, has_variant = [], self.variant is None
-        for name, component in self._components().items():
+        for name, component in self.components().items():
             prefix = f"{name}/" if any(each.startswith(f"{name}/") for each in names) else ""
             own = [each.removeprefix(prefix) for each in names if each.startswith(prefix)]
             if prefix == "" and "config.json" not in own:

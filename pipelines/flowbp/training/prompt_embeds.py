@@ -60,11 +60,11 @@ def group_offload_encoder(encoder: torch.nn.Module, device: torch.device) -> Non
 
 
 class PromptEncoder:
-    """Encodes records when they are needed.
+    """Calls text encoders when they are needed.
 
     Args:
         pipe: with text encoders and tokenizers; other components are not used.
-        encode: `encode(pipe, records) -> {argument of the call: (B, ...)}`.
+        encode: `encode(pipe, ...)`, such as `encode(pipe, records) -> {argument of the call: (B, ...)}`.
         device: to compute on.
         offload: the encoders wait on the CPU between uses.
         group_offload: they stay on the CPU and diffusers' group offloading brings one layer at a time.
@@ -73,7 +73,7 @@ class PromptEncoder:
     def __init__(
         self,
         pipe: DiffusionPipeline,
-        encode: Encode,
+        encode: Callable[..., Any],
         device: torch.device,
         offload: bool = False,
         group_offload: bool = False,
@@ -90,10 +90,10 @@ class PromptEncoder:
                 encoder.to(device)
 
     @torch.no_grad()
-    def __call__(self, records: Sequence[Record]) -> Embeds:
-        """Embeddings `{argument: (B, ...)}` of B records."""
+    def __call__(self, *arguments: Any) -> Any:
+        """What `encode` gives for these arguments."""
         with offload_models(*self.encoders, device=self.device, offload=self.offload):
-            return self.encode(self.pipe, list(records))
+            return self.encode(self.pipe, *arguments)
 
 
 class PromptEmbeds:
@@ -156,11 +156,11 @@ def cache_folder(root: Path, model: str, keys: Sequence[str], settings: Mapping[
 
 
 def text_files(model: str) -> list[tuple[str, int, int]]:
-    """Names, sizes and times of the text encoders' and tokenizers' files in a local model; nothing for a Hub id.
+    """Names, sizes and times of the files that read prompts in a local model; nothing for a Hub id.
 
     A folder can get other weights under the same name.
     """
-    files = [path for part in ("text_encoder*", "tokenizer*") for path in Path(model).glob(f"{part}/*")]
+    files = [path for part in ("text_encoder*", "tokenizer*", "processor*") for path in Path(model).glob(f"{part}/*")]
     return sorted((f"{path.parent.name}/{path.name}", path.stat().st_size, path.stat().st_mtime_ns) for path in files)
 
 
@@ -196,16 +196,35 @@ def is_complete(folder: Path, count: int) -> bool:
 def fill_cache(
     folder: Path, records: Sequence[Record], make_encoder: Callable[[], PromptEncoder], say: Callable[[str], None]
 ) -> None:
-    """Encode all records once, unless another run did; of two runs at a time one encodes and the other waits.
+    """Encode all records once, see `fill_once`.
 
     Args:
-        folder: of `cache_folder`. It is complete or absent; one that is not complete is made again.
+        folder: of `cache_folder`.
         records: without repetitions.
         make_encoder: loads what encodes them.
         say: gets a line on what is done.
 
     Raises:
         OSError: where the disk has less room than the embeddings need.
+    """
+    fill_once(
+        folder,
+        lambda: is_complete(folder, len(records)),
+        lambda partial: write_cache(folder, partial, records, make_encoder(), say),
+        say,
+    )
+
+
+def fill_once(
+    folder: Path, is_whole: Callable[[], bool], write: Callable[[Path], None], say: Callable[[str], None]
+) -> None:
+    """Write a folder once, unless another run did; of two runs at a time one writes and the other waits.
+
+    Args:
+        folder: that is complete or absent; one that is not complete is made again.
+        is_whole: tells whether it is complete.
+        write: `write(partial)` fills an empty folder, which gets the folder's name as the last step.
+        say: gets a line on what is done.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder.with_name(f"{folder.name}.lock"))
@@ -215,26 +234,36 @@ def fill_cache(
         say(f"Prompt embeddings: another run writes {folder}; waiting for it.")
         lock.acquire()
     try:
-        if is_complete(folder, len(records)):
+        if is_whole():
             say(f"Prompt embeddings: {folder} exists already.")
             return
         if folder.exists():
             say(f"Prompt embeddings: {folder} is not complete; it is made again.")
             shutil.rmtree(folder)
-        write_cache(folder, records, make_encoder(), say)
+        # Of this machine alone: locks do not reach other machines with the same disk.
+        partial = folder.with_name(f"{folder.name}.{socket.gethostname()}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        write(partial)
+        apply_umask(partial)
+        try:
+            move(partial, folder)
+        except OSError:
+            if not is_whole():
+                raise
+            # Another machine was faster; both wrote the same.
+            shutil.rmtree(partial)
     finally:
         lock.release()
         clear_device_cache(garbage_collection=True)
 
 
-def write_cache(folder: Path, records: Sequence[Record], encoder: PromptEncoder, say: Callable[[str], None]) -> None:
-    """Encode all records and write them as safetensors, the folder as the last step; see `fill_cache`."""
+def write_cache(
+    folder: Path, partial: Path, records: Sequence[Record], encoder: PromptEncoder, say: Callable[[str], None]
+) -> None:
+    """Encode all records and write them as safetensors into `partial`; see `fill_cache`."""
     size = sum(tensor.nbytes for tensor in encoder(records[:1]).values()) * len(records)
     say(f"Prompt embeddings: {len(records)} prompts, {size / 2**20:.1f} MiB, into {folder}")
-    # Of this machine alone: locks do not reach other machines with the same disk.
-    partial = folder.with_name(f"{folder.name}.{socket.gethostname()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
     free = shutil.disk_usage(partial).free
     if free < size:
         raise OSError(
@@ -249,14 +278,6 @@ def write_cache(folder: Path, records: Sequence[Record], encoder: PromptEncoder,
         joined = {name: torch.cat([batch[name] for batch in batches]).cpu().contiguous() for name in batches[0]}
         with writing(folder):
             save_file(joined, partial / f"{start // PROMPTS_PER_FILE:05d}.safetensors")
-    apply_umask(partial)
-    try:
-        move(partial, folder)
-    except OSError:
-        if not is_complete(folder, len(records)):
-            raise
-        # Another machine was faster; both wrote the same.
-        shutil.rmtree(partial)
 
 
 def prepare_prompt_embeds(

@@ -66,6 +66,14 @@ class SavedPipeline:
         """
         return {} if self.index.get(component, (None, None))[1] is None else self._read(f"{component}/config.json")
 
+    def components(self) -> dict[str, type]:
+        """The classes of diffusers and transformers by component.
+
+        Raises:
+            ValueError: for a class that the installed version does not have.
+        """
+        return self._files.components()
+
     def check_folder(self) -> None:
         """Check the files of a folder now; those of a repository are checked when they were downloaded.
 
