@@ -31,7 +31,7 @@ from flowbp import FlowBPCallback, Leg, Method, Surrogate, Term, get_method
 from flowbp.files import write_atomically
 from flowbp.training.loop import one_update
 from flowbp.training.prompts import Record
-from flowbp.training.seeds import make_generator, sample_generators, seed_rewards
+from flowbp.training.seeds import make_generator, sample_generators, seed_globally
 from flowbp.training.setup import Run
 from flowbp.weights import LEG_WEIGHTS, leg_supports, leg_weights, step_lengths
 
@@ -105,7 +105,7 @@ class Gradients:
             measure_gradients=True,
             **options,
         )
-        seed_rewards(0, batch, places)
+        seed_globally(0, batch, places)
         inputs = run.sampling.inputs(records)
         with callback.record(run.sampling.pipe):
             images = [self._images(inputs, batch) for _ in range(1 + callback.copies)]

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from .table_images import Media, TableImage
+
 Reward = Callable[..., torch.Tensor]
 Columns = Mapping[str, Sequence[Any]]
 
@@ -54,5 +56,16 @@ class Places:
 
 
 def call_with_columns(reward: Reward, images: torch.Tensor, prompts: Sequence[str], columns: Columns) -> torch.Tensor:
-    """`reward(images, prompts, **columns)` with those columns that its signature has a place for."""
-    return reward(images, prompts, **(Places.of(reward).columns(columns) if columns else {}))
+    """`reward(images, prompts, **columns)` with those columns that its signature has a place for, images opened."""
+    opened: dict[TableImage, Media] = {}
+
+    def value(each: Any) -> Any:
+        if not isinstance(each, TableImage):
+            return each
+        # All frames of a video have one source.
+        if each not in opened:
+            opened[each] = each.open()
+        return opened[each]
+
+    found = Places.of(reward).columns(columns) if columns else {}
+    return reward(images, prompts, **{name: [value(each) for each in values] for name, values in found.items()})

@@ -208,6 +208,7 @@ def load_pipeline(model: Path, dtype: torch.dtype = torch.float32) -> DiffusionP
 
 def images_of(pipe: DiffusionPipeline, seed: int = 0, **call: Any) -> torch.Tensor:
     """What users get for the first prompt, from the noise of the scripts' first validation picture."""
+    torch.manual_seed(make_generator("validation", seed, 0).initial_seed())
     with torch.no_grad():
         return pipe(
             prompt=PROMPTS[0],
@@ -220,21 +221,27 @@ def images_of(pipe: DiffusionPipeline, seed: int = 0, **call: Any) -> torch.Tens
 
 
 def check_round_trip(
-    model: Path, load_lora: Callable[[DiffusionPipeline], Any], drawn: list[torch.Tensor], **call: Any
+    model: Path,
+    load_lora: Callable[[DiffusionPipeline], Any],
+    drawn: list[torch.Tensor],
+    tolerance: float = 0.0,
+    **call: Any,
 ) -> None:
-    """A fresh pipeline draws what the run's base model drew, and with the LoRA what its trained model drew, exactly.
+    """A fresh pipeline draws what the run's base model drew, and with the LoRA what its trained model drew.
 
     Args:
         model: the saved pipeline.
         load_lora: loads the run's LoRA into the pipeline.
         drawn: of `watch_pictures`; the run had one validation prompt.
+        tolerance: of pixels. Where a source is encoded, products of matrices depend on where the files' weights lie in
+            memory.
         call: the pipeline's arguments.
     """
     trained, base = drawn[-2:]
     pipe = load_pipeline(model, trained.dtype)
-    assert torch.equal(images_of(pipe, **call), base)
+    assert (images_of(pipe, **call) - base).abs().max() <= tolerance
     load_lora(pipe)
-    assert torch.equal(images_of(pipe, **call), trained)
+    assert (images_of(pipe, **call) - trained).abs().max() <= tolerance
     assert (trained - base).abs().max() > 1e-3
 
 

@@ -31,7 +31,7 @@ OPTIONS = [name for name in DECLARED if name != "method_options"]
 REQUIRED = {"pretrained_model_name_or_path": "m", "prompts": "p.txt", "reward": "ocr"}
 # Options that take no value of their type, and what an option needs beside it.
 VALUES = {"report_to": "none", "method": "draft-k", "reward": "clip", "eval_reward": "clip", "offload": False}
-VALUES |= {"lora_dtype": "base", "attention_backend": "native"}
+VALUES |= {"lora_dtype": "base", "attention_backend": "native", "pipeline_columns": ("image=source", "mask=a,b")}
 NEEDED = {
     "select": {"eval_reward": "clip"},
     "lr_warmup_steps": {"lr_scheduler": "linear"},

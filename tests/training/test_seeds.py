@@ -7,7 +7,7 @@ import random
 import numpy as np
 import torch
 
-from flowbp.training.seeds import derive_seed, make_generator, sample_generators, seed_rewards
+from flowbp.training.seeds import derive_seed, make_generator, sample_generators, seed_globally
 
 
 def test_seeds_are_distinct():
@@ -47,7 +47,7 @@ def test_a_sample_s_noise_depends_on_its_place_in_the_update():
 
 def test_rewards_draw_from_seeded_global_generators():
     def draw(*seeds: int) -> tuple[float, ...]:
-        seed_rewards(*seeds[:2], range(seeds[2], seeds[2] + 2))
+        seed_globally(*seeds[:2], range(seeds[2], seeds[2] + 2))
         return torch.rand(()).item(), float(np.random.rand()), random.random()  # noqa: NPY002 - what rewards use
 
     first = draw(0, 1, 0)

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPVisionModelWithProjection
 
+from ..table_images import rgb
 from .clip import CLIP_REPOSITORY, MODEL, clip_pixels, crop_short
 from .loading import MODEL_FILES, Source, find_files, load_pretrained
 from .preprocessing import check_images, resize
@@ -25,10 +26,13 @@ def read_image(image: ColumnImage) -> Tensor:
 
     Raises:
         OSError: a file that is missing or not an image.
+        ValueError: a video.
     """
+    if isinstance(image, list):
+        raise ValueError(f"expected an image, got a video of {len(image)} frames; name a column of images.")
     if not isinstance(image, Image.Image):
         with Image.open(image) as file:
-            image = file.convert("RGB")
+            image = rgb(file)
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1) / 255
 
 

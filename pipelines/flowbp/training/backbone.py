@@ -15,6 +15,7 @@ from ..inference import usual_size_multiple
 from ..videos import check_reward_frames
 from .config import TrainingConfig
 from .model import WEIGHT_DTYPES, freeze, load_quantization_config, missing_components
+from .pipeline_columns import check_columns_of_call
 from .prompt_embeds import Embeds, group_offload_encoder, prepare_prompt_embeds, text_encoders
 from .prompts import Record
 from .saved_pipeline import SavedPipeline
@@ -76,6 +77,7 @@ class Backbone:
             scale = "true_cfg_scale" if "true_cfg_scale" in self.defaults else "guidance_scale"
             raise ValueError(f"--negative_prompt has no effect without guidance; set --{scale} above 1")
         check_reward_frames(self.config.reward_frames, self.pipeline_class, self.config.num_frames)
+        check_columns_of_call(self.pipeline_class, self.config.call_columns, self.call(*self.config.sizes[0]))
         multiple = self.size_multiple()
         for height, width in self.config.sizes:
             for option, size in (("height", height), ("width", width)):

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import yaml
 
 from ..publishing.run_info import one_line
-from .options import declarations, is_required, item_type, without_none
+from .options import declarations, is_required, item_type, without_none, words_of
 
 Config = TypeVar("Config")
 
@@ -282,6 +282,8 @@ def _value(action: argparse.Action, value: Any) -> Any:
         raise ValueError("this option can be given on the command line only")
     if action.nargs in (None, "?"):
         return _item(action, value)
+    if isinstance(value, dict) and action.nargs == "+" and action.type is str:
+        value = words_of(value)
     if not isinstance(value, list):
         if action.nargs != "+" or isinstance(value, str):
             raise ValueError(f"a list expected, got {value!r}: write [...]")

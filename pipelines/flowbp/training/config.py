@@ -14,6 +14,8 @@ from .config_checks import OF_LORA, check_combinations
 from .model import launched_precision
 from .optimizers import OPTIMIZERS
 from .options import COUNT, FINITE, NORM, NOT_NEGATIVE, POSITIVE, SHARE, check_options, declarations, option
+from .pipeline_columns import HELP as COLUMNS_HELP
+from .pipeline_columns import parse_columns
 from .prompt_sets import PROMPTS_HELP
 
 # Those of diffusers' schedules that need no further options.
@@ -161,6 +163,7 @@ class TrainingConfig:
         "JSON object with more arguments of the pipeline's call, such as negative_prompt or true_cfg_scale.",
         of_backbone=True,
     )
+    pipeline_columns: tuple[str, ...] = _rollout((), COLUMNS_HELP)
 
     # How the gradient returns.
     method: str = _method("flowbp-lagrange", "A row of the table, or package.module:row for one of your own.")
@@ -333,6 +336,16 @@ class TrainingConfig:
         heights, widths = self.height or (512,), self.width or (512,)
         count = max(len(heights), len(widths))
         return tuple(zip(heights * (count // len(heights)), widths * (count // len(widths)), strict=True))
+
+    @property
+    def call_columns(self) -> dict[str, tuple[str, ...]]:
+        """Argument of the pipeline's call -> columns of the prompts' table, of `pipeline_columns`."""
+        return parse_columns(self.pipeline_columns)
+
+    @property
+    def samples_per_call(self) -> int:
+        """How many samples of a micro-batch a call of the pipeline makes: all, or one where it starts from images."""
+        return 1 if self.pipeline_columns else self.train_batch_size
 
     def settle(self, backbone: HasDefaults) -> "TrainingConfig":
         """The config with the backbone's defaults, and with what depends on other options or on accelerate.

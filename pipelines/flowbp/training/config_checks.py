@@ -9,6 +9,7 @@ from accelerate.tracking import get_available_trackers
 from ..extras import remedy
 from ..rewards import part_names
 from .options import declarations
+from .pipeline_columns import parse_columns
 from .speed import check_attention_backend
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ def check_combinations(config: "TrainingConfig") -> None:
             f"{config.lr_warmup_steps}"
         )
     _check_prodigy(config)
+    parse_columns(config.pipeline_columns)
     if config.validation_prompt is not None and not all(prompt.strip() for prompt in config.validation_prompt):
         raise ValueError("--validation_prompt must not be blank")
     trackers = [str(tracker) for tracker in get_available_trackers()]

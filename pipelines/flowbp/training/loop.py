@@ -12,11 +12,11 @@ from ..rewards import part_means
 from .backbone import Backbone
 from .config import TrainingConfig
 from .overview import print_estimate, tell_plan, tell_update
-from .prompts import columns_of
+from .prompts import Record, columns_of
 from .reports import MicroBatch
 from .results import TrainingResult, finish
 from .rewards import Reward
-from .seeds import make_generator, sample_generators, seed_rewards
+from .seeds import make_generator, sample_generators, seed_globally
 from .setup import Run, prepare
 from .stages import StageMeter
 
@@ -65,42 +65,14 @@ def train(
 def one_update(run: Run, update: int) -> StageMeter:
     """Record, score and sweep each micro-batch, then step and log."""
     config, meter = run.config, StageMeter(run.accelerator.device)
-    scale, micro_batches = run.state.gradient_scale, []
+    micro_batches = []
     for index in range(1 if config.dry_run else config.gradient_accumulation_steps):
         records = next(run.state.sampler)
         start = (index * run.accelerator.num_processes + run.accelerator.process_index) * len(records)
-        places = range(start, start + len(records))
-        # Micro-batches and processes share a surrogate, so that they do equal work; every sample has its own noise.
-        callback = FlowBPCallback(
-            run.method,
-            generator=make_generator("surrogate", config.seed, update),
-            unconditional_gradient=config.unconditional_gradient,
-            samples_per_decode=config.samples_per_decode,
-            noise_generator=sample_generators("copies", config.seed, update, places),
-            strict=config.strict or update == run.first_update,
-            on_stage=meter.mark,
-            velocity_anchor=config.velocity_anchor,
-            measure_gradients=run.state.trained.has_whole_gradients,
-        )
-        seed_rewards(config.seed, update, places)
-        meter.mark("encode")
-        inputs = run.sampling.inputs(records)
-        meter.mark("rollout")
-        with callback.record(run.sampling.pipe):
-            images = []
-            for _ in range(1 + callback.copies):
-                noise = sample_generators("noise", config.seed, update, places)
-                images.append(run.sampling.images(inputs, noise, run.sampling.size(update, index)))
-        out = callback.backward(
-            run.rewards.scoring,
-            torch.cat(images),
-            [record.prompt for record in records],
-            columns=columns_of(records),
-            objective=run.objective,
-            gradient_scale=scale,
-            transformer=run.wrapped,
-        )
-        micro_batches.append(MicroBatch(out, callback.surrogate, part_means(run.rewards.training)))
+        for first in range(0, len(records), config.samples_per_call):
+            of_call = records[first : first + config.samples_per_call]
+            places = range(start + first, start + first + len(of_call))
+            micro_batches.append(one_call(run, update, run.sampling.size(update, index), of_call, places, meter))
     meter.mark("optimizer")
     step = run.state.step([each.out for each in micro_batches])
     meter.mark(None)
@@ -108,3 +80,50 @@ def one_update(run: Run, update: int) -> StageMeter:
     tell_update(run, step, entry)
     run.evaluation.add_update(entry, step.was_skipped)
     return meter
+
+
+def one_call(
+    run: Run, update: int, size: tuple[int, int], records: Sequence[Record], places: Sequence[int], meter: StageMeter
+) -> MicroBatch:
+    """Record, score and sweep one call of the pipeline.
+
+    Args:
+        update: its number.
+        size: of the images.
+        records: of its samples.
+        places: of the samples in the update.
+        meter: of the update.
+    """
+    config = run.config
+    # Calls and processes share a surrogate, so that they do equal work; every sample has its own noise.
+    callback = FlowBPCallback(
+        run.method,
+        generator=make_generator("surrogate", config.seed, update),
+        unconditional_gradient=config.unconditional_gradient,
+        samples_per_decode=config.samples_per_decode,
+        noise_generator=sample_generators("copies", config.seed, update, places),
+        strict=config.strict or update == run.first_update,
+        on_stage=meter.mark,
+        velocity_anchor=config.velocity_anchor,
+        measure_gradients=run.state.trained.has_whole_gradients,
+    )
+    meter.mark("encode")
+    inputs = run.sampling.inputs(records)
+    meter.mark("rollout")
+    with callback.record(run.sampling.pipe):
+        images = []
+        for _ in range(1 + callback.copies):
+            # Copies start from the same noise, also where a pipeline draws some of torch's for its sources.
+            seed_globally(config.seed, update, places)
+            noise = sample_generators("noise", config.seed, update, places)
+            images.append(run.sampling.images(inputs, noise, size))
+    out = callback.backward(
+        run.rewards.scoring,
+        torch.cat(images),
+        [record.prompt for record in records],
+        columns={name: values for name, values in columns_of(records).items() if name in run.rewards.columns},
+        objective=run.objective,
+        gradient_scale=run.state.gradient_scale,
+        transformer=run.wrapped,
+    )
+    return MicroBatch(out, callback.surrogate, part_means(run.rewards.training))

@@ -88,7 +88,8 @@ def item_type(kind: Any) -> Any | None:
 def check_options(config: Any) -> None:
     """Convert the values of a config to the declared types, and check ranges and choices.
 
-    For `__post_init__` of frozen dataclasses. A single value stands for a list of one, text for a path, and a leading
+    For `__post_init__` of frozen dataclasses. A single value stands for a list of one, a mapping for words
+    `NAME=VALUE`, text for a path, and a leading
     `~` of a path for the home folder.
 
     Raises:
@@ -116,6 +117,8 @@ def check_options(config: Any) -> None:
 
 def _converted(name: str, kind: Any, value: Any) -> Any:
     item = item_type(kind)
+    if item is str and isinstance(value, Mapping):
+        value = words_of(value)
     if item is not None:
         return tuple(_converted(name, item, each) for each in (value if isinstance(value, list | tuple) else [value]))
     if kind is Path and isinstance(value, str | Path):
@@ -130,8 +133,15 @@ def _converted(name: str, kind: Any, value: Any) -> Any:
     return value
 
 
+def words_of(mapping: Mapping[str, Any]) -> list[str]:
+    """A mapping as the command line has it: `NAME=VALUE`, of a list `NAME=VALUE,VALUE`."""
+    return [f"{name}={','.join(map(str, of)) if isinstance(of, list | tuple) else of}" for name, of in mapping.items()]
+
+
 def _expanded(name: str, value: Any) -> Any:
     """A path, `NAME=PATH`, or a list of these, with the home folder in place of `~`; other values unchanged."""
+    if isinstance(value, Mapping):
+        value = words_of(value)
     if isinstance(value, list | tuple):
         return tuple(_expanded(name, each) for each in value)
     if not isinstance(value, str | Path):

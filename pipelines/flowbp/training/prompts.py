@@ -6,13 +6,14 @@ import csv
 import json
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from ..extras import require
+from ..table_images import TableImage
 from .prompt_sets import PROMPT_SETS
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ _FILES = (".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet")
 _DATA_SUFFIXES = (".arrow", *_FILES)
 _COLUMN_NAMES = ("prompt", "caption", "text")
 _TEXT = ("string", "large_string")
+_IMAGE = "PIL.Image.Image"
 # What the fields of a column may be read as; not with leading zeros, as in 007, or more digits than 64 bits have:
 # numbers would lose them.
 _FIELDS = (
@@ -41,7 +43,7 @@ class Record:
 
     Attributes:
         prompt: without surrounding white space.
-        columns: the row's other columns of text, numbers or truth values, by name.
+        columns: the row's other columns of text, numbers, truth values or images, by name.
     """
 
     prompt: str
@@ -54,14 +56,16 @@ class _Table:
 
     Attributes:
         kinds: what each column holds, in the words of `datasets`: string, int64, ...
-        columns: those of text, numbers, truth values or nothing ("null"); of one length.
+        columns: those of text, numbers, truth values, images or nothing ("null"); of one length.
     """
 
     kinds: Mapping[str, str]
     columns: Mapping[str, Sequence[Any]]
 
 
-def load_records(source: str, *, column: str | None = None, split: str = "train") -> list[Record]:
+def load_records(
+    source: str, *, column: str | None = None, split: str = "train", images: Collection[str] = ()
+) -> list[Record]:
     """Reads prompts with the other columns of their rows, in their order; rows with a blank prompt are left out.
 
     Args:
@@ -74,6 +78,8 @@ def load_records(source: str, *, column: str | None = None, split: str = "train"
             else `caption`, else `text`, each also in another case or the plural (`Prompts`), else, except in `.csv`
             and `.tsv` files, the only column of text. A warning tells a name that is not exact.
         split: the split of a folder or Hub dataset. Files and named sets have none but "train".
+        images: other columns, of `datasets.Image` or of paths, relative to the table's folder, of images, videos and
+            folders of frames. They become `TableImage`s, of which headers and hashes are read.
 
     Returns:
         At least one record.
@@ -84,21 +90,26 @@ def load_records(source: str, *, column: str | None = None, split: str = "train"
     """
     table = _read(source, split, column)
     if isinstance(table, list):
-        if column is not None:
-            raise ValueError(f"prompts: column {column!r} was asked of {source!r}, but a .txt file has no columns")
+        if asked := [column] if column is not None else [*images]:
+            raise ValueError(f"prompts: column {asked[0]!r} was asked of {source!r}, but a .txt file has no columns")
         rows = [(prompt, {}) for prompt in table]
     else:
         if column is None and source in PROMPT_SETS:
             column = PROMPT_SETS[source].column
         name = _prompt_column(table, source, column)
-        others = [each for each in table.columns if each != name and table.kinds[each] != "null"]
+        unused = {"null", _IMAGE}
+        others = [
+            each for each in table.columns if each != name and (each in images or table.kinds[each] not in unused)
+        ]
+        columns = {each: _images(table, source, each) if each in images else table.columns[each] for each in others}
         rows = [
             (prompt, dict(zip(others, of_row, strict=True)))
-            for prompt, *of_row in zip(table.columns[name], *(table.columns[each] for each in others), strict=True)
+            for prompt, *of_row in zip(table.columns[name], *columns.values(), strict=True)
         ]
     records = [Record(prompt.strip(), columns) for prompt, columns in rows if prompt is not None and prompt.strip()]
     if not records:
         raise ValueError(f"prompts: {source!r} holds no prompts: at least one is needed")
+    _check_images(records, source, images)
     return records
 
 
@@ -158,6 +169,42 @@ def texts_of(records: Sequence[Record], column: str, source: str) -> dict[str, s
                 f"prompt {prompt!r}: one is expected"
             )
     return texts
+
+
+def _images(table: _Table, source: str, name: str) -> Sequence[TableImage | None]:
+    """A column of images; those of paths once for each path."""
+    if table.kinds[name] == _IMAGE:
+        return table.columns[name]
+    path = Path(source)
+    if table.kinds[name] not in (*_TEXT, "null") or not path.exists():
+        raise ValueError(
+            f"prompts: column {name!r} of {source!r} holds {table.kinds[name]}, expected images of datasets, or paths "
+            "in a file or folder here"
+        )
+    folder = path if path.is_dir() else path.parent
+    paths = [None if each is None or not each.strip() else folder / each for each in table.columns[name]]
+    opened = {each: TableImage.of_file(each) for each in {*paths} - {None}}
+    return [None if each is None else opened[each] for each in paths]
+
+
+def _check_images(records: Sequence[Record], source: str, columns: Collection[str]) -> None:
+    """Each record has an image in these columns, and each can be opened."""
+    checked: set[TableImage] = set()
+    for name in columns:
+        for record in records:
+            image = record.columns.get(name)
+            if image is None:
+                has = ", ".join(record.columns) or "none"
+                raise ValueError(
+                    f"prompts: no image in column {name!r} of {source!r} for the prompt {record.prompt!r}; its other "
+                    f"columns: {has}"
+                )
+            if image not in checked:
+                checked.add(image)
+                try:
+                    image.check()
+                except ValueError as error:
+                    raise ValueError(f"prompts: column {name!r} of {source!r}: {error}") from error
 
 
 def _read(source: str, split: str, column: str | None) -> _Table | list[str]:
@@ -368,7 +415,17 @@ def _datasets() -> ModuleType:
 def _plain(table: "datasets.Dataset") -> _Table:
     kinds = {name: getattr(kind, "dtype", None) or str(kind) for name, kind in table.features.items()}
     is_plain = re.compile("string|large_string|bool|u?int.*|float.*").fullmatch
-    return _Table(kinds, {name: table[name][:] for name, kind in kinds.items() if is_plain(kind)})
+    columns = {name: table[name][:] for name, kind in kinds.items() if is_plain(kind)}
+    return _Table(kinds, columns | {name: _of_rows(table, name) for name, kind in kinds.items() if kind == _IMAGE})
+
+
+def _of_rows(table: "datasets.Dataset", name: str) -> list[TableImage]:
+    """A column of `datasets.Image`, of which nothing is decoded or copied."""
+    decode = table.features[name].decode_example
+    encoded = table.select_columns(name).cast_column(name, _datasets().Image(decode=False))
+    return [
+        TableImage.of_row(f"row {row + 1}", lambda row=row: encoded[row][name], decode) for row in range(len(table))
+    ]
 
 
 def _joined(tables: Sequence[_Table]) -> _Table:

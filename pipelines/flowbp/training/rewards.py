@@ -12,6 +12,7 @@ from ..judging.images import score_images
 from ..rewards import check_columns, check_prompts, load_reward, option_names, part_names, reward_spec
 from ..rewards.loading import parse_model_paths
 from .config import TrainingConfig
+from .pipeline_columns import image_columns
 from .prompts import Record, has_columns, has_splits, load_records, texts_of
 
 Reward = str | Callable[..., torch.Tensor]
@@ -61,9 +62,16 @@ def validation_records(config: TrainingConfig, records: list[Record]) -> list[Re
     """The records of `--validation_prompt`, or the first of the training's."""
     if config.validation_prompt is None:
         return records[: config.num_validation_images]
-    known = {record.prompt: record for record in records}
+    # The first of several rows with a prompt.
+    known = {record.prompt: record for record in reversed(records)}
     # As the prompts of a table, which have no white space around them.
-    return [known.get(prompt, Record(prompt)) for prompt in map(str.strip, config.validation_prompt)]
+    found = [known.get(prompt, Record(prompt)) for prompt in map(str.strip, config.validation_prompt)]
+    for record in found:
+        if config.pipeline_columns and record.prompt not in known:
+            raise ValueError(
+                f"--validation_prompt {record.prompt!r}: --pipeline_columns needs its row; choose prompts of --prompts"
+            )
+    return found
 
 
 def evaluation_records(config: TrainingConfig, validation: list[Record]) -> list[Record]:
@@ -74,7 +82,7 @@ def evaluation_records(config: TrainingConfig, validation: list[Record]) -> list
     # What a source does not have was not meant for it.
     column = config.eval_prompt_column or (config.prompt_column if has_columns(source) else None)
     split = config.eval_prompt_split or (config.prompt_split if has_splits(source) else "train")
-    return load_records(source, column=column, split=split)
+    return load_records(source, column=column, split=split, images=image_columns(config.call_columns))
 
 
 def check_reward(config: TrainingConfig, reward: Reward | None) -> tuple[Reward, str]:

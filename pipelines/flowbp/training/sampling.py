@@ -75,6 +75,8 @@ class Sampling:
         """
 
         def sample(place: int, generator: torch.Generator) -> torch.Tensor:
+            # Of which some pipelines draw when they encode a source.
+            torch.manual_seed(generator.initial_seed())
             return self.images(self.inputs([records[place]]), generator, self.config.sizes[0])
 
         return draw_images(

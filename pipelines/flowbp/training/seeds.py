@@ -37,6 +37,9 @@ def sample_generators(purpose: str, seed: int, update: int, places: Sequence[int
     return [make_generator(purpose, seed, update, place) for place in places]
 
 
-def seed_rewards(seed: int, update: int, places: Sequence[int]) -> None:
-    """Seed the global generators (torch, NumPy, Python), which rewards that augment at random draw from."""
+def seed_globally(seed: int, update: int, places: Sequence[int]) -> None:
+    """Seed the global generators (torch, NumPy, Python), which rewards that augment at random draw from.
+
+    Pipelines do too that encode a source without the call's generator, such as Stable Diffusion 3's ControlNet.
+    """
     set_seed(derive_seed("reward", seed, update, places[0]) % 2**32)

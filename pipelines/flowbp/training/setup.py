@@ -41,6 +41,7 @@ from .lora import InitLora, add_lora, read_init_lora
 from .model import freeze
 from .optimizers import check_optimizer
 from .output_folder import OutputFolder
+from .pipeline_columns import image_columns, with_images
 from .prompts import Record, load_records
 from .reports import Reports, read_log
 from .resuming import resume
@@ -186,7 +187,8 @@ def check_settings(
     method = config.make_method(backbone_class.name)
     # Tried once on the run's number of steps, so that options which do not fit it fail now.
     method.draw(torch.linspace(1, 0, config.num_inference_steps + 1), make_generator("trial"))
-    records = load_records(config.prompts, column=config.prompt_column, split=config.prompt_split)
+    images = image_columns(config.call_columns)
+    records = load_records(config.prompts, column=config.prompt_column, split=config.prompt_split, images=images)
     backbone, checkpoint = backbone_class(config), None
     if config.resume_from_checkpoint is not None:
         checkpoint = find_checkpoint(config.output_dir, config.resume_from_checkpoint, tell=lambda message: None)
@@ -301,6 +303,7 @@ def load_model(
         The sampling, what is trained, and the transformer that the sweep calls.
     """
     inputs = backbone.prompt_inputs(accelerator, [*records, *rewards.evaluation, *rewards.validation])
+    inputs = with_images(inputs, config.call_columns)
     pipe: DiffusionPipeline = backbone.load_pipeline()
     pipe.set_progress_bar_config(disable=True)
     backbone.place(pipe, accelerator.device)

@@ -97,9 +97,10 @@ class TrainingState:
 
     @property
     def gradient_scale(self) -> float:
-        """What the gradients of one micro-batch are multiplied with."""
+        """What the gradients of one call of the pipeline are multiplied with."""
         scale = self.scaler.scale(torch.ones((), device=self.accelerator.device)).item()
-        return scale / self.config.gradient_accumulation_steps
+        calls = self.config.train_batch_size // self.config.samples_per_call
+        return scale / (self.config.gradient_accumulation_steps * calls)
 
     def step(self, outs: Sequence[BackwardOutput]) -> Step:
         """Clip the gradients and step, or skip the update where any process found something not finite. Collective.

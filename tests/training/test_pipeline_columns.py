@@ -1,0 +1,309 @@
+# Copyright 2026 The FlowBP for diffusers authors
+# SPDX-License-Identifier: Apache-2.0
+"""Training on pipelines that start from images: `--pipeline_columns` gives them columns of the prompts' table."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    DiffusionPipeline,
+    FluxKontextPipeline,
+    SD3ControlNetModel,
+    StableDiffusion3ControlNetPipeline,
+)
+from diffusers.utils import loading_utils
+from families.family import ready
+from PIL import Image
+from tiny_pipelines import tiny_flux_pipeline
+from tiny_sd3 import tiny_sd3_pipeline
+from training_scripts import (
+    PROMPTS,
+    SHARED_ARGUMENTS,
+    check_refusal,
+    check_round_trip,
+    check_run,
+    command_line,
+    load_pipeline,
+    load_script,
+    lora_of,
+    same,
+    watch_pictures,
+    write_prompts,
+)
+
+from flowbp.training import TrainingConfig, train
+from flowbp.training.fingerprint import fingerprint
+from flowbp.training.prompts import load_records
+from flowbp.training.seeds import make_generator, seed_globally
+
+NAME = "train_flowbp"
+SIZES = ((12, 8), (8, 8), (16, 24))
+
+
+def tiny_kontext() -> DiffusionPipeline:
+    return FluxKontextPipeline(**tiny_flux_pipeline().components)
+
+
+def tiny_sd3_controlnet() -> DiffusionPipeline:
+    pipe = tiny_sd3_pipeline(torch.float32)
+    config = {**pipe.transformer.config, "num_layers": 1, "extra_conditioning_channels": 0}
+    controlnet = SD3ControlNetModel.from_config(config)
+    return ready(StableDiffusion3ControlNetPipeline(**pipe.components, controlnet=controlnet), dtype=torch.float32)
+
+
+# By name: what builds the pipeline, what users give it, and which argument is a column.
+MODELS: dict[str, tuple[Callable[[], DiffusionPipeline], dict[str, Any], str]] = {
+    # Other areas than this are resized to it, and sources to one of Kontext's own sizes.
+    "Kontext": (
+        tiny_kontext,
+        {"guidance_scale": 4.0, "max_area": 64, "_auto_resize": False, "max_sequence_length": 16},
+        "image",
+    ),
+    "SD3 ControlNet": (tiny_sd3_controlnet, {"guidance_scale": 3.0, "max_sequence_length": 2}, "control_image"),
+}
+
+
+def picture(place: int) -> Image.Image:
+    """A source of its own size and colours."""
+    width, height = SIZES[place]
+    pixels = torch.rand(height, width, 3, generator=torch.Generator().manual_seed(place)) * 255
+    return Image.fromarray(pixels.byte().numpy())
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    """A table of `PROMPTS` with a source for each, beside it."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for place in range(len(PROMPTS)):
+        picture(place).save(folder / f"{place}.png")
+    rows = [{"prompt": prompt, "source": f"{place}.png"} for place, prompt in enumerate(PROMPTS)]
+    path = folder / "table.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a model of `MODELS`, made when it is first asked for."""
+    root = tmp_path_factory.mktemp("models")
+
+    def folder_of(name: str) -> Path:
+        if not (root / name).exists():
+            MODELS[name][0]().save_pretrained(root / name)
+        return root / name
+
+    return folder_of
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    return load_script(NAME)
+
+
+@pytest.fixture
+def arguments_of(saved: Callable[[str], Path], table: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """The script's arguments for a model of `MODELS`."""
+
+    def make(name: str, **changes: Any) -> dict[str, Any]:
+        call = dict(MODELS[name][1])
+        size = {"height": call.pop("height", 8), "width": call.pop("width", 8)}
+        return {
+            **SHARED_ARGUMENTS,
+            "pretrained_model_name_or_path": saved(name),
+            "prompts": table,
+            "pipeline_columns": [f"{MODELS[name][2]}=source"],
+            "output_dir": tmp_path / "run",
+            "method": "draft-k",
+            **size,
+            **{option: call.pop(option) for option in ("guidance_scale", "num_frames") if option in call},
+            "pipeline_arguments": call,
+            **changes,
+        }
+
+    return make
+
+
+Arguments = Callable[..., dict[str, Any]]
+
+
+def call_of(name: str, place: int) -> dict[str, Any]:
+    return {"height": 8, "width": 8, **MODELS[name][1], MODELS[name][2]: picture(place)}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_two_updates(script: ModuleType, arguments_of: Arguments, monkeypatch: pytest.MonkeyPatch, name: str):
+    """The LoRA, loaded into a stock pipeline, draws from the first row's source what the run drew."""
+    arguments, drawn = arguments_of(name), watch_pictures(monkeypatch)
+    script.main(command_line(arguments))
+    output, model = arguments["output_dir"], arguments["pretrained_model_name_or_path"]
+    check_run(output)
+    check_round_trip(model, lambda pipe: pipe.load_lora_weights(output), drawn, 1e-5, **call_of(name, 0))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_each_sample_of_a_batch_has_its_own_source_and_prompt(
+    script: ModuleType, arguments_of: Arguments, tmp_path: Path, name: str
+):
+    """What a batch of three draws is what a stock pipeline draws of each row; the update is that of batches of one."""
+    seen: list[tuple[torch.Tensor, str, Image.Image]] = []
+
+    def watching(images: torch.Tensor, prompts: Sequence[str], source: Sequence[Image.Image]) -> torch.Tensor:
+        seen.extend(zip(images.detach(), prompts, source, strict=True))
+        return images[:, 0].flatten(1).mean(1)
+
+    options = {"reward": None, "train_batch_size": 3, "max_train_steps": 1}
+    config = TrainingConfig(**arguments_of(name, **options))
+    train(config, script.AnyPipeline, reward=watching)
+    pipe = load_pipeline(config.pretrained_model_name_or_path)
+    trained = seen[:3]
+    assert {prompt for _, prompt, _ in trained} == {*PROMPTS}
+    for place, (image, prompt, source) in enumerate(trained):
+        row = PROMPTS.index(prompt)
+        assert source.tobytes() == picture(row).tobytes()
+        seed_globally(0, 0, [place])
+        with torch.no_grad():
+            expected = pipe(
+                prompt=prompt,
+                generator=make_generator("noise", 0, 0, place),
+                num_inference_steps=6,
+                output_type="pt",
+                return_dict=False,
+                **call_of(name, row),
+            )[0]
+        assert (image - expected[0]).abs().max() < 1e-5
+        assert (image - trained[place - 1][0]).abs().max() > 0.1
+    one = {"train_batch_size": 1, "gradient_accumulation_steps": 3, "output_dir": tmp_path / "one"}
+    train(TrainingConfig(**arguments_of(name, **options | one)), script.AnyPipeline, reward=watching)
+    assert same(lora_of(config.output_dir), lora_of(tmp_path / "one"))
+
+
+def write_table(folder: Path, **columns: Any) -> Path:
+    """A table of `PROMPTS` with these columns."""
+    rows = [
+        {"prompt": prompt} | {name: values[place] for name, values in columns.items()}
+        for place, prompt in enumerate(PROMPTS)
+    ]
+    path = folder / "table.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def test_a_column_of_paths_is_opened_beside_the_table(tmp_path: Path):
+    """Images are RGB and turned as EXIF says; folders and files of several images are videos; only where asked for."""
+    frames = [picture(0).resize((4, 4)).rotate(90 * turn) for turn in range(3)]
+    (tmp_path / "frames").mkdir()
+    for place, frame in enumerate(frames):
+        frame.save(tmp_path / "frames" / f"{place}.png")
+    frames[0].save(tmp_path / "film.gif", save_all=True, append_images=frames[1:])
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    picture(0).convert("L").save(tmp_path / "turned.png", exif=turned)
+    path = write_table(tmp_path, source=["turned.png", "frames", str(tmp_path / "film.gif")], other=["a", "b", "c"])
+    records = load_records(str(path), images=["source"])
+    turned, folder, film = (record.columns["source"].open() for record in records)
+    assert (turned.mode, turned.size) == ("RGB", picture(0).size[::-1])
+    assert [frame.tobytes() for frame in folder] == [frame.tobytes() for frame in frames]
+    assert len(film) == 3 and film[1].mode == "RGB"
+    assert records[1].columns["source"].first().tobytes() == frames[1].tobytes()
+    assert records[0].columns["other"] == "a"
+    assert load_records(str(path))[0].columns["source"] == "turned.png"
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "folder"])
+def test_a_column_of_datasets_images(tmp_path: Path, suffix: str):
+    datasets = pytest.importorskip("datasets")
+    picture(2).save(tmp_path / "2.png")
+    rows = {"prompt": list(PROMPTS), "source": [picture(0), picture(1), str(tmp_path / "2.png")]}
+    features = datasets.Features({"prompt": datasets.Value("string"), "source": datasets.Image()})
+    dataset, path = datasets.Dataset.from_dict(rows, features), tmp_path / f"table.{suffix}"
+    dataset.to_parquet(path) if suffix == "parquet" else dataset.save_to_disk(path)
+    records = load_records(str(path), images=["source"])
+    assert [record.columns["source"].open().tobytes() for record in records] == [
+        picture(place).tobytes() for place in range(3)
+    ]
+    assert len({str(record.columns["source"]) for record in records}) == 3
+    assert load_records(str(path))[0].columns == {}
+
+
+COLUMN = {
+    "missing": ({}, "no image in column 'source' of .* for the prompt .*; its other columns: other"),
+    "empty": (
+        {"source": ["0.png", None, "0.png"]},
+        "no image in column 'source' of .* for the prompt 'a \"7\" in red'",
+    ),
+    "numbers": ({"source": [1, 2, 3]}, "column 'source' of .* holds int64, expected images of datasets, or paths"),
+    "no file": (
+        {"source": ["0.png", "1.png", "9.png"]},
+        r"column 'source' of .*: .*9.png: expected an image .*No such",
+    ),
+    "no image": (
+        {"source": ["0.png", "1.png", "table.jsonl"]},
+        "table.jsonl: expected an image or a video, got: cannot id",
+    ),
+    "URL": ({"source": ["https://x.y/0.png"] * 3}, "0.png: expected an image or a video, got: .*No such file"),
+    "no frames": ({"source": ["0.png", "1.png", "frames"]}, "frames: expected an image or a video, got: no frames"),
+    "no library": ({"source": ["0.png", "1.png", "film.mp4"]}, "film.mp4: reading a video needs imageio"),
+}
+
+
+@pytest.mark.parametrize(("columns", "message"), COLUMN.values(), ids=COLUMN)
+def test_a_column_that_cannot_be_read_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, columns: dict[str, Any], message: str
+):
+    monkeypatch.setattr(loading_utils, "is_imageio_available", lambda: False)
+    (tmp_path / "frames").mkdir()
+    (tmp_path / "film.mp4").touch()
+    for place in range(2):
+        picture(place).save(tmp_path / f"{place}.png")
+    with pytest.raises(ValueError, match=message) as caught:
+        load_records(str(write_table(tmp_path, other=["a"] * 3, **columns)), images=["source"])
+    assert "\n" not in str(caught.value)
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "no word": ({"pipeline_columns": ["image"]}, "--pipeline_columns image: expected ARGUMENT=COLUMN"),
+    "twice": ({"pipeline_columns": ["image=a", "image=b"]}, "image stands twice; for a list write image=ONE,OTHER"),
+    "unknown": ({"pipeline_columns": ["imge=source"]}, "takes no argument imge here; did you mean image?"),
+    "own": ({"pipeline_columns": ["prompt=source"]}, "takes no argument prompt here"),
+    "given": (
+        {"pipeline_columns": ["height=source"]},
+        "--pipeline_columns height: the call has this argument already",
+    ),
+    "column": ({"pipeline_columns": ["image=sourc"]}, "no image in column 'sourc'"),
+    "validation": ({"validation_prompt": "typed"}, "--validation_prompt 'typed': --pipeline_columns needs its row"),
+    "evaluation": ({"eval_reward": "clip", "eval_prompts": "PROMPTS"}, "column 'source' was asked of"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_does_not_fit_is_refused_before_a_model_is_loaded(
+    arguments_of: Arguments,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    changes: dict[str, Any],
+    message: str,
+):
+    if "eval_prompts" in changes:
+        changes = {**changes, "eval_prompts": write_prompts(tmp_path)}
+    check_refusal(NAME, arguments_of("Kontext", **changes), message, monkeypatch, capsys)
+
+
+def test_a_changed_source_is_another_run(table: Path):
+    """The fingerprint is of the images, wherever they lie."""
+    config = TrainingConfig(pretrained_model_name_or_path="m", prompts=str(table))
+
+    def found(path: Path) -> dict[str, Any]:
+        return fingerprint(config, load_records(str(path), images=["source"]), [], None, None)
+
+    before = found(table)
+    moved = table.parent.rename(table.parent.with_name("moved")) / table.name
+    assert found(moved) == before
+    picture(2).save(moved.parent / "1.png")
+    assert {name for name, value in found(moved).items() if value != before[name]} == {"prompts"}
