@@ -7,7 +7,7 @@
         --lora bridge=sd35-bridge lagrange=sd35-lagrange --prompts prompts.txt --num_images_per_prompt 4 \
         --guidance_scale 3.5 --rewards hpsv2.1,pickscore,imagereward --output_dir evaluation
 
-Any text-to-image or text-to-video pipeline of diffusers is called as at inference; of videos a reward scores every
+Any pipeline of diffusers that makes images or videos is called as at inference; of videos a reward scores every
 frame, or `--reward_frames` of them, and the mean counts. The output folder gets `scores.parquet` (every image),
 `table.md`, `table.json` and `table.csv` (means, 95 % intervals, changes and win rates), `report.html` and `grid.png`.
 Started again with the same settings, an evaluation resumes automatically; with more LoRAs, it adds those.
@@ -32,7 +32,7 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from tqdm.auto import tqdm
 
 from flowbp.extras import require
-from flowbp.inference import call_arguments, saved_class
+from flowbp.inference import BaseForLast, call_arguments, saved_class
 from flowbp.judging.evaluation_folder import EvaluationFolder
 from flowbp.judging.images import are_finite, to_pil
 from flowbp.judging.lora_files import check_lora_file, download_lora
@@ -48,6 +48,14 @@ from flowbp.training.distributed import check_number_of_processes
 from flowbp.training.model import WEIGHT_DTYPES, freeze, launched_precision, missing_components
 from flowbp.training.options import COUNT, FINITE, NOT_NEGATIVE, POSITIVE, check_options, option
 from flowbp.training.output_folder import OutputFolder
+from flowbp.training.pipeline_columns import HELP as COLUMNS_HELP
+from flowbp.training.pipeline_columns import (
+    check_columns_of_call,
+    image_columns,
+    parse_columns,
+    sources_of,
+    with_images,
+)
 from flowbp.training.prompt_sets import PROMPT_SETS, PROMPTS_HELP
 from flowbp.training.prompts import Record, columns_of, load_records, texts_of
 from flowbp.training.saved_pipeline import SavedPipeline
@@ -119,6 +127,7 @@ class EvaluationConfig:
     pipeline_arguments: Mapping[str, Any] | None = _call(
         None, "JSON object with more arguments of the pipeline's call, such as negative_prompt or true_cfg_scale."
     )
+    pipeline_columns: tuple[str, ...] = _call((), COLUMNS_HELP)
 
     prompts: str = _data(MISSING, PROMPTS_HELP, is_path=True)
     prompt_column: str | None = _data(None, "Column of the prompts. Default: prompt, caption or text.")
@@ -146,6 +155,12 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
+        parse_columns(self.pipeline_columns)
+
+    @property
+    def call_columns(self) -> dict[str, tuple[str, ...]]:
+        """See `TrainingConfig.call_columns`."""
+        return parse_columns(self.pipeline_columns)
 
     @property
     def size(self) -> dict[str, int]:
@@ -229,7 +244,7 @@ class Plan:
         config = self.config
         # All columns, because what a reward reads of them is known after it was loaded.
         records = [[record.prompt, record.columns] for record in self.records]
-        content = json.dumps([records, self.options, self.grouped])
+        content = json.dumps([records, self.options, self.grouped], default=str)
         return {
             "model": config.pretrained_model_name_or_path,
             "revision": config.revision,
@@ -238,6 +253,7 @@ class Plan:
             "lora_component": config.lora_component,
             "flow_shift": config.flow_shift,
             "call": self.call,
+            **({"pipeline_columns": list(config.pipeline_columns)} if config.pipeline_columns else {}),
             "prompts": config.prompts,
             "prompts_sha256": hashlib.sha256(content.encode()).hexdigest(),
             "num_prompts": len(self.prompts),
@@ -291,7 +307,9 @@ def plan_lines(config: EvaluationConfig, lines: list[Line]) -> Plan:
     arguments = {**config.size, "num_frames": config.num_frames, **rollout, **(config.pipeline_arguments or {})}
     call = call_arguments(found, arguments)
     check_reward_frames(config.reward_frames, found, config.num_frames)
-    records = load_records(config.prompts, column=config.prompt_column, split=config.prompt_split)
+    check_columns_of_call(found, config.call_columns, call)
+    images = image_columns(config.call_columns)
+    records = load_records(config.prompts, column=config.prompt_column, split=config.prompt_split, images=images)
     records = records[: config.num_prompts]
     rewards = reward_names(config.rewards)
     options, grouped, grouped_rewards = read_prompt_data(config, rewards, records)
@@ -400,21 +418,31 @@ def draw_and_score(
         places = folder.places(batch)
         records = [plan.records[place // count] for place in places]
         prompts = [record.prompt for record in records]
-        arguments = dict(plan.call)
-        if isinstance(arguments.get("negative_prompt"), str):
-            arguments["negative_prompt"] = [arguments["negative_prompt"]] * len(prompts)
-        if callback is not None:
-            arguments["callback_on_step_end"] = callback
-        noise = [torch.Generator().manual_seed(plan.seed_of(place)) for place in places]
-        # What a pipeline or reward draws besides the given noise depends on the batch alone.
-        torch.manual_seed(plan.seed_of(places[0]))
-        images = pipe(prompt=prompts, generator=noise, **arguments)[0].float()
+        # Images of sources in calls of their own.
+        size = 1 if plan.config.pipeline_columns else len(places)
+        parts = [draw(plan, pipe, places[first : first + size], callback) for first in range(0, len(places), size)]
+        images = torch.cat(parts)
         not_finite = int((~are_finite(images)).sum())
         if not_finite and model is not told:
             progress.write(f"{model.name}: {not_finite} of {len(prompts)} images are not finite.", file=sys.stderr)
             told = model
         scores = scores_by_reward(reward, plan.rewards, images, prompts, columns_of(records))
         folder.add(model, batch, to_pil(images), scores, not_finite)
+
+
+def draw(plan: Plan, pipe: DiffusionPipeline, places: Sequence[int], callback: BaseForLast | None) -> torch.Tensor:
+    """The images at these places, in one call of the pipeline."""
+    arguments = dict(plan.call)
+    if isinstance(arguments.get("negative_prompt"), str):
+        arguments["negative_prompt"] = [arguments["negative_prompt"]] * len(places)
+    if callback is not None:
+        arguments["callback_on_step_end"] = callback
+    inputs = with_images(lambda batch: {"prompt": [record.prompt for record in batch]}, plan.config.call_columns)
+    noise = [torch.Generator().manual_seed(plan.seed_of(place)) for place in places]
+    # What a pipeline or reward draws besides the given noise depends on the batch alone.
+    torch.manual_seed(plan.seed_of(places[0]))
+    records = [plan.records[place // plan.config.num_images_per_prompt] for place in places]
+    return pipe(**inputs(records), generator=noise, **arguments)[0].float()
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -472,8 +500,9 @@ def evaluate(plan: Plan, accelerator: Accelerator) -> None:
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         seeds = [plan.seed_of(place) for place in range(folder.images)]
+        sources = sources_of(plan.records, config.call_columns)
         tables, remarks = write_results(
-            folder, plan.lines, config.against, plan.prompts, plan.groups, seeds, config.report_images
+            folder, plan.lines, config.against, plan.prompts, plan.groups, seeds, config.report_images, sources
         )
         print(tables)
         for remark in remarks:

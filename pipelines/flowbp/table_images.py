@@ -4,7 +4,7 @@
 
 import hashlib
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -81,10 +81,12 @@ class TableImage:
         except Exception as error:  # PIL and imageio raise a dozen unrelated types
             raise self._unreadable(error) from error
 
-    def first(self) -> Image.Image:
-        """The image, or the middle frame of a video, to be shown."""
+    def shown(self, size: tuple[int, int]) -> Image.Image:
+        """The image, or the middle frame of a video, reduced to fit into a width and height."""
         found = self.open()
-        return found[len(found) // 2] if isinstance(found, list) else found
+        image = found[len(found) // 2] if isinstance(found, list) else found
+        image.thumbnail(size)
+        return image
 
     def check(self) -> None:
         """Read as much as tells whether it can be opened: headers of images, all of a video.
@@ -116,3 +118,7 @@ class TableImage:
 
     def __str__(self) -> str:
         return self._content
+
+
+Sources = Mapping[str, Sequence[TableImage]]
+"""Column -> what each prompt's images are made of."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -39,9 +40,10 @@ from training_scripts import (
 from flowbp.training import TrainingConfig, train
 from flowbp.training.fingerprint import fingerprint
 from flowbp.training.prompts import load_records
-from flowbp.training.seeds import make_generator, seed_globally
+from flowbp.training.seeds import derive_seed, make_generator, seed_globally
 
 NAME = "train_flowbp"
+HELD_OUT = "toy_reward:make_held_out_reward"
 SIZES = ((12, 8), (8, 8), (16, 24))
 
 
@@ -210,7 +212,7 @@ def test_a_column_of_paths_is_opened_beside_the_table(tmp_path: Path):
     assert (turned.mode, turned.size) == ("RGB", picture(0).size[::-1])
     assert [frame.tobytes() for frame in folder] == [frame.tobytes() for frame in frames]
     assert len(film) == 3 and film[1].mode == "RGB"
-    assert records[1].columns["source"].first().tobytes() == frames[1].tobytes()
+    assert records[1].columns["source"].shown((4, 4)).tobytes() == frames[1].tobytes()
     assert records[0].columns["other"] == "a"
     assert load_records(str(path))[0].columns["source"] == "turned.png"
 
@@ -307,3 +309,43 @@ def test_a_changed_source_is_another_run(table: Path):
     assert found(moved) == before
     picture(2).save(moved.parent / "1.png")
     assert {name for name, value in found(moved).items() if value != before[name]} == {"prompts"}
+
+
+def has(path: Path, color: tuple[int, int, int]) -> bool:
+    """Whether an image has a square of at least 100 pixels of just this colour."""
+    with Image.open(path) as image:
+        return (np.asarray(image.convert("RGB")) == color).all(-1).sum() > 100
+
+
+def test_sources_are_shown_beside_the_results_and_evaluated_with(
+    script: ModuleType, arguments_of: Arguments, table: Path, tmp_path: Path
+):
+    colors = [(255, 0, 128), (0, 255, 1), (1, 2, 255)]
+    for place, color in enumerate(colors):
+        Image.new("RGB", SIZES[place], color).save(table.parent / f"{place}.png")
+    arguments = arguments_of(
+        "Kontext", validation_steps=1, eval_reward=HELD_OUT, num_eval_images=1, eval_prompts=table
+    )
+    script.main(command_line(arguments))
+    run, folder = arguments["output_dir"], tmp_path / "evaluation"
+    shown = [run / "before_after.png", run / "validation" / "000001.png"]
+    assert all(has(path, colors[0]) for path in shown)
+    assert all(has(run / "evaluation" / "000000.png", color) for color in colors)
+    kept = "pretrained_model_name_or_path prompts pipeline_columns height width guidance_scale num_inference_steps"
+    judged = {name: arguments[name] for name in (*kept.split(), "pipeline_arguments")}
+    load_script("evaluate_flowbp").main(
+        command_line(judged, lora=run, rewards="toy_reward:make_reward", output_dir=folder, batch_size=2, seed=3)
+    )
+    assert all(has(folder / "grid.png", color) for color in colors)
+    report = (folder / "report.html").read_text()
+    assert report.count("<b>source</b>") == 3 and report.count('alt="source of the prompt') == 3
+    # The first model is the base.
+    pipe, images = load_pipeline(judged["pretrained_model_name_or_path"]), sorted((folder / "images").glob("*base*/*"))
+    for place, path in enumerate(images):
+        with Image.open(table.parent / f"{place}.png") as source, torch.no_grad():
+            call = {**call_of("Kontext", place), "image": source, "num_inference_steps": 6}
+            noise = torch.Generator().manual_seed(derive_seed("evaluation", 3, place))
+            expected = pipe(prompt=PROMPTS[place], generator=noise, **call).images[0]
+        with Image.open(path) as image:
+            assert np.abs(np.asarray(image).astype(int) - np.asarray(expected)).max() <= 1
+    assert len(images) == 3

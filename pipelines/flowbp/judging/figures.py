@@ -12,8 +12,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageOps
 
+from ..table_images import Sources
 from .canvas import (
     ACCENT,
     DPI,
@@ -64,6 +65,7 @@ def before_after(
     title: str,
     subtitle: str | None = None,
     scores: tuple[Sequence[float | None], Sequence[float | None]] | None = None,
+    sources: Sources | None = None,
 ) -> None:
     """Write a PNG with the base model's images above the aligned model's, and each prompt below its two images.
 
@@ -77,11 +79,12 @@ def before_after(
         title: title of the figure.
         subtitle: line below the title.
         scores: scores of the images of `base` and of `aligned`, shown below them; None or NaN for no score.
+        sources: what the images were made of, shown above them: column -> an image of each prompt.
     """
     note = "Each column: one prompt, the same noise for both images."
     by_model = None if scores is None else dict(zip(("base", "aligned"), scores, strict=True))
     subtitle = f"{subtitle}  ·  {note}" if subtitle else note
-    comparison({"base": base, "aligned": aligned}, prompts, path, title, subtitle, by_model)
+    comparison({"base": base, "aligned": aligned}, prompts, path, title, subtitle, by_model, sources)
 
 
 def comparison(
@@ -91,6 +94,7 @@ def comparison(
     title: str,
     subtitle: str,
     scores: Mapping[str, Sequence[float | None]] | None = None,
+    sources: Sources | None = None,
 ) -> None:
     """Write a PNG like `before_after`'s for any number of models, one below the other.
 
@@ -101,6 +105,7 @@ def comparison(
         title: title of the figure.
         subtitle: line below the title.
         scores: model -> score of each image, shown below it; None or NaN for no score.
+        sources: as in `before_after`.
     """
     digits = 0 if scores is None else _digits([score for name in images for score in scores[name]])
     series = [
@@ -108,6 +113,7 @@ def comparison(
         for place, (name, of_model) in enumerate(images.items())
     ]
     columns = math.ceil(len(prompts) / math.ceil(len(prompts) / 8))
+    series = [*_sources(sources, series[0].images[0]), *series]
     _Sheet(series, prompts, columns, {"": digits}).render(title, subtitle).save(path, "PNG")
 
 
@@ -117,6 +123,7 @@ def validation_strip(
     scores: Mapping[str, Sequence[float | None]],
     columns: int = 8,
     title: str | None = None,
+    sources: Sources | None = None,
 ) -> Image.Image:
     """The images of one validation or evaluation, with the scores and the prompt of each below it.
 
@@ -128,13 +135,22 @@ def validation_strip(
         scores: reward, as it shall be named -> a score for each image; None or NaN for no score. May be empty.
         columns: largest number of images side by side.
         title: title of the figure, such as the update.
+        sources: as in `before_after`.
 
     Returns:
         An RGB image.
     """
     digits = {name: _digits(values) for name, values in scores.items()}
-    series = _Series(images, scores, ACCENT)
-    return _Sheet([series], prompts, min(columns, len(images)), digits).render(title, None)
+    series = [*_sources(sources, images[0]), _Series(images, scores, ACCENT)]
+    return _Sheet(series, prompts, min(columns, len(images)), digits).render(title, None)
+
+
+def _sources(sources: Sources | None, result: Image.Image) -> list[_Series]:
+    """A series for each column, of images with white borders to the size of a result."""
+    return [
+        _Series([ImageOps.pad(each.shown(result.size), result.size, color="white") for each in images], {}, GREY, name)
+        for name, images in (sources or {}).items()
+    ]
 
 
 def _is_finite(value: float | None) -> bool:

@@ -8,7 +8,6 @@ import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
 from ..rewards import titles
+from ..table_images import Sources
 from .evaluation_folder import EvaluationFolder
 from .models import EvaluatedModel
 from .tables import Table, about_intervals, tables
@@ -34,6 +34,7 @@ def report_html(
     remarks: Sequence[str] = (),
     pairs: Sequence[Mapping[str, Any]] = (),
     reference: Sequence[str] = (),
+    sources: Sources | None = None,
 ) -> str:
     """The report as a page that needs no other file.
 
@@ -49,9 +50,10 @@ def report_html(
         remarks: a line each, below the tables.
         pairs: from `pairwise`.
         reference: the models of the line that the others are compared with, of seeds their mean; default: the base.
+        sources: what the images were made of, shown before them: column -> an image of each prompt.
     """
     settings = folder.settings_file.settings
-    cards = _Cards(folder, scores, prompts, reference or [folder.models[0].name])
+    cards = _Cards(folder, scores, prompts, reference or [folder.models[0].name], sources or {})
     shown = largest_changes(cards.changes(cards.rewards[0], cards.leader), limit)
     environment = Environment(
         # The template lies beside this module, in a checkout and in an installed package.
@@ -98,8 +100,9 @@ class _Cards:
         scores: Mapping[str, Mapping[str, torch.Tensor]],
         prompts: Sequence[str],
         reference: Sequence[str],
+        sources: Sources,
     ) -> None:
-        self._folder, self._prompts = folder, prompts
+        self._folder, self._prompts, self._sources = folder, prompts, sources
         self.others = [model for model in folder.models if model.name not in reference]
         self.rewards = list(scores)
         self.titles = titles(self.rewards)
@@ -136,8 +139,16 @@ class _Cards:
             "prompt": self._prompts[place // self.per_prompt],
             "number": place % self.per_prompt + 1,
             "changes": json.dumps(changes),
-            "images": [self._image(model, place) for model in self._folder.models],
+            "images": [
+                *(self._source(name, place // self.per_prompt) for name in self._sources),
+                *(self._image(model, place) for model in self._folder.models),
+            ],
         }
+
+    def _source(self, name: str, prompt: int) -> dict[str, Any]:
+        source, width = _embedded(self._sources[name][prompt].shown((EMBEDDED_SIDE, EMBEDDED_SIDE)))
+        alt = f"{name} of the prompt “{self._prompts[prompt]}”"
+        return {"model": name, "is_plain": True, "scores": [], "source": source, "width": width, "alt": alt}
 
     def _image(self, model: EvaluatedModel, place: int) -> dict[str, Any]:
         scores = []
@@ -152,11 +163,13 @@ class _Cards:
                     "direction": "up" if change > 0 else "down" if change < 0 else "same",
                 }
             )
-        source, width = _embedded(self._folder.image(model, place))
+        with Image.open(self._folder.image(model, place)) as opened:
+            source, width = _embedded(opened)
         words = ", ".join(f"{score['reward']} {score['value']}" for score in scores)
         prompt = self._prompts[place // self.per_prompt]
         return {
             "model": model.name,
+            "is_plain": model is self._folder.models[0],
             "scores": scores,
             "source": source,
             "width": width,
@@ -164,10 +177,9 @@ class _Cards:
         }
 
 
-def _embedded(path: Path) -> tuple[str, int | None]:
+def _embedded(image: Image.Image) -> tuple[str, int | None]:
     """An image as a `data:` address: a small one as PNG, with the width to show it with; others as JPEG, and None."""
-    with Image.open(path) as opened:
-        image = opened.convert("RGB")
+    image = image.convert("RGB")
     # Small images are shown enlarged by a whole factor, which keeps their pixels even.
     factor = EMBEDDED_SIDE // 2 // max(image.size)
     image.thumbnail((EMBEDDED_SIDE, EMBEDDED_SIDE), Image.Resampling.LANCZOS)

@@ -11,6 +11,7 @@ from PIL import Image
 
 from ..files import write_atomically
 from ..rewards import titles
+from ..table_images import Sources
 from .evaluation_folder import EvaluationFolder, write_parquet
 from .models import Line
 from .report import report_html
@@ -28,6 +29,7 @@ def write_results(
     groups: Mapping[str, Mapping[str, Sequence[int]]],
     seeds: Sequence[int],
     report_images: int,
+    sources: Sources | None = None,
 ) -> tuple[str, list[str]]:
     """Write scores.parquet, table.json, table.md, table.csv, report.html and grid.png.
 
@@ -39,6 +41,7 @@ def write_results(
         groups: `{reward: {group: places of its prompts}}`, of the rewards that have tables by group.
         seeds: of each image's noise.
         report_images: images of each model in the report.
+        sources: what the images were made of: column -> an image of each prompt.
 
     Returns:
         The tables as Markdown, and the remarks below them: a line for each model or reward of which something is
@@ -75,9 +78,10 @@ def write_results(
     write_atomically(folder.path / "table.json", json.dumps(content, indent=2) + "\n")
     write_atomically(folder.path / "table.md", tables)
     write_atomically(folder.path / "table.csv", table_csv(records, pairs))
-    report = report_html(folder, records, scored, prompts, report_images, remarks, pairs, names[against])
+    sources = sources or {}
+    report = report_html(folder, records, scored, prompts, report_images, remarks, pairs, names[against], sources)
     write_atomically(folder.path / "report.html", report)
-    _draw_grid(folder, found, list(scored), prompts, count)
+    _draw_grid(folder, found, list(scored), prompts, count, sources)
     return f"\n{len(prompts)} prompts, {count} images of each\n\n{tables}", remarks
 
 
@@ -145,6 +149,7 @@ def _draw_grid(
     rewards: Sequence[str],
     prompts: Sequence[str],
     count: int,
+    sources: Sources,
 ) -> None:
     from .figures import comparison
 
@@ -162,4 +167,5 @@ def _draw_grid(
         title="Base and trained models on the first prompts",
         subtitle=f"The same noise in each column. Under each image: {titles(rewards)[rewards[0]]}",
         scores={name: [values[rewards[0]][place] for place in first] for name, values in found.items()},
+        sources={name: images[: len(first)] for name, images in sources.items()},
     )

@@ -27,7 +27,7 @@ from .checkpoints import checkpoints
 from .command_line import find_recipe, read_recipe
 from .config import TrainingConfig
 from .fingerprint import changes, fingerprint
-from .options import COUNT, check_options, declarations, option, without_none
+from .options import COUNT, check_options, declarations, item_type, option, without_none, words_of
 from .rewards import check_reward
 from .setup import check_settings
 from .train_command_line import parse_training_config
@@ -39,7 +39,7 @@ OF_RUNS = ("method", "seed", "output_dir", "resume_from_checkpoint", "overwrite_
 # pipeline's call that the training's scripts have options for.
 SHARED = (
     "pretrained_model_name_or_path revision variant mixed_precision lora_component num_frames num_inference_steps "
-    "guidance_scale flow_shift sigmas reward_frames"
+    "guidance_scale flow_shift sigmas reward_frames pipeline_columns"
 ).split()
 OF_CALL = ("max_sequence_length", "negative_prompt", "true_cfg_scale")
 
@@ -124,6 +124,8 @@ def as_words(options: Mapping[str, Any], config_class: type) -> list[str]:
     """Options as words of a command line, which reads them as it would read them in a recipe."""
     declared, words = declarations(config_class), []
     for name, value in options.items():
+        if isinstance(value, Mapping) and name in declared and item_type(without_none(declared[name][2])) is str:
+            value = words_of(value)
         if isinstance(value, bool):
             default = declared[name][0].default if name in declared else False
             # Flags that are off by default have no word for it.
@@ -310,7 +312,7 @@ def evaluation_options(config: ComparisonConfig, configs: Mapping[str, TrainingC
         first, *others = (getattr(each, name) for each in configs.values())
         if not is_given and any(other != first for other in others):
             raise ValueError(f"--evaluation: the runs have several values of {name}; say which one to evaluate with.")
-        if not is_given and first not in (None, ""):
+        if not is_given and first not in (None, "", ()):
             found[name] = first
     arguments = {**found.pop("pipeline_arguments", {}), **{name: found.pop(name) for name in OF_CALL if name in found}}
     if sizes := found.pop("sizes", None):

@@ -6,9 +6,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from diffusers import DiffusionPipeline
-from PIL import Image
 
 from ..inference import call_arguments
+from ..table_images import TableImage
 from .prompts import Record
 
 HELP = (
@@ -81,6 +81,6 @@ def with_images(
     return both
 
 
-def shown_sources(records: Sequence[Record], columns: Columns) -> dict[str, list[Image.Image]]:
-    """The records' images by column, to be shown beside the results; of videos the middle frames."""
-    return {name: [record.columns[name].first() for record in records] for name in image_columns(columns)}
+def sources_of(records: Sequence[Record], columns: Columns) -> dict[str, list[TableImage]]:
+    """The records' images by column, to be shown beside the results."""
+    return {name: [record.columns[name] for record in records] for name in image_columns(columns)}

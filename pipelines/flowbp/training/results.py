@@ -17,6 +17,7 @@ from ..publishing.push import push_folder
 from ..publishing.run_info import git_commit, hardware, versions, write_run_json
 from .console import duration, table
 from .optimizers import OPTIMIZERS
+from .pipeline_columns import sources_of
 from .reports import finite
 
 if TYPE_CHECKING:
@@ -133,6 +134,7 @@ def draw_figures(run: "Run", update: int, base: Drawn, aligned: Drawn) -> None:
         title=f"{title}: before and after {update} updates",
         subtitle=f"reward: {name}",
         scores=(base.scores[name], aligned.scores[name]),
+        sources=sources_of(run.rewards.validation, config.call_columns),
     )
     if any(entry["reward"] is not None for entry in run.reports.log):
         reward_curve(

@@ -14,6 +14,7 @@ from ..judging.images import Drawn
 from .config import TrainingConfig
 from .console import Console
 from .distributed import all_ranks_max
+from .pipeline_columns import sources_of
 from .prompts import Record
 from .reports import Reports
 from .rewards import RunRewards
@@ -24,7 +25,7 @@ from .signals import DrawingStopped, StopSignals
 OF_IMAGES = (
     "pretrained_model_name_or_path revision variant quantization_config_path mixed_precision seed resolution height "
     "width num_frames num_inference_steps guidance_scale true_cfg_scale negative_prompt sigmas flow_shift "
-    "max_sequence_length pipeline_arguments reward_frames"
+    "max_sequence_length pipeline_arguments pipeline_columns reward_frames"
 ).split()
 
 
@@ -87,7 +88,9 @@ class ScoredImages:
             title = f"{purpose.capitalize()} " + (f"after update {update}" if update else "of the base model")
             from ..judging.figures import validation_strip
 
-            strip = validation_strip(drawn.images, prompts, drawn.scores, columns, title)
+            shown = [record for record in records for _ in range(count)]
+            sources = sources_of(shown, self.config.call_columns)
+            strip = validation_strip(drawn.images, prompts, drawn.scores, columns, title, sources)
             self.reports.images(purpose, strip, update)
 
     def origin(self, records: Sequence[Record]) -> dict[str, Any]:
@@ -95,5 +98,6 @@ class ScoredImages:
         given = self.config.settings()
         return {
             "prompts": [record.prompt for record in records],
+            "sources": [[*map(str, of)] for of in sources_of(records, self.config.call_columns).values()],
             "made_with": {name: given[name] for name in OF_IMAGES},
         }
