@@ -10,10 +10,16 @@ from typing import Any
 
 import torch
 
-from .table_images import Media, TableImage
-
 Reward = Callable[..., torch.Tensor]
 Columns = Mapping[str, Sequence[Any]]
+
+
+class LazyValue:
+    """A value of a column that takes memory and time: a reward gets what `open()` returns."""
+
+    def open(self) -> Any:
+        """The value."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -56,11 +62,11 @@ class Places:
 
 
 def call_with_columns(reward: Reward, images: torch.Tensor, prompts: Sequence[str], columns: Columns) -> torch.Tensor:
-    """`reward(images, prompts, **columns)` with those columns that its signature has a place for, images opened."""
-    opened: dict[TableImage, Media] = {}
+    """`reward(images, prompts, **columns)` with those columns that its signature has a place for, opened."""
+    opened: dict[LazyValue, Any] = {}
 
     def value(each: Any) -> Any:
-        if not isinstance(each, TableImage):
+        if not isinstance(each, LazyValue):
             return each
         # All frames of a video have one source.
         if each not in opened:

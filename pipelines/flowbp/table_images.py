@@ -12,6 +12,7 @@ from typing import Any
 from diffusers.utils import load_image, load_video
 from PIL import Image
 
+from .columns import LazyValue
 from .files import sha256
 
 Media = Image.Image | list[Image.Image]
@@ -24,7 +25,7 @@ def rgb(image: Image.Image) -> Image.Image:
     return load_image(image)
 
 
-class TableImage:
+class TableImage(LazyValue):
     """An image, a mask or a video in a row of the prompts' table. Its text is a digest of its content.
 
     Args:
