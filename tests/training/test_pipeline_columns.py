@@ -229,6 +229,15 @@ def test_a_script_that_encodes_prompts_itself_takes_references(
     assert distance(lora_of(arguments["output_dir"]), lora_of(tmp_path / "own")) < 1e-4
 
 
+@pytest.mark.parametrize("option", ["offload", "precompute_prompt_embeds"])
+def test_text_encoders_may_be_apart(script: ModuleType, arguments_of: Arguments, tmp_path: Path, option: str):
+    arguments = arguments_of("Kontext", max_train_steps=1)
+    script.main(command_line(arguments))
+    apart = {option: True, "prompt_embeds_dir": tmp_path / "kept", "output_dir": tmp_path / "apart"}
+    script.main(command_line(arguments, **apart))
+    assert distance(lora_of(arguments["output_dir"]), lora_of(tmp_path / "apart")) < 1e-5
+
+
 def write_table(folder: Path, **columns: Any) -> Path:
     """A table of `PROMPTS` with these columns."""
     rows = [

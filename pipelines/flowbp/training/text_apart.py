@@ -19,6 +19,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 
 from ..rewards.loading import brief
 from .backbone import Backbone
+from .pipeline_columns import with_images
 from .prompt_answers import KeptAnswers, NotKept, ask, count_values, learn_rules, take_apart
 from .prompt_embeds import PromptEncoder, cache_folder, cache_settings, fill_once
 from .prompts import Record
@@ -122,7 +123,8 @@ class TextApart(Backbone):
         pipe.encode_prompt = encode_prompt
         noise = [torch.Generator() for _ in records]
         try:
-            pipe(generator=noise, **{**self.prompts_of(records), **self.call(*size)})
+            inputs = with_images(self.prompts_of, self.config.call_columns)
+            pipe(generator=noise, **{**inputs(records), **self.call(*size)})
         except (Reached, NotKept) as end:
             if isinstance(end, NotKept):
                 raise
@@ -138,7 +140,7 @@ class TextApart(Backbone):
         answer = self._kept(accelerator, records) if config.precompute_prompt_embeds else self._encoder(device, True)
         pipe = self.load_for_text(device, has_encoders=False)
         for size in config.sizes:
-            self._ask(pipe, answer, records[: config.train_batch_size], size)
+            self._ask(pipe, answer, records[: config.samples_per_call], size)
         return answer
 
     def _encoder(self, device: torch.device, is_beside: bool) -> Callable[..., Any]:
@@ -204,6 +206,9 @@ class TextApart(Backbone):
         for record in records:
             sizes.append(0)
             self._ask(pipe, keep, [record], size)
+        if self.config.pipeline_columns:
+            # A call has one sample, and nothing is joined.
+            return answers.finish(None, "--pipeline_columns keeps samples apart")
         if len(records) == 1:
             records, sizes = records * 2, sizes * 2
         order = sorted(range(len(records)), key=sizes.__getitem__)
