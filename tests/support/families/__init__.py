@@ -6,6 +6,16 @@
 undecorated call, the other modules build the pipelines.
 """
 
-from . import images, more_images, packed, paper, videos
+from . import flux_inputs, image_inputs, images, more_images, packed, packed_inputs, paper, videos
 
-FAMILIES = [*paper.FAMILIES, *packed.FAMILIES, *images.FAMILIES, *more_images.FAMILIES, *videos.FAMILIES]
+# Pipelines of images that take pictures, masks or controls.
+WITH_INPUTS = [*flux_inputs.FAMILIES, *packed_inputs.FAMILIES, *image_inputs.FAMILIES]
+
+FAMILIES = [
+    *paper.FAMILIES,
+    *packed.FAMILIES,
+    *images.FAMILIES,
+    *more_images.FAMILIES,
+    *WITH_INPUTS,
+    *videos.FAMILIES,
+]

@@ -4,7 +4,8 @@
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import diffusers
@@ -71,6 +72,17 @@ class Family:
     build: Callable[[], DiffusionPipeline]
     cases: Callable[[DiffusionPipeline], list[Case]]
     note: str = ""
+
+
+def image_family(
+    name: str,
+    pipeline: type[DiffusionPipeline],
+    build: Callable[[type[DiffusionPipeline]], DiffusionPipeline],
+    cases: Callable[[DiffusionPipeline], list[Case]],
+    note: str = "",
+) -> Family:
+    """A family of images whose `build` makes a pipeline of the class that it is given; see `Family`."""
+    return Family(name, pipeline.__name__, "image", partial(build, pipeline), cases, note)
 
 
 def added(version: str, name: str) -> Any:
@@ -171,3 +183,33 @@ def guidance_cases(
 def embeddings(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     """Standard normal numbers that stand for a text encoder's output."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def pictures(seed: int, channels: int = 3, size: int = 8) -> torch.Tensor:
+    """(2, channels, size, size) numbers in [0, 1] that stand for pictures."""
+    return torch.rand(2, channels, size, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def hole(size: int = 8) -> torch.Tensor:
+    """(2, 1, size, size) masks, 1 in the left halves."""
+    mask = torch.zeros(2, 1, size, size, dtype=torch.float64)
+    mask[..., : size // 2] = 1
+    return mask
+
+
+def given(
+    cases: Callable[[DiffusionPipeline], list[Case]], refused: str | None = None, **inputs: Any
+) -> Callable[[DiffusionPipeline], list[Case]]:
+    """The same calls with further inputs.
+
+    Args:
+        cases: makes the calls.
+        refused: see `Case`; then there is only the first call.
+        inputs: arguments that every call gets.
+    """
+
+    def made(pipe: DiffusionPipeline) -> list[Case]:
+        calls = [replace(case, arguments={**case.arguments, **inputs}) for case in cases(pipe)]
+        return calls if refused is None else [replace(calls[0], refused=refused)]
+
+    return made

@@ -47,11 +47,11 @@ from diffusers import (
 from diffusers.models.transformers.transformer_hidream_image import MOEFeedForwardSwiGLU
 from diffusers.models.transformers.transformer_hunyuanimage import HunyuanImageByT5TextProjection
 from diffusers.pipelines.omnigen import pipeline_omnigen, processor_omnigen
-from tiny_sd3 import tiny_sd3_pipeline, tiny_vae
+from tiny_sd3 import tiny_vae
 from transformers import PreTrainedTokenizerFast
 
-from .family import Case, Family, Part, embeddings, guidance_cases, tiny_model, tiny_pipeline
-from .paper import sd3_cases, tiny_flux2_vae
+from .family import Case, Family, Part, embeddings, guidance_cases, pictures, tiny_model, tiny_pipeline
+from .paper import reference_image, sd3_cases, sd3_parts, tiny_flux2_vae
 from .videos import tiny_wan_vae
 
 
@@ -143,14 +143,13 @@ def aura_flow_cases(pipe: DiffusionPipeline) -> list[Case]:
     return [Case("no guidance", {**plain, "guidance_scale": 1.0}), Case("guidance", guided, Part(0, "first half"))]
 
 
-def build_cogview4() -> DiffusionPipeline:
-    transformer = tiny_model(
-        CogView4Transformer2DModel, patch_size=2, text_embed_dim=16, time_embed_dim=8, condition_dim=4
-    )
+def build_cogview4(pipeline: type[DiffusionPipeline] = CogView4Pipeline, in_channels: int = 4) -> DiffusionPipeline:
+    config = {"in_channels": in_channels, "patch_size": 2, "text_embed_dim": 16, "time_embed_dim": 8}
+    transformer = tiny_model(CogView4Transformer2DModel, **config, condition_dim=4)
     scheduler = FlowMatchEulerDiscreteScheduler(
         base_shift=0.25, max_shift=0.75, use_dynamic_shifting=True, time_shift_type="linear"
     )
-    return tiny_pipeline(CogView4Pipeline, transformer=transformer, scheduler=scheduler, vae=tiny_vae(4))
+    return tiny_pipeline(pipeline, transformer=transformer, scheduler=scheduler, vae=tiny_vae(4))
 
 
 def cogview4_cases(pipe: DiffusionPipeline) -> list[Case]:
@@ -158,18 +157,20 @@ def cogview4_cases(pipe: DiffusionPipeline) -> list[Case]:
     return guidance_cases(plain, 5.0, Part(1), negatives(16))
 
 
+SANA_SIZES = {
+    "patch_size": 1,
+    "num_layers": 2,
+    "num_cross_attention_heads": 2,
+    "cross_attention_head_dim": 8,
+    "cross_attention_dim": 16,
+    "caption_channels": 16,
+    "sample_size": 32,
+}
+
+
 def sana_parts() -> dict[str, Any]:
     """Components that Sana's pipelines share."""
-    transformer = tiny_model(
-        SanaTransformer2DModel,
-        patch_size=1,
-        num_layers=2,
-        num_cross_attention_heads=2,
-        cross_attention_head_dim=8,
-        cross_attention_dim=16,
-        caption_channels=16,
-        sample_size=32,
-    )
+    transformer = tiny_model(SanaTransformer2DModel, **SANA_SIZES)
     vae = AutoencoderDC(
         latent_channels=4,
         attention_head_dim=2,
@@ -245,12 +246,8 @@ def sana_pag_cases(pipe: DiffusionPipeline) -> list[Case]:
     return pag_cases(plain, guided)
 
 
-def build_sd3_pag() -> DiffusionPipeline:
-    parts = tiny_sd3_pipeline().components
-    parts = {name: part for name, part in parts.items() if name not in ("image_encoder", "feature_extractor")}
-    pipe = StableDiffusion3PAGPipeline(**parts, pag_applied_layers="blocks.1")
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+def build_sd3_pag(pipeline: type[DiffusionPipeline] = StableDiffusion3PAGPipeline) -> DiffusionPipeline:
+    return tiny_pipeline(pipeline, **sd3_parts(), pag_applied_layers="blocks.1")
 
 
 def sd3_pag_cases(pipe: DiffusionPipeline) -> list[Case]:
@@ -568,12 +565,24 @@ def build_omnigen() -> DiffusionPipeline:
         return {**collated, "attention_mask": collated["attention_mask"].double()}
 
     pipe.multimodal_processor.collator = collate
+    # In place of torchvision's transforms.
+    pipe.multimodal_processor.process_image = lambda image: pictures(seed=5, size=32)[0] * 2 - 1
     return pipe
 
 
 def omnigen_cases(pipe: DiffusionPipeline) -> list[Case]:
     plain = {"prompt": ["red circle", "blue square red"], "height": 32, "width": 32}
-    return [Case("guidance", {**plain, "guidance_scale": 2.5}, Part(0, "second half"))]
+    source = {
+        "prompt": ["red <img><|image_1|></img>"],
+        "input_images": [[reference_image(size=32)]],
+        "height": 32,
+        "width": 32,
+    }
+    return [
+        Case("guidance", {**plain, "guidance_scale": 2.5}, Part(0, "second half")),
+        # Its scales are 2.5 for the text and 1.6 for the picture.
+        Case("source image", source, Part(0), unconditional_refused="needs exactly one unconditional branch"),
+    ]
 
 
 PAG_NOTE = "it exchanges the attention processors for the time of its call"

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from flowbp import FlowBPCallback, get_method
 from flowbp.checks import RecordingError
+from flowbp.methods import Method
 from flowbp.surrogate import Surrogate, Term
 
 from .family import Case, Part
@@ -57,16 +58,20 @@ def transformers(pipe: DiffusionPipeline) -> dict[str, torch.nn.Module]:
 
 def call_arguments(case: Case) -> dict[str, Any]:
     """Arguments of the pipeline's call, copied, so that no call can change another's."""
+    torch.manual_seed(0)  # for pipelines that draw from the global generator
     copied = tree_map(lambda value: value.clone() if isinstance(value, torch.Tensor) else value, dict(case.arguments))
     copied.setdefault("num_inference_steps", NUM_INFERENCE_STEPS)
+    if copied["num_inference_steps"] is None:  # the pipeline counts its steps in another way
+        del copied["num_inference_steps"]
     generator = torch.Generator().manual_seed(1)
     return {**copied, "generator": generator, "output_type": "pt", "return_dict": False}
 
 
-def project(output: Any) -> torch.Tensor:
-    """(B,) numbers: each sample's picture or video along a fixed random direction."""
+def project(output: Any, count: int | None = None) -> torch.Tensor:
+    """(count,) numbers, by default (B,): each sample's picture or video along a fixed random direction."""
+    output = torch.stack(output) if isinstance(output, list) else output  # a list with each sample's pictures
     direction = torch.randn(output.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    return (output.double() * direction).flatten(1).sum(1)
+    return (output.double() * direction).reshape(count or len(output), -1).sum(1)
 
 
 def gradients(pipe: DiffusionPipeline) -> torch.Tensor:
@@ -88,7 +93,7 @@ def stock_gradient(pipe: DiffusionPipeline, case: Case, detached: Part | None = 
     try:
         with torch.enable_grad():
             output = type(pipe).__call__.__wrapped__(pipe, **call_arguments(case))[0]
-            project(output).sum().backward()
+            project(output, 1).sum().backward()
     finally:
         for each in undo:
             each()
@@ -98,15 +103,18 @@ def stock_gradient(pipe: DiffusionPipeline, case: Case, detached: Part | None = 
 def _detach(pipe: DiffusionPipeline, part: Part) -> list[Callable[[], None]]:
     """Wrap transformers and scheduler on their instances so that the part's outputs carry no gradient."""
     calls = {"number": 0}
-    step = pipe.scheduler.step
+    owner = type(pipe.scheduler)
+    step = owner.step
 
     @functools.wraps(step)
-    def counted_step(*args: Any, **kwargs: Any) -> Any:
-        calls["number"] = 0
-        return step(*args, **kwargs)
+    def counted_step(scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+        if scheduler is pipe.scheduler:  # and not a copy of it, for sound
+            calls["number"] = 0
+        return step(scheduler, *args, **kwargs)
 
-    pipe.scheduler.step = counted_step
-    undo = [functools.partial(delattr, pipe.scheduler, "step")]
+    # On the class, because pipelines copy their schedulers.
+    owner.step = counted_step
+    undo = [functools.partial(setattr, owner, "step", step)]
     for module in transformers(pipe).values():
         module.forward = functools.partial(_detached_call, module.forward, calls, part)
         undo.append(functools.partial(delattr, module, "forward"))
@@ -122,39 +130,40 @@ def _detached_call(forward: Callable[..., Any], calls: dict[str, int], part: Par
     if part.rows == "all":
         return tree_map(lambda value: value.detach() if isinstance(value, torch.Tensor) else value, result)
     leaves, spec = tree_flatten(result)
-    if part.size is not None and part.size != (len(leaves) if len(leaves) > 1 else len(leaves[0])):
+    is_list = len(leaves) > 1 and not (isinstance(result, tuple) and isinstance(result[0], torch.Tensor))
+    if part.size is not None and part.size != (len(leaves) if is_list else len(leaves[0])):
         return result
-    if len(leaves) > 1:  # a list with a tensor for each sample
+    if is_list:  # a tensor for each sample
         half = len(leaves) // 2
         cut = range(half) if part.rows == "first half" else range(half, len(leaves))
         leaves = [leaf.detach() if index in cut else leaf for index, leaf in enumerate(leaves)]
     else:
-        first, second = leaves[0].chunk(2)
-        leaves = [torch.cat([first.detach(), second] if part.rows == "first half" else [first, second.detach()])]
+        halves = [leaf.chunk(2) for leaf in leaves]
+        cut = [(a.detach(), b) if part.rows == "first half" else (a, b.detach()) for a, b in halves]
+        leaves = [torch.cat(pair) for pair in cut]
     return tree_unflatten(leaves, spec)
+
+
+class Uncoupled(Method):
+    """The row `full` with all couplings cut."""
+
+    def draw(self, sigmas: torch.Tensor, generator: torch.Generator | None = None) -> Surrogate:
+        lengths = sigmas.double().diff().tolist()
+        return Surrogate("sample", tuple(Term(step, length, 0.0) for step, length in enumerate(lengths)))
 
 
 def engine_gradient(
     pipe: DiffusionPipeline, case: Case, unconditional_gradient: bool = True, coupled: bool = True
 ) -> torch.Tensor:
     """Gradient by the engine: the row `full`, or its terms with all couplings cut."""
-    method = get_method("full")
-    if not coupled:
-        sigmas = engine_sigmas(pipe, case)
-        lengths = (sigmas[1:] - sigmas[:-1]).tolist()
-        method = Surrogate("sample", tuple(Term(step, length, 0.0) for step, length in enumerate(lengths)))
+    method = get_method("full") if coupled else Uncoupled("full", {}, True, False)
     callback = FlowBPCallback(method, unconditional_gradient=unconditional_gradient)
     with callback.record(pipe):
         output = pipe(**call_arguments(case))[0]
-    callback.backward(project(output), objective=lambda rewards, weights: (rewards * weights).sum())
+    callback.backward(
+        project(output, len(callback.endpoint)), objective=lambda rewards, weights: (rewards * weights).sum()
+    )
     return gradients(pipe)
-
-
-def engine_sigmas(pipe: DiffusionPipeline, case: Case) -> torch.Tensor:
-    """The scheduler's sigmas in this case, (N + 1,), float64."""
-    with torch.no_grad():
-        type(pipe).__call__.__wrapped__(pipe, **call_arguments(case))
-    return pipe.scheduler.sigmas.double()
 
 
 def try_case(pipe: DiffusionPipeline, case: Case) -> Outcome:

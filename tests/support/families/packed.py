@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Image pipelines whose transformers take sequences of packed latents: Qwen-Image and those built like it or FLUX."""
 
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -58,20 +60,26 @@ VAE_SIZES = {
 }
 
 
-def tiny_qwen_vae() -> AutoencoderKLQwenImage:
+def tiny_qwen_vae(**config: Any) -> AutoencoderKLQwenImage:
     """The autoencoder of Qwen-Image with four latent channels and pictures twice as large as its latents."""
-    return AutoencoderKLQwenImage(base_dim=8, **VAE_SIZES)
+    return AutoencoderKLQwenImage(base_dim=8, **VAE_SIZES | config)
 
 
-def build_qwen_image() -> DiffusionPipeline:
-    transformer = tiny_model(
-        QwenImageTransformer2DModel,
-        in_channels=16,
-        attention_head_dim=16,
-        joint_attention_dim=32,
-        axes_dims_rope=(4, 6, 6),
-    )
-    return tiny_pipeline(QwenImagePipeline, vae=tiny_qwen_vae(), transformer=transformer)
+QWEN_SIZES = {"in_channels": 16, "attention_head_dim": 16, "joint_attention_dim": 32, "axes_dims_rope": (4, 6, 6)}
+
+
+def build_qwen_image(
+    pipeline: type[DiffusionPipeline] = QwenImagePipeline, config: Mapping[str, Any] | None = None, **parts: Any
+) -> DiffusionPipeline:
+    """Qwen-Image, or another pipeline of its models.
+
+    Args:
+        pipeline: the class.
+        config: what its transformer has otherwise.
+        parts: other components.
+    """
+    transformer = tiny_model(QwenImageTransformer2DModel, **QWEN_SIZES | (config or {}))
+    return tiny_pipeline(pipeline, **{"vae": tiny_qwen_vae(), "transformer": transformer, **parts})
 
 
 def qwen_image_cases(pipe: DiffusionPipeline) -> list[Case]:
@@ -88,21 +96,23 @@ def qwen_image_cases(pipe: DiffusionPipeline) -> list[Case]:
 
 
 class TokenizerProcessor(ProcessorMixin):
-    """A processor of text alone. Qwen3-VL's own also wants a video processor, which exists only with torchvision."""
+    """A processor of text, which leaves pictures out. Qwen3-VL's own exists only with torchvision."""
 
     def __init__(self, tokenizer: Qwen2Tokenizer | None = None, chat_template: str | None = None) -> None:
         super().__init__(tokenizer, chat_template=chat_template)
 
-    def __call__(self, text: str | list[str], **options: Any) -> BatchFeature:
+    def __call__(self, text: str | list[str], images: Any = None, **options: Any) -> BatchFeature:
         """Tokenize texts, always as a batch, as Qwen3-VL's processor does."""
         return super().__call__(text=[text] if isinstance(text, str) else text, **options)
 
 
-def byte_tokenizer() -> Qwen2Tokenizer:
-    """A Qwen tokenizer whose tokens are the bytes and the marks of its chat template."""
+def byte_tokenizer(*marks: str) -> Qwen2Tokenizer:
+    """A Qwen tokenizer whose tokens are the bytes, the marks of its chat template, and these."""
     words = ["<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokenizer = Qwen2Tokenizer(vocab={word: index for index, word in enumerate(words)}, merges=[])
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>", "<|image_pad|>"]})
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": ["<|im_start|>", "<|im_end|>", "<|image_pad|>", *marks]}
+    )
     return tokenizer
 
 
@@ -145,7 +155,7 @@ def qwen_image_21_cases(pipe: DiffusionPipeline) -> list[Case]:
     ]
 
 
-def build_chroma() -> DiffusionPipeline:
+def build_chroma(pipeline: type[DiffusionPipeline] = ChromaPipeline) -> DiffusionPipeline:
     transformer = tiny_model(
         ChromaTransformer2DModel,
         in_channels=16,
@@ -157,7 +167,7 @@ def build_chroma() -> DiffusionPipeline:
         approximator_layers=1,
         out_channels=None,
     )
-    return tiny_pipeline(ChromaPipeline, vae=tiny_vae(4), transformer=transformer)
+    return tiny_pipeline(pipeline, vae=tiny_vae(4), transformer=transformer)
 
 
 def chroma_cases(pipe: DiffusionPipeline) -> list[Case]:
@@ -213,16 +223,8 @@ def krea2_cases(pipe: DiffusionPipeline) -> list[Case]:
     return guidance_cases(prompts, 3.0, Part(1), negative, off=0.0)
 
 
-def build_longcat_image() -> DiffusionPipeline:
-    transformer = tiny_model(
-        LongCatImageTransformer2DModel,
-        in_channels=64,
-        attention_head_dim=16,
-        joint_attention_dim=16,
-        pooled_projection_dim=16,
-        axes_dims_rope=[4, 4, 8],
-    )
-    tokenizer = byte_tokenizer()
+def tiny_qwen25_vl(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneration:
+    """A text encoder of width 16."""
     text = {
         "vocab_size": len(tokenizer),
         "hidden_size": 16,
@@ -234,12 +236,28 @@ def build_longcat_image() -> DiffusionPipeline:
         "pad_token_id": tokenizer.pad_token_id,
     }
     vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
+    image = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, image_token_id=image)
+    return Qwen2_5_VLForConditionalGeneration(config)
+
+
+def build_longcat_image(pipeline: type[DiffusionPipeline] = LongCatImagePipeline, **parts: Any) -> DiffusionPipeline:
+    transformer = tiny_model(
+        LongCatImageTransformer2DModel,
+        in_channels=64,
+        attention_head_dim=16,
+        joint_attention_dim=16,
+        pooled_projection_dim=16,
+        axes_dims_rope=[4, 4, 8],
+    )
+    tokenizer = byte_tokenizer("<|vision_start|>")
     pipe = tiny_pipeline(
-        LongCatImagePipeline,
+        pipeline,
         vae=tiny_vae(16),
-        text_encoder=Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision)),
+        text_encoder=tiny_qwen25_vl(tokenizer),
         tokenizer=tokenizer,
         transformer=transformer,
+        **parts,
     )
     # Prompts are padded to this many tokens; there is no argument for it.
     pipe.tokenizer_max_length = 8
@@ -281,7 +299,7 @@ def bria_cases(pipe: DiffusionPipeline) -> list[Case]:
     ]
 
 
-def build_bria_fibo() -> DiffusionPipeline:
+def build_bria_fibo(pipeline: type[DiffusionPipeline] = BriaFiboPipeline) -> DiffusionPipeline:
     tokenizer = byte_tokenizer()
     text = SmolLM3Config(
         # The pipeline takes token 128000 for empty prompts, which the cases leave out.
@@ -302,7 +320,7 @@ def build_bria_fibo() -> DiffusionPipeline:
     )
     vae = AutoencoderKLWan(base_dim=8, **VAE_SIZES)
     return tiny_pipeline(
-        BriaFiboPipeline, transformer=transformer, vae=vae, text_encoder=SmolLM3ForCausalLM(text), tokenizer=tokenizer
+        pipeline, transformer=transformer, vae=vae, text_encoder=SmolLM3ForCausalLM(text), tokenizer=tokenizer
     )
 
 
@@ -366,12 +384,8 @@ def tiny_z_image_parts() -> dict[str, Any]:
     }
 
 
-def build_z_image() -> DiffusionPipeline:
-    return tiny_pipeline(ZImagePipeline, **tiny_z_image_parts())
-
-
-def build_z_image_omni() -> DiffusionPipeline:
-    return tiny_pipeline(ZImageOmniPipeline, **tiny_z_image_parts())
+def build_z_image(pipeline: type[DiffusionPipeline] = ZImagePipeline, **parts: Any) -> DiffusionPipeline:
+    return tiny_pipeline(pipeline, **tiny_z_image_parts(), **parts)
 
 
 def z_image_cases(pipe: DiffusionPipeline) -> list[Case]:
@@ -411,5 +425,12 @@ FAMILIES = [
     Family("Bria FIBO", "BriaFiboPipeline", "image", build_bria_fibo, bria_fibo_cases),
     Family("Bria FIBO 2", "BriaFibo2Pipeline", "image", build_bria_fibo2, bria_fibo2_cases),
     Family("Z-Image", "ZImagePipeline", "image", build_z_image, z_image_cases),
-    Family("Z-Image-Omni", "ZImageOmniPipeline", "image", build_z_image_omni, z_image_cases, "as text to image"),
+    Family(
+        "Z-Image-Omni",
+        "ZImageOmniPipeline",
+        "image",
+        partial(build_z_image, ZImageOmniPipeline),
+        z_image_cases,
+        "as text to image",
+    ),
 ]

@@ -3,6 +3,8 @@
 """The backbones of the paper: tiny models of Stable Diffusion 3, FLUX.1 and FLUX.2 pipelines."""
 
 import functools
+from dataclasses import replace
+from typing import Any
 
 import PIL.Image
 import torch
@@ -25,6 +27,15 @@ def build_sd3() -> DiffusionPipeline:
     return tiny_sd3_pipeline()
 
 
+def sd3_parts() -> dict[str, Any]:
+    """The components of `build_sd3` that all of SD3's pipelines have."""
+    return {
+        name: part
+        for name, part in build_sd3().components.items()
+        if name not in ("image_encoder", "feature_extractor")
+    }
+
+
 def sd3_cases(pipe: DiffusionPipeline) -> list[Case]:
     prompts = {
         "prompt_embeds": embeddings(2, 5, 32),
@@ -42,19 +53,24 @@ def sd3_cases(pipe: DiffusionPipeline) -> list[Case]:
     ]
 
 
-def build_flux() -> DiffusionPipeline:
-    transformer = tiny_model(
-        FluxTransformer2DModel,
-        patch_size=1,
-        in_channels=16,
-        attention_head_dim=16,
-        joint_attention_dim=32,
-        pooled_projection_dim=32,
-        guidance_embeds=True,
-        axes_dims_rope=(4, 4, 8),
-        out_channels=None,
-    )
-    return tiny_pipeline(FluxPipeline, vae=tiny_vae(4), transformer=transformer)
+FLUX_SIZES = {
+    "patch_size": 1,
+    "in_channels": 16,
+    "attention_head_dim": 16,
+    "joint_attention_dim": 32,
+    "pooled_projection_dim": 32,
+    "guidance_embeds": True,
+    "axes_dims_rope": (4, 4, 8),
+}
+
+
+def build_flux(
+    pipeline: type[DiffusionPipeline] = FluxPipeline, in_channels: int = 16, **components: Any
+) -> DiffusionPipeline:
+    """FLUX.1, or another pipeline of its models, whose transformer may take more channels than it gives."""
+    config = {**FLUX_SIZES, "in_channels": in_channels, "out_channels": FLUX_SIZES["in_channels"]}
+    transformer = tiny_model(FluxTransformer2DModel, **config)
+    return tiny_pipeline(pipeline, vae=tiny_vae(4), transformer=transformer, **components)
 
 
 def flux_cases(pipe: DiffusionPipeline) -> list[Case]:
@@ -105,27 +121,20 @@ def tiny_flux2_transformer(guidance_embeds: bool) -> Flux2Transformer2DModel:
     )
 
 
-def build_flux2_klein(is_distilled: bool) -> DiffusionPipeline:
+def build_flux2_klein(
+    pipeline: type[DiffusionPipeline] = Flux2KleinPipeline, is_distilled: bool = False
+) -> DiffusionPipeline:
     """FLUX.2-Klein without text encoder: prompts are embeddings `(B, tokens, 32)`.
 
     Args:
+        pipeline: of the model.
         is_distilled: the step-distilled model, which ignores `guidance_scale`, and not the base model.
     """
     return tiny_pipeline(
-        Flux2KleinPipeline,
+        pipeline,
         vae=tiny_flux2_vae(),
         transformer=tiny_flux2_transformer(guidance_embeds=False),
         is_distilled=is_distilled,
-        gain=1.5,
-    )
-
-
-def build_flux2_klein_kv() -> DiffusionPipeline:
-    return tiny_pipeline(
-        Flux2KleinKVPipeline,
-        vae=tiny_flux2_vae(),
-        transformer=tiny_flux2_transformer(guidance_embeds=False),
-        is_distilled=True,
         gain=1.5,
     )
 
@@ -139,15 +148,21 @@ def build_flux2_dev() -> DiffusionPipeline:
 FLUX2_PROMPTS = {"prompt_embeds": embeddings(2, 5, 32), "height": 16, "width": 12}
 
 
-def reference_image() -> PIL.Image.Image:
-    """The smallest picture, 64 by 64, that the FLUX.2 pipelines take as a reference."""
-    pixels = torch.randint(256, (64, 64, 3), generator=torch.Generator().manual_seed(4), dtype=torch.uint8)
+def reference_image(seed: int = 4, size: int = 64) -> PIL.Image.Image:
+    """A picture, by default the smallest that the FLUX.2 pipelines take as a reference."""
+    pixels = torch.randint(256, (size, size, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
     return PIL.Image.fromarray(pixels.numpy())
 
 
 def flux2_klein_cases(pipe: DiffusionPipeline) -> list[Case]:
     negative = {"negative_prompt_embeds": embeddings(2, 5, 32, seed=2)}
-    return guidance_cases(FLUX2_PROMPTS, 4.0, Part(1), negative)
+    cases = guidance_cases(FLUX2_PROMPTS, 4.0, Part(1), negative)
+    return [
+        *cases,
+        replace(
+            cases[1], label="reference image, guidance", arguments={**cases[1].arguments, "image": reference_image()}
+        ),
+    ]
 
 
 def flux2_distilled_cases(pipe: DiffusionPipeline) -> list[Case]:
@@ -165,7 +180,8 @@ def flux2_klein_kv_cases(pipe: DiffusionPipeline) -> list[Case]:
 
 
 def flux2_dev_cases(pipe: DiffusionPipeline) -> list[Case]:
-    return [Case("distilled guidance", {**FLUX2_PROMPTS, "guidance_scale": 4.0})]
+    arguments = {**FLUX2_PROMPTS, "guidance_scale": 4.0}
+    return [Case("distilled guidance", arguments), Case("reference image", {**arguments, "image": reference_image()})]
 
 
 FAMILIES = [
@@ -175,7 +191,7 @@ FAMILIES = [
         "FLUX.2-Klein base",
         "Flux2KleinPipeline",
         "image",
-        functools.partial(build_flux2_klein, is_distilled=False),
+        build_flux2_klein,
         flux2_klein_cases,
     ),
     Family(
@@ -189,7 +205,7 @@ FAMILIES = [
         "FLUX.2-Klein-KV",
         "Flux2KleinKVPipeline",
         "image",
-        build_flux2_klein_kv,
+        functools.partial(build_flux2_klein, is_distilled=True, pipeline=Flux2KleinKVPipeline),
         flux2_klein_kv_cases,
         "without reference images",
     ),
