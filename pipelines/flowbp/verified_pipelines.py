@@ -7,14 +7,21 @@ For other classes `flowbp.verify` compares the user's own call, and the training
 
 VERIFIED_PIPELINES = frozenset(
     """
-    AuraFlowPipeline BriaFibo2Pipeline BriaFiboPipeline BriaPipeline ChromaPipeline CogView4Pipeline
-    Cosmos2_5_PredictBasePipeline DreamLiteMobilePipeline DreamLitePipeline EasyAnimatePipeline ErnieImagePipeline
-    Flux2KleinKVPipeline Flux2KleinPipeline Flux2Pipeline FluxKontextPipeline FluxPipeline GlmImagePipeline
-    HeliosPipeline HiDreamImagePipeline HunyuanImagePipeline HunyuanVideo15Pipeline HunyuanVideoPipeline
-    Ideogram4Pipeline Kandinsky5T2IPipeline Kandinsky5T2VPipeline Kandinsky6TI2VAPipeline Krea2Pipeline LTXPipeline
-    LongCatImagePipeline Lumina2Pipeline LuminaPipeline MochiPipeline MotifVideoPipeline NucleusMoEImagePipeline
-    OmniGenPipeline OvisImagePipeline PRXPipeline PRXPixelPipeline QwenImage21Pipeline QwenImagePipeline
-    SanaPAGPipeline SanaPipeline SanaVideoPipeline SkyReelsV2Pipeline StableDiffusion3PAGPipeline
-    StableDiffusion3Pipeline WanPipeline WanVACEPipeline ZImageOmniPipeline ZImagePipeline
+    AuraFlowPipeline BriaFibo2Pipeline BriaFiboEditPipeline BriaFiboPipeline BriaPipeline ChromaImg2ImgPipeline
+    ChromaPipeline CogView4ControlPipeline CogView4Pipeline Cosmos2_5_PredictBasePipeline DreamLiteMobilePipeline
+    DreamLitePipeline EasyAnimatePipeline ErnieImagePipeline Flux2KleinKVPipeline Flux2KleinPipeline Flux2Pipeline
+    FluxControlImg2ImgPipeline FluxControlNetImg2ImgPipeline FluxControlNetPipeline FluxControlPipeline
+    FluxFillPipeline FluxImg2ImgPipeline FluxKontextPipeline FluxPipeline GlmImagePipeline HeliosPipeline
+    HiDreamImagePipeline HunyuanImagePipeline HunyuanImageRefinerPipeline HunyuanVideo15Pipeline HunyuanVideoPipeline
+    Ideogram4Pipeline Kandinsky5I2IPipeline Kandinsky5T2IPipeline Kandinsky5T2VPipeline Kandinsky6TI2VAPipeline
+    Krea2Pipeline LTXPipeline LongCatImageEditPipeline LongCatImagePipeline Lumina2Pipeline LuminaPipeline
+    MochiPipeline MotifVideoPipeline NucleusMoEImagePipeline OmniGenPipeline OvisImagePipeline PRXPipeline
+    PRXPixelPipeline QwenImage21Pipeline QwenImageControlNetInpaintPipeline QwenImageControlNetPipeline
+    QwenImageEditPipeline QwenImageEditPlusPipeline QwenImageImg2ImgPipeline QwenImageLayeredPipeline QwenImagePipeline
+    SanaControlNetPipeline SanaPAGPipeline SanaPipeline SanaVideoPipeline SkyReelsV2Pipeline
+    StableDiffusion3ControlNetInpaintingPipeline StableDiffusion3ControlNetPipeline StableDiffusion3Img2ImgPipeline
+    StableDiffusion3InpaintPipeline StableDiffusion3PAGImg2ImgPipeline StableDiffusion3PAGPipeline
+    StableDiffusion3Pipeline VisualClozeGenerationPipeline WanPipeline WanVACEPipeline ZImageControlNetInpaintPipeline
+    ZImageControlNetPipeline ZImageImg2ImgPipeline ZImageOmniPipeline ZImagePipeline
     """.split()
 )

@@ -95,7 +95,7 @@ def visual_cloze_cases(pipe: DiffusionPipeline) -> list[Case]:
 
 FAMILIES = [
     image_family("FLUX.1 Kontext", FluxKontextPipeline, build_flux, kontext_cases),
-    image_family("FLUX.2-Klein inpainting", Flux2KleinInpaintPipeline, build_flux2_klein, klein_inpaint_cases),
+    image_family("FLUX.2-Klein, inpainting", Flux2KleinInpaintPipeline, build_flux2_klein, klein_inpaint_cases),
     image_family("Chroma, image to image", ChromaImg2ImgPipeline, build_chroma, given(chroma_cases, **SOURCE)),
     Family(
         "Chroma, inpainting",
@@ -111,8 +111,8 @@ FAMILIES = [
         build_visual_cloze,
         given(visual_cloze_cases, refused="complete rollout, got none", upsampling_height=8, upsampling_width=8),
     ),
-    image_family("FLUX.1 image to image", FluxImg2ImgPipeline, build_flux, given(flux_cases, **SOURCE)),
-    image_family("FLUX.1 inpainting", FluxInpaintPipeline, build_flux, given(flux_cases, refused=BLENDED, **INPAINT)),
+    image_family("FLUX.1, image to image", FluxImg2ImgPipeline, build_flux, given(flux_cases, **SOURCE)),
+    image_family("FLUX.1, inpainting", FluxInpaintPipeline, build_flux, given(flux_cases, refused=BLENDED, **INPAINT)),
     image_family("FLUX.1 Fill", FluxFillPipeline, partial(build_flux, in_channels=48), given(distilled, **INPAINT)),
     image_family(
         "FLUX.1 Control", FluxControlPipeline, partial(build_flux, in_channels=32), given(distilled, **CONTROL)

@@ -209,5 +209,5 @@ FAMILIES = [
         "as Sana-Sprint",
     ),
     Family("HunyuanImage-2.1 refiner", "HunyuanImageRefinerPipeline", "image", build_refiner, refiner_cases),
-    Family("Kandinsky 5 image to image", "Kandinsky5I2IPipeline", "image", build_kandinsky_5, kandinsky_5_cases),
+    Family("Kandinsky 5, image to image", "Kandinsky5I2IPipeline", "image", build_kandinsky_5, kandinsky_5_cases),
 ]
