@@ -23,7 +23,7 @@ CALL = "num_frames num_inference_steps guidance_scale max_sequence_length".split
 # What pipelines that make videos call the number of frames.
 FRAMES = ("num_frames", "frames")
 # Pipelines whose output has another name than `images` for images.
-IMAGE_OUTPUTS = {"Kandinsky5T2IPipeline": "image"}
+IMAGE_OUTPUTS = {"Kandinsky5I2IPipeline": "image", "Kandinsky5T2IPipeline": "image"}
 DTYPES = {"no": "torch.float32", "fp16": "torch.float16", "bf16": "torch.bfloat16"}
 # Scripts that are installed as modules of `flowbp.scripts`.
 INSTALLED_SCRIPTS = ("train_flowbp", "train_flowbp_flux", "train_flowbp_flux2", "train_flowbp_sd3")
