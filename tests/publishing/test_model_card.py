@@ -346,6 +346,23 @@ def test_the_code_to_use_a_video_model(tmp_path: Path) -> None:
     assert "guidance_scale=" not in code
 
 
+def test_the_code_to_use_a_model_that_starts_from_images(tmp_path: Path) -> None:
+    columns = ["image=source", "mask_image=mask", "video=clip", "reference_images=a,b"]
+    card = card_of(tmp_path, settings=settings_of(pipeline_columns=columns), pipeline_class="FluxFillPipeline")
+    assert card.data.to_dict()["pipeline_tag"] == "image-to-image"
+    assert "First what the images start from, then the base model" in card.text
+    code = block(card, "python")
+    ast.parse(code)
+    assert "from diffusers.utils import load_image, load_video" in code
+    for word in (
+        "image=load_image('source.png')",
+        "mask_image=load_image('mask.png')",
+        "video=load_video('clip.mp4')",
+        "reference_images=[load_image('a.png'), load_image('b.png')]",
+    ):
+        assert f"    {word},\n" in code
+
+
 def test_the_command_has_the_precision_of_accelerate(tmp_path: Path) -> None:
     """`accelerate launch --mixed_precision bf16` is in no word of the script's command."""
     for command, count in ((["train.py", "--config", "x.yaml"], 1), (["train.py", "--mixed_precision=bf16"], 1)):

@@ -9,10 +9,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
+import torch
 import yaml
 
 from flowbp import METHODS, get_method
+from flowbp.inference import call_arguments
 from flowbp.training.backbone import Backbone
 from flowbp.training.config import TrainingConfig
 from flowbp.training.train_command_line import parse_training_config
@@ -21,7 +24,13 @@ ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "training" / "recipes"
 RECIPES = sorted(FOLDER.glob("*.yaml"))
 ONE_GPU = [path for path in RECIPES if path.stem.endswith("_24gb")]
-PAPER = [path for path in RECIPES if path not in ONE_GPU]
+# Of pipelines that start from images, by what they are saved as.
+FROM_IMAGES = {
+    "edit_kontext": "FluxKontextPipeline",
+    "edit_qwen_image": "QwenImageEditPlusPipeline",
+    "video_wan_i2v": "WanImageToVideoPipeline",
+}
+PAPER = [path for path in RECIPES if path not in ONE_GPU and path.stem not in FROM_IMAGES]
 
 # Configs of the reference implementation, in its folder configs/final.
 CONFIGS = {"sd3": "sd35/sd3_5", "flux": "flux1/flux1", "flux2": "flux2/flux2_klein_base_9b"}
@@ -61,7 +70,8 @@ def parse(monkeypatch: pytest.MonkeyPatch):
 
     def run(path: Path, *words: str) -> TrainingConfig:
         monkeypatch.setattr(sys, "path", [str(ROOT / "training"), *sys.path])
-        script = importlib.import_module(f"train_flowbp_{backbone_of(path)}")
+        own = "" if path.stem in FROM_IMAGES else f"_{backbone_of(path)}"
+        script = importlib.import_module(f"train_flowbp{own}")
         (backbone,) = (
             value
             for value in vars(script).values()
@@ -82,6 +92,7 @@ def test_the_recipes() -> None:
     assert len(rows) == 7
     assert sorted(names(PAPER)) == sorted(f"{backbone}_{row}" for backbone in CONFIGS for row in rows)
     assert sorted(names(ONE_GPU)) == sorted(f"{backbone}_24gb" for backbone in CONFIGS)
+    assert len(RECIPES) == len(PAPER) + len(ONE_GPU) + len(FROM_IMAGES)
 
 
 @pytest.mark.parametrize("path", PAPER, ids=names(PAPER))
@@ -136,6 +147,21 @@ def test_a_recipe_of_the_paper_parses(path: Path, parse: Any) -> None:
     assert config.sizes == ((512, 512),)
     for name in content.keys() - method.options.keys() - {"resolution"}:
         assert getattr(config, name) == content[name], name
+
+
+@pytest.mark.parametrize("name", FROM_IMAGES)
+def test_a_recipe_of_a_pipeline_that_starts_from_images(name: str, parse: Any) -> None:
+    """It parses on its own, its call has its arguments, and it says that it was not run."""
+    path = FOLDER / f"{name}.yaml"
+    config, content, text = parse(path), read(path), path.read_text(encoding="utf-8")
+    assert f"--config training/recipes/{name}.yaml" in text and "# Not run on the real weights" in text
+    assert config.call_columns == {"image": ("source_image",)} and config.samples_per_call == 1
+    config.make_method("sd3").draw(torch.linspace(1, 0, config.num_inference_steps + 1))
+    pipeline = getattr(diffusers, FROM_IMAGES[name])
+    arguments = {"num_frames": config.num_frames, "guidance_scale": config.guidance_scale, **config.pipeline_arguments}
+    assert call_arguments(pipeline, {"height": 1, "width": 1, **arguments, **config.call_columns})
+    given = content.keys() - {"resolution", "height", "width", "pipeline_columns"} - (config.method_options or {}).keys()
+    assert all(getattr(config, option) == content[option] for option in given)
 
 
 # Recipes for one GPU.

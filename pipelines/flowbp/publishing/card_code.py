@@ -112,6 +112,17 @@ def _call_words(settings: Mapping[str, Any]) -> list[str]:
     return words
 
 
+def source_words(settings: Mapping[str, Any]) -> list[str]:
+    """The arguments of the pipeline's call that are images of the prompts' table (`pipeline_columns`), as Python."""
+    words = []
+    for word in settings.get("pipeline_columns") or ():
+        place, _, columns = word.partition("=")
+        load, suffix = ("load_video", "mp4") if "video" in place else ("load_image", "png")
+        values = ", ".join(f"{load}({f'{column}.{suffix}'!r})" for column in columns.split(","))
+        words.append(f"{place}=[{values}]" if "," in columns else f"{place}={values}")
+    return words
+
+
 def _is_required(run: Mapping[str, Any], component: str) -> bool:
     """Whether `from_pretrained` takes the component: it ignores arguments that have a default in the pipeline."""
     pipeline = _pipeline(run)
@@ -161,13 +172,18 @@ def usage_code(run: Mapping[str, Any], missing: Sequence[str], result: str, prom
     output = "frames" if _has_frames(run) else IMAGE_OUTPUTS.get(run["pipeline_class"], "images")
     # Of a video of one frame, the frame.
     first = f"{output}[0][0]" if output == "frames" and not video else f"{output}[0]"
+    sources = source_words(run["settings"])
+    loaders = [name for name in ("load_image", "load_video") if any(f"{name}(" in word for word in sources)]
+    head, *rest = _loading(run, missing, result)
     lines = [
-        *_loading(run, missing, result),
+        head,
+        *([f"from diffusers.utils import {', '.join(loaders)}"] if loaders else []),
+        *rest,
         'pipe.to("cuda")',
         f"prompt = {prompt!r}",
         f"{'video' if video else 'image'} = pipe(",
         # By name: the first argument of some pipelines is an image.
-        *(f"    {word}," for word in ["prompt=prompt", *_call_words(run["settings"])]),
+        *(f"    {word}," for word in ["prompt=prompt", *sources, *_call_words(run["settings"])]),
         f").{first}",
     ]
     return code_block("python", "\n".join(lines))

@@ -18,7 +18,16 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..files import write_atomically
-from .card_code import has_lora_loader, is_full, makes_videos, missing_components, sizes, training_command, usage_code
+from .card_code import (
+    has_lora_loader,
+    is_full,
+    makes_videos,
+    missing_components,
+    sizes,
+    source_words,
+    training_command,
+    usage_code,
+)
 from .card_text import WHOLE_PATH, hide_paths, last_part, markdown
 from .published_files import allowed_files
 from .run_info import redact, write_run_json
@@ -124,7 +133,8 @@ def _metadata(
         name: of the result.
         license_data: of `_license`.
     """
-    task = "text-to-video" if makes_videos(run) else "text-to-image"
+    start = "image" if source_words(run["settings"]) else "text"
+    task = f"{start}-to-{'video' if makes_videos(run) else 'image'}"
     names = [reward["name"] for reward in run["rewards"]] or [run["settings"].get("reward") or ""]
     tags = [re.sub(r"[^\w.]+", "-", reward, flags=re.ASCII).strip("-").lower() for reward in names]
     results = [
@@ -222,6 +232,7 @@ def make_card(output_dir: Path) -> str:
             base=base if local else f"[{base}](https://huggingface.co/{run['base_model']})",
             gallery=bool(images),
             before_after="before_after.png" in published,
+            has_sources=bool(source_words(run["settings"])),
             use=usage_code(run, missing_components(base_path), result, prompt),
             license_text=license_text,
             **_run_text(run),
