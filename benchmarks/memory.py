@@ -3,7 +3,7 @@
 """Peak GPU memory of the training scripts, computed from the models' public configurations.
 
     python benchmarks/memory.py --output benchmarks/results/memory_computed.json     # the committed tables
-    python benchmarks/memory.py --model flux.1-dev --resolution 768 --train_batch_size 2 --rank 64
+    python benchmarks/memory.py --model flux.1-dev --resolution 768 --train_batch_size 2 --rank 64 --reward hpsv3
 
 Nothing is downloaded and no GPU is needed: the real modules are built on torch's meta device, where tensors have
 shapes and dtypes but no data. Weights are counted; forward and backward passes run on meta, and every storage that
@@ -36,9 +36,18 @@ from transformers import (
     CLIPTextModelWithProjection,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen2VLImageProcessorPil,
     Qwen3ForCausalLM,
 )
+from transformers.vision_utils import get_vision_position_ids
 
+from flowbp.rewards.conversation import Conversation
+from flowbp.rewards.held_gradient import score_one_by_one
+from flowbp.rewards.hpsv3 import HPSV3_PIXELS, hpsv3_head
 from flowbp.training.prompt_embeds import PROMPTS_PER_BATCH, PROMPTS_PER_FILE
 
 # What CUDA reports as the memory of common GPUs of that name (RTX 4090; A100 40GB; A100 and H100 80GB), GiB.
@@ -76,6 +85,33 @@ REWARD_TEXT = {
     "hidden_act": "gelu",
     "projection_dim": 1024,
 }
+
+# Qwen2-VL 7B, the network of hpsv3, and Qwen2.5-VL 7B, that of vqa.
+QWEN_TEXT = {
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "vocab_size": 152064,
+    "rope_parameters": {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1e6},
+}
+QWEN2_VISION = {"depth": 32, "embed_dim": 1280, "hidden_size": 3584, "num_heads": 16, "mlp_ratio": 4, "patch_size": 14}
+QWEN2_5_VISION = {
+    "depth": 32,
+    "hidden_size": 1280,
+    "intermediate_size": 3420,
+    "out_hidden_size": 3584,
+    "num_heads": 16,
+    "patch_size": 14,
+    "window_size": 112,
+    "fullatt_block_indexes": [7, 15, 23, 31],
+}
+# Tokens of the question and the chat's marks: hpsv3's are about 540, a short prompt's and vqa's question fewer.
+QUESTION_TOKENS = {"hpsv3": 544, "vqa": 128}
+REWARDS = ("clip-vit-h", *QUESTION_TOKENS)
+TITLES = {"clip-vit-h": "CLIP ViT-H/14 (both towers, float32)"}
+TITLES |= {name: f"{name} (bf16, one image at a time)" for name in QUESTION_TOKENS}
 
 
 # Counting.
@@ -265,6 +301,59 @@ def _reward() -> torch.nn.Module:
     return build_transformers(CLIPVisionModelWithProjection, CLIPVisionConfig, REWARD_VISION, torch.float32)
 
 
+@lru_cache(maxsize=1)
+def _language_model(name: str) -> torch.nn.Module:
+    if name == "vqa":
+        config = {"text_config": QWEN_TEXT, "vision_config": QWEN2_5_VISION}
+        return build_transformers(Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLConfig, config)
+    config = {"text_config": QWEN_TEXT, "vision_config": QWEN2_VISION}
+    model = build_transformers(Qwen2VLForConditionalGeneration, Qwen2VLConfig, config)
+    # In place of the language head.
+    model.lm_head = hpsv3_head(QWEN_TEXT["hidden_size"]).to("meta")
+    return model
+
+
+def reward_weights(name: str) -> int:
+    """Bytes of a reward's weights."""
+    if name != "clip-vit-h":
+        return weight_bytes(_language_model(name))
+    text = build_transformers(CLIPTextModelWithProjection, CLIPTextConfig, REWARD_TEXT, torch.float32)
+    return weight_bytes(_reward()) + weight_bytes(text)
+
+
+def reward_score(name: str, images: torch.Tensor) -> torch.Tensor:
+    """`(B, 3, H, W)` float32 images scored as the reward does, `(B,)`."""
+    if name == "clip-vit-h":
+        return clip_score(_reward(), images)
+    return language_score(
+        _language_model(name), images, QUESTION_TOKENS[name], HPSV3_PIXELS if name == "hpsv3" else None
+    )
+
+
+def language_score(model: torch.nn.Module, images: torch.Tensor, tokens: int, pixels: int | None) -> torch.Tensor:
+    """`(B, 3, H, W)` images scored one at a time by a vision-language model, each with a question.
+
+    Args:
+        tokens: of the question.
+        pixels: that images are resized to; None for the model's own bounds.
+    """
+    # 12,845,056: in the public files of both models.
+    conversation = Conversation(None, Qwen2VLImageProcessorPil(max_pixels=12845056), 0, pixels)
+    parts = model.model
+
+    def score(image: torch.Tensor, index: int) -> torch.Tensor:
+        patches, grid = conversation.patches(image)
+        places = get_vision_position_ids(grid, parts.visual.spatial_merge_size).to(image.device)
+        seen = parts.visual(patches.to(parts.visual.dtype), grid_thw=grid, position_ids=places).pooler_output
+        inputs = torch.cat([seen, seen.new_empty(tokens, seen.shape[-1])])[None]
+        # The kinds of places that the model counts make no difference here.
+        places = torch.zeros(3, 1, inputs.shape[1], dtype=torch.long, device=inputs.device)
+        hidden = parts.language_model(inputs_embeds=inputs, position_ids=places, use_cache=False).last_hidden_state
+        return hidden[0, -1].float().sum()
+
+    return score_one_by_one(score, images)
+
+
 # Stages: what each needs on top of what is resident.
 
 
@@ -381,6 +470,7 @@ class Switches:
     samples_per_decode: int | None = None
     text_encoders: str = "resident"
     quantization: str | None = None
+    reward: str = "clip-vit-h"
 
     def __str__(self) -> str:
         words = []
@@ -412,7 +502,7 @@ def _text(name: str, prompts: int) -> dict[str, int]:
 
 
 @cache
-def _static(name: str, rank: int, quantization: str | None) -> dict[str, int]:
+def _static(name: str, rank: int, quantization: str | None, reward: str) -> dict[str, int]:
     """What is resident from the first update on."""
     transformer = build(*MODELS[name].transformer)
     largest = max(layer.weight.numel() for layer in transformer.modules() if isinstance(layer, torch.nn.Linear))
@@ -420,13 +510,11 @@ def _static(name: str, rank: int, quantization: str | None) -> dict[str, int]:
     parameters = add_lora(transformer, MODELS[name].lora_layers, rank)
     lora = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
     state, step = optimizer_bytes(parameters)
-    reward = weight_bytes(_reward())
-    reward += weight_bytes(build_transformers(CLIPTextModelWithProjection, CLIPTextConfig, REWARD_TEXT, torch.float32))
     return {
         "transformer": weights,
         "lora_gradients_adamw": 2 * lora + state,
         "vae": weight_bytes(build(*MODELS[name].vae)),
-        "reward": reward,
+        "reward": reward_weights(reward),
         "optimizer_step": step,
         # bitsandbytes unpacks one weight at a time to bf16.
         "unpacked": 2 * largest if quantization else 0,
@@ -467,19 +555,21 @@ def _rollout(name: str, pixels: int, batch: int, rank: int) -> int:
 
 
 @cache
-def _decode(name: str, pixels: int, batch: int, checkpointing: bool, samples_per_decode: int | None) -> dict[str, int]:
+def _decode(
+    name: str, pixels: int, batch: int, checkpointing: bool, samples_per_decode: int | None, reward: str
+) -> dict[str, int]:
     cls, config = MODELS[name].vae
     vae = build(cls, config)
     if checkpointing:
         vae.enable_gradient_checkpointing()
     latents = meta(batch, vae.config.latent_channels, pixels // 8, pixels // 8)
-    return decode_pass(vae, lambda images: clip_score(_reward(), images), latents, samples_per_decode)
+    return decode_pass(vae, lambda images: reward_score(reward, images), latents, samples_per_decode)
 
 
 def compute(name: str, switches: Switches) -> dict[str, Any]:
     """Peak bytes of each stage for one model and one choice of switches."""
     model, batch, pixels = MODELS[name], switches.train_batch_size, switches.resolution
-    static = _static(name, switches.rank, switches.quantization)
+    static = _static(name, switches.rank, switches.quantization, switches.reward)
     # Before training, prompts are encoded many at a time.
     text = _text(name, PROMPTS_PER_BATCH if switches.text_encoders == "precompute" else batch)
     resident = {part: static[part] for part in ("transformer", "lora_gradients_adamw", "vae", "reward")}
@@ -494,7 +584,9 @@ def compute(name: str, switches: Switches) -> dict[str, Any]:
         name,
         (pixels, batch, switches.rank, switches.gradient_checkpointing, switches.quantization == "int8"),
     )
-    decode = _decode(name, pixels, batch, switches.gradient_checkpointing, switches.samples_per_decode)
+    decode = _decode(
+        name, pixels, batch, switches.gradient_checkpointing, switches.samples_per_decode, switches.reward
+    )
     stages = {}
     if switches.text_encoders == "precompute":
         # Alone on the GPU, before the rest is loaded; what goes into one file waits there.
@@ -522,11 +614,11 @@ def compute(name: str, switches: Switches) -> dict[str, Any]:
     }
 
 
-def choices(resolution: int, batch: int, rank: int, quantization: str) -> list[Switches]:
+def choices(resolution: int, batch: int, rank: int, quantization: str, reward: str = "clip-vit-h") -> list[Switches]:
     """The rows of a table, from no switch to all."""
-    small = {"gradient_checkpointing": True, "samples_per_decode": 1}
+    small = {"gradient_checkpointing": True, "samples_per_decode": 1, "reward": reward}
     return [
-        Switches(resolution, batch, rank),
+        Switches(resolution, batch, rank, reward=reward),
         Switches(resolution, batch, rank, **small),
         Switches(resolution, batch, rank, **small, text_encoders="group_offload"),
         Switches(resolution, batch, rank, **small, text_encoders="offload"),
@@ -572,8 +664,8 @@ def markdown(report: Mapping[str, Any]) -> str:
         "# Peak GPU memory of the training scripts, computed",
         "",
         f"By `{report['command']}`; nothing here was measured on a GPU. bf16 base; float32 LoRA of rank "
-        f"{report['rank']} on the layers of diffusers' LoRA scripts, with gradients and AdamW state; reward CLIP "
-        f"ViT-H/14 (both towers, float32). GiB by stage; *fits*: the largest stage and {MARGIN} GiB (CUDA context, "
+        f"{report['rank']} on the layers of diffusers' LoRA scripts, with gradients and AdamW state; reward "
+        f"{TITLES[report['reward']]}. GiB by stage; *fits*: the largest stage and {MARGIN} GiB (CUDA context, "
         "workspaces, fragmentation) are at most what CUDA reports "
         f"({', '.join(f'{gpu}: {memory}' for gpu, memory in GPUS.items())} GiB).",
         "",
@@ -624,6 +716,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--train_batch_size", type=int, nargs="+", help="Default: 4 and 1 at 512, 1 at 1024.")
     add("--rank", type=int, default=16, help="Rank of the LoRA (default: 16).")
     add("--quantization", choices=QUANTIZATIONS, default="nf4", help="Of the quantised rows (default: nf4).")
+    add("--reward", choices=REWARDS, default="clip-vit-h", help="Its network (default: clip-vit-h, float32).")
     add("--output", type=Path, help="JSON file to write; the tables go beside it as .md (default: print only).")
     args = parser.parse_args(argv)
     if (args.resolution is None) != (args.train_batch_size is None):
@@ -649,6 +742,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "command": "python benchmarks/memory.py --output benchmarks/results/memory_computed.json",
         "computed": True,
         "rank": args.rank,
+        "reward": args.reward,
         "margin_gib": MARGIN,
         "gpus_gib": GPUS,
         "active_steps": ACTIVE_STEPS,
@@ -657,7 +751,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             compute(name, switches)
             for name in args.model
             for pixels, batch in sizes
-            for switches in choices(pixels, batch, args.rank, args.quantization)
+            for switches in choices(pixels, batch, args.rank, args.quantization, args.reward)
         ],
     }
     text = markdown(report)

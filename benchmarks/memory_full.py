@@ -63,7 +63,7 @@ def compute(name: str, gpus: int, pixels: int, batch: int, keeps_average: bool) 
         keeps_average: whether the average over the updates is on the GPU.
     """
     total, block, outside, buffers = groups(name)
-    static = memory._static(name, 4, None)
+    static = memory._static(name, 4, None, "clip-vit-h")
     shard = -(-total // gpus)
     resident = {
         "weights_gradients_adamw": shard * RESIDENT,

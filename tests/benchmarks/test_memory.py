@@ -17,10 +17,17 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
+from golden.make_hpsv3 import QUESTION
+from tiny_rewards import save_qwen_processor
 from torch.profiler import ProfilerActivity, profile
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from flowbp import FlowBPCallback, get_method
+from flowbp.rewards import vqa
+from flowbp.rewards.conversation import load_conversation
+from flowbp.rewards.hpsv3 import HPSV3_PIXELS, REWARD_TOKEN, HPSv3, hpsv3_head
+from flowbp.rewards.loading import Source
+from flowbp.rewards.vqa import VQAReward
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -248,6 +255,69 @@ def test_checkpointing_of_the_vae_saves_less():
     assert _decode(None, True)["decode"] < 0.5 * _decode(None, False)["decode"]
 
 
+TINY_QWEN = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": 300,
+    "rope_parameters": {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 1e6},
+}
+TINY_VISION = {"depth": 2, "num_heads": 2, "patch_size": 14}
+TINY_VISIONS = {
+    "QWEN2_VISION": {**TINY_VISION, "embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2},
+    "QWEN2_5_VISION": {
+        **TINY_VISION,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "out_hidden_size": 64,
+        "window_size": 112,
+        "fullatt_block_indexes": [1],
+    },
+}
+
+
+@pytest.mark.parametrize("name", memory.QUESTION_TOKENS)
+def test_language_models_are_counted_as_the_rewards_run(tiny, name, tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "QWEN_TEXT", TINY_QWEN)
+    for vision, config in TINY_VISIONS.items():
+        monkeypatch.setattr(memory, vision, config)
+    memory._language_model.cache_clear()
+    model = memory._language_model(name)
+    memory._language_model.cache_clear()
+    assert memory.reward_weights(name) == memory.weight_bytes(model)
+
+    # The reward itself on the CPU.
+    on_cpu = type(model)(model.config).to(torch.bfloat16)
+    on_cpu.config.image_token_id = 261
+    save_qwen_processor(tmp_path, {"model_type": "qwen2_vl"})
+    pixels = HPSV3_PIXELS if name == "hpsv3" else None
+    conversation = load_conversation(Source(name, "tiny", ()), tmp_path, 261, pixels)
+    if name == "hpsv3":
+        conversation.tokenizer.add_tokens(REWARD_TOKEN, special_tokens=True)
+        reward, question = HPSv3(on_cpu, hpsv3_head(64), conversation, QUESTION), QUESTION
+    else:
+        reward, question = VQAReward(on_cpu, conversation), vqa.QUESTION
+    images = torch.rand(2, 3, 140, 168, requires_grad=True)
+    inputs = conversation([images[0].detach()], question, "cat", torch.device("cpu"))["input_ids"]
+    tokens = int((inputs != 261).sum())
+
+    def peak(score, images):
+        with memory.gpu_kernels(), memory.LiveBytes() as count:
+            torch.autograd.grad(score(images).sum(), images)
+        return count.peak
+
+    on_meta = images.detach().to("meta").requires_grad_()
+    counted = peak(lambda images: memory.language_score(model, images, tokens, pixels), on_meta)
+    assert counted == pytest.approx(peak(lambda images: reward(images, ["cat", "cat"]), images), rel=0.05)
+    # One sample at a time.
+    assert counted < 1.4 * peak(lambda images: memory.language_score(model, images, tokens, pixels), on_meta[:1])
+    assert memory.compute("sd3.5-medium", memory.Switches(64, 1, 4, reward=name))["resident"][
+        "reward"
+    ] == memory.reward_weights(name)
+
+
 # All weights, in shards.
 
 
@@ -358,7 +428,7 @@ def tiny(monkeypatch):
     del vision["vocab_size"], vision["max_position_embeddings"]
     monkeypatch.setattr(memory, "REWARD_VISION", vision)
     monkeypatch.setattr(memory, "REWARD_TEXT", TINY_TEXT)
-    caches = (memory._transformer, memory._reward, memory._text, memory._static)
+    caches = (memory._transformer, memory._reward, memory._language_model, memory._text, memory._static)
     caches += (memory._sweep, memory._rollout, memory._decode)
     with contextlib.ExitStack() as stack:
         for cache in caches:
@@ -470,7 +540,7 @@ def test_what_does_not_fit_is_said(tiny, monkeypatch):
     table = memory.summary({"rows": rows})
     assert table[0] == "| model | pixels | batch | under | just |"
     assert table[2].startswith("| Tiny | 64 | 1 | does not fit | C P Q: ")
-    assert "| no |" in memory.markdown({"command": "c", "rank": 4, "rows": rows})
+    assert "| no |" in memory.markdown({"command": "c", "rank": 4, "reward": "clip-vit-h", "rows": rows})
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,11 @@ from golden.make_hpsv3 import BYTES, CHAT_TEMPLATE, CONFIG, PROMPTS, QUESTION, S
 from safetensors.torch import load_file, save_file
 from tiny_rewards import GOLDEN, save_qwen_processor
 from torch import Tensor
+from toy_reward import make_reward
 from transformers import AutoConfig, AutoModelForImageTextToText
 
+from flowbp.rewards import WeightedReward, judges, load_reward
 from flowbp.rewards import hpsv3 as hpsv3_module
-from flowbp.rewards import judges, load_reward
 from flowbp.rewards.hpsv3 import REWARD_TOKEN, HPSv3, hpsv3, hpsv3_question
 from flowbp.rewards.judges import (
     MAX_NEW_TOKENS,
@@ -137,13 +138,26 @@ def test_a_batch_of_one_is_a_batch_of_many(judge: HPSv3, images: Tensor) -> None
     assert torch.equal(torch.cat(alone), judge(images, PROMPTS))
 
 
-def test_hpsv3_in_bfloat16_and_under_autocast(hpsv3_folder: Path, images: Tensor, golden: dict[str, Tensor]) -> None:
-    judge = hpsv3(hpsv3_folder, QUESTION)
-    assert judge.model.dtype == torch.bfloat16 and judge.head[0].weight.dtype == torch.float32
+def test_hpsv3_in_bfloat16_under_autocast_and_in_a_sum_with_offload(
+    hpsv3_folder: Path, judge: HPSv3, images: Tensor, golden: dict[str, Tensor]
+) -> None:
+    half = hpsv3(hpsv3_folder, QUESTION)
+    assert half.model.dtype == torch.bfloat16 and half.head[0].weight.dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
-        scores = judge(images, PROMPTS)
+        scores = half(images, PROMPTS)
     assert scores.dtype == torch.float32
     torch.testing.assert_close(scores, golden["scores"][:, 0], rtol=0, atol=0.05)
+    red = load_reward(make_reward())
+    summed = WeightedReward({"hpsv3": half, "red": red}, {"hpsv3": 0.5, "red": -2.0}, offload=True)
+    found = []
+    for reward in (judge, half, red, summed):
+        leaf = images.clone().requires_grad_()
+        scores = reward(leaf, PROMPTS)
+        found.append((scores.detach(), torch.autograd.grad(scores.sum(), leaf)[0]))
+    precise, alone, of_red, of_sum = found
+    assert torch.cosine_similarity(precise[1].flatten(), alone[1].flatten(), dim=0) > 0.98
+    for place in (0, 1):
+        torch.testing.assert_close(of_sum[place], 0.5 * alone[place] - 2 * of_red[place])
 
 
 def test_judges_refuse_to_give_a_gradient(written_folder: Path, images: Tensor) -> None:

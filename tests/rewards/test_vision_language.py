@@ -11,6 +11,7 @@ from golden.make_hpsv3 import CONFIG, PROMPTS
 from PIL import Image
 from tiny_rewards import CLIP_CONFIG, save_qwen_processor
 from torch import Tensor
+from toy_reward import make_reward
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -127,14 +128,17 @@ def test_a_batch_is_its_samples_with_a_gradient_or_without(reward: VQAReward, im
 
 def test_in_bfloat16_and_in_a_sum_with_offload(folders: dict[str, Path], images: Tensor, reward: VQAReward):
     paths = {"vqa": folders["qwen2_5_vl"]}
-    alone, summed = load_reward("vqa", paths), load_reward("vqa:2", paths, offload=True)
+    alone, summed = load_reward("vqa", paths), load_reward("vqa:2,toy_reward:make_reward", paths, offload=True)
     assert alone.model.dtype == torch.bfloat16
     leaves = [images.float().requires_grad_() for _ in range(2)]
     scores = [each(leaf, PROMPTS) for each, leaf in zip((alone, summed), leaves, strict=True)]
-    assert scores[0].dtype == torch.float32 and torch.equal(2 * scores[0], scores[1])
+    assert scores[0].dtype == torch.float32
+    red = images.float().requires_grad_()
+    scores.append(make_reward()(red, PROMPTS))
     for score in scores:
         score.sum().backward()
-    assert torch.equal(2 * leaves[0].grad, leaves[1].grad)
+    torch.testing.assert_close(scores[1], 2 * scores[0] + scores[2])
+    torch.testing.assert_close(leaves[1].grad, 2 * leaves[0].grad + red.grad)
     exact = images.clone().requires_grad_()
     precise = reward(exact, PROMPTS)
     precise.sum().backward()
