@@ -28,7 +28,7 @@ from diffusers import (
 from tiny_sd3 import tiny_text_encoder, tiny_tokenizer
 from transformers import CLIPTextModel
 
-from .family import Case, Family, embeddings, given, hole, image_family, pictures, tiny_model
+from .family import Case, Family, added, embeddings, given, hole, image_family, pictures, tiny_model
 from .more_images import byte_tokenizer, tiny_t5
 from .packed import build_chroma, chroma_cases
 from .paper import FLUX2_PROMPTS, FLUX_SIZES, build_flux, build_flux2_klein, flux_cases, reference_image
@@ -67,6 +67,7 @@ def klein_inpaint_cases(pipe: DiffusionPipeline) -> list[Case]:
 
 
 def build_visual_cloze(pipeline: type[DiffusionPipeline]) -> DiffusionPipeline:
+    added("0.42", "BriaFibo2Pipeline")  # with older ones this pipeline returns arrays
     clip = {"text_encoder": CLIPTextModel(tiny_text_encoder(32).config), "tokenizer": tiny_tokenizer()}
     t5 = {"text_encoder_2": tiny_t5(), "tokenizer_2": byte_tokenizer()}
     return build_flux(pipeline, 48, resolution=8, **clip, **t5)

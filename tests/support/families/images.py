@@ -382,7 +382,16 @@ def build_glm_image() -> DiffusionPipeline:
 def glm_image_cases(pipe: DiffusionPipeline) -> list[Case]:
     tokens = torch.randint(0, 32, (2, 4), generator=torch.Generator().manual_seed(3))
     plain = {**prompts(16), "prior_token_ids": tokens, "height": 8, "width": 8}
-    return guidance_cases(plain, 3.0, Part(1), negatives(16))
+    # A source image of two by two tokens for each sample.
+    source = {
+        "image": [[reference_image(seed, 8)] for seed in (4, 5)],
+        "prior_token_image_ids": list(tokens),
+        "source_image_grid_thw": [torch.tensor([[1, 2, 2]])] * 2,
+    }
+    return [
+        *guidance_cases(plain, 3.0, Part(1), negatives(16)),
+        Case("source image", {**plain, **source, "guidance_scale": 1.0}, refused="GlmImageKVCache"),
+    ]
 
 
 def hunyuan_image_guider(**options: Any) -> AdaptiveProjectedMixGuidance:
