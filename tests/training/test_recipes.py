@@ -160,7 +160,9 @@ def test_a_recipe_of_a_pipeline_that_starts_from_images(name: str, parse: Any) -
     pipeline = getattr(diffusers, FROM_IMAGES[name])
     arguments = {"num_frames": config.num_frames, "guidance_scale": config.guidance_scale, **config.pipeline_arguments}
     assert call_arguments(pipeline, {"height": 1, "width": 1, **arguments, **config.call_columns})
-    given = content.keys() - {"resolution", "height", "width", "pipeline_columns"} - (config.method_options or {}).keys()
+    given = (
+        content.keys() - {"resolution", "height", "width", "pipeline_columns"} - (config.method_options or {}).keys()
+    )
     assert all(getattr(config, option) == content[option] for option in given)
 
 

@@ -211,6 +211,14 @@ def test_prompts_that_a_batch_changes_need_calls_of_one(
     prepare(script, arguments, precompute_prompt_embeds=None, offload=True)
 
 
+def test_prompts_that_depend_on_another_model_are_refused(
+    script: ModuleType, arguments_of: Arguments, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(QwenImagePipeline, "check_inputs", lambda self, *_, **__: self.vae.encode(None))
+    with pytest.raises(NotKept, match="QwenImagePipeline needs another model before it encodes its prompts; leave"):
+        prepare(script, arguments_of("Qwen-Image"), precompute_prompt_embeds=True)
+
+
 @pytest.mark.parametrize("option", ["offload", "precompute_prompt_embeds"])
 def test_a_pipeline_that_needs_its_text_encoders_is_refused_before_it_is_loaded(
     script: ModuleType, arguments_of: Arguments, monkeypatch: pytest.MonkeyPatch, option: str

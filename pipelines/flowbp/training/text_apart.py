@@ -20,7 +20,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from ..rewards.loading import brief
 from .backbone import Backbone
 from .pipeline_columns import with_images
-from .prompt_answers import KeptAnswers, NotKept, ask, count_values, learn_rules, take_apart
+from .prompt_answers import REMEDY, KeptAnswers, NotKept, ask, count_values, learn_rules, take_apart
 from .prompt_embeds import PromptEncoder, cache_folder, cache_settings, fill_once
 from .prompts import Record
 
@@ -206,6 +206,9 @@ class TextApart(Backbone):
         for record in records:
             sizes.append(0)
             self._ask(pipe, keep, [record], size)
+            if not sizes[-1]:
+                name = self.pipeline_class.__name__
+                raise NotKept(f"{name} needs another model before it encodes its prompts; {REMEDY}.")
         if self.config.pipeline_columns:
             # A call has one sample, and nothing is joined.
             return answers.finish(None, "--pipeline_columns keeps samples apart")
