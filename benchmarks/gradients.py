@@ -128,7 +128,7 @@ class Gradients:
         values = []
         for batch in range(self.size.batches, len(self.batches)):
             records = self.batches[batch]
-            seed_rewards(0, batch, range(len(records)))
+            seed_globally(0, batch, range(len(records)))
             images = self._images(self.run.sampling.inputs(records), batch)
             values.append(self.run.rewards.scoring(images, [record.prompt for record in records]).mean())
         return torch.stack(values).mean().item()
