@@ -14,7 +14,6 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Transformer2DModel,
-    FluxPipeline,
     OvisImagePipeline,
     QwenImagePipeline,
     StableDiffusion3Pipeline,
@@ -96,10 +95,10 @@ def tiny_sd3_t5_pipeline() -> StableDiffusion3Pipeline:
     return complete(tiny_sd3_pipeline(torch.float32), **t5)
 
 
-def tiny_flux_pipeline() -> FluxPipeline:
-    """FLUX.1-dev: pictures of 8 x 8 are 4 x 4 latents in 4 tokens."""
+def tiny_flux_pipeline(*of_build: Any) -> DiffusionPipeline:
+    """FLUX.1-dev, or another that `build_flux` builds: pictures of 8 x 8 are 4 x 4 latents in 4 tokens."""
     return complete(
-        build_flux(),
+        build_flux(*of_build),
         text_encoder=CLIPTextModel(tiny_text_encoder(32).config),
         tokenizer=tiny_tokenizer(),
         text_encoder_2=tiny_t5(T5EncoderModel, T5Config, 32),

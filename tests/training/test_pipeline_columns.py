@@ -14,7 +14,9 @@ import pytest
 import torch
 from diffusers import (
     DiffusionPipeline,
+    FluxFillPipeline,
     FluxKontextPipeline,
+    QwenImageEditPlusPipeline,
     SD3ControlNetModel,
     StableDiffusion3ControlNetPipeline,
     WanImageToVideoPipeline,
@@ -23,6 +25,8 @@ from diffusers import (
 from diffusers.pipelines.wan import pipeline_wan_i2v
 from diffusers.utils import loading_utils
 from families.family import ready, tiny_pipeline
+from families.packed import byte_tokenizer, tiny_qwen25_vl
+from families.packed_inputs import build_edit
 from families.videos import WAN_SIZES, tiny_wan_vae
 from PIL import Image
 from tiny_pipelines import tiny_flux_pipeline, tiny_klein_pipeline, tiny_wan_pipeline
@@ -42,6 +46,7 @@ from training_scripts import (
     watch_pictures,
     write_prompts,
 )
+from transformers import BatchFeature, Qwen2VLImageProcessorPil
 
 from flowbp.training import TrainingConfig, train
 from flowbp.training.fingerprint import fingerprint
@@ -51,10 +56,6 @@ from flowbp.training.seeds import derive_seed, make_generator, seed_globally
 NAME = "train_flowbp"
 HELD_OUT = "toy_reward:make_held_out_reward"
 SIZES = ((9, 8), (8, 8), (8, 10))
-
-
-def tiny_kontext() -> DiffusionPipeline:
-    return FluxKontextPipeline(**tiny_flux_pipeline().components)
 
 
 def tiny_sd3_controlnet() -> DiffusionPipeline:
@@ -72,21 +73,44 @@ def tiny_wan_i2v() -> DiffusionPipeline:
     return tiny_wan_pipeline(partial(tiny_pipeline, WanImageToVideoPipeline, shift=7.0, **parts))
 
 
-# By name: what builds the pipeline, what users give it, and which argument is a column.
-MODELS: dict[str, tuple[Callable[[], DiffusionPipeline], dict[str, Any], str]] = {
+def tiny_qwen_edit() -> DiffusionPipeline:
+    tokenizer = byte_tokenizer("<|vision_start|>", "<|vision_end|>")
+    text = {"tokenizer": tokenizer, "text_encoder": tiny_qwen25_vl(tokenizer), "config": {"joint_attention_dim": 16}}
+    return build_edit(QwenImageEditPlusPipeline, **text, gain=3.0).to(torch.float32)
+
+
+class EditProcessor:
+    """Qwen2-VL's, whose class exists only with torchvision: a mark of an image stands for its patches."""
+
+    def __call__(self, text: Sequence[str], images: Any, **options: Any) -> BatchFeature:
+        patches = Qwen2VLImageProcessorPil()(images=images, return_tensors="pt")
+        (count,) = (patches["image_grid_thw"].prod(1) // 4).tolist()
+        tokenizer = byte_tokenizer("<|vision_start|>", "<|vision_end|>")
+        tokens = tokenizer([each.replace("<|image_pad|>", "<|image_pad|>" * count) for each in text], **options)
+        return BatchFeature({**tokens, **patches})
+
+
+# By name: what builds the pipeline, what users give it, and which arguments are the column.
+MODELS: dict[str, tuple[Callable[[], DiffusionPipeline], dict[str, Any], list[str]]] = {
     # Other areas than this are resized to it, and sources to one of Kontext's own sizes.
     "Kontext": (
-        tiny_kontext,
+        partial(tiny_flux_pipeline, FluxKontextPipeline),
         {"guidance_scale": 4.0, "max_area": 64, "_auto_resize": False, "max_sequence_length": 16},
-        "image",
+        ["image"],
     ),
-    "FLUX.2-Klein": (tiny_klein_pipeline, {"guidance_scale": 4.0, "max_sequence_length": 16}, "image"),
+    "FLUX.2-Klein": (tiny_klein_pipeline, {"guidance_scale": 4.0, "max_sequence_length": 16}, ["image"]),
+    "Fill": (
+        partial(tiny_flux_pipeline, FluxFillPipeline, 48),
+        {"guidance_scale": 4.0, "max_sequence_length": 16},
+        ["image", "mask_image"],
+    ),
+    "Qwen-Image-Edit-Plus": (tiny_qwen_edit, {"true_cfg_scale": 3.0, "negative_prompt": " "}, ["image"]),
     "Wan 2.2 image to video": (
         tiny_wan_i2v,
         {"height": 16, "width": 16, "num_frames": 5, "guidance_scale": 4.0, "max_sequence_length": 16},
-        "image",
+        ["image"],
     ),
-    "SD3 ControlNet": (tiny_sd3_controlnet, {"guidance_scale": 3.0, "max_sequence_length": 2}, "control_image"),
+    "SD3 ControlNet": (tiny_sd3_controlnet, {"guidance_scale": 3.0, "max_sequence_length": 2}, ["control_image"]),
 }
 # FLUX.2 takes no smaller images than of 64 pixels.
 SCALE = {"FLUX.2-Klein": 8}
@@ -147,7 +171,7 @@ def arguments_of(saved: Callable[[str], Path], table: Path, tmp_path: Path) -> C
             **SHARED_ARGUMENTS,
             "pretrained_model_name_or_path": saved(name),
             "prompts": table,
-            "pipeline_columns": [f"{MODELS[name][2]}=source"],
+            "pipeline_columns": [f"{place}=source" for place in MODELS[name][2]],
             "output_dir": tmp_path / "run",
             "method": "draft-k",
             **size,
@@ -163,7 +187,8 @@ Arguments = Callable[..., dict[str, Any]]
 
 
 def call_of(name: str, place: int) -> dict[str, Any]:
-    return {"height": 8, "width": 8, **MODELS[name][1], MODELS[name][2]: picture(place, SCALE.get(name, 1))}
+    source = picture(place, SCALE.get(name, 1))
+    return {"height": 8, "width": 8, **MODELS[name][1], **dict.fromkeys(MODELS[name][2], source)}
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -171,6 +196,8 @@ def test_two_updates(script: ModuleType, arguments_of: Arguments, monkeypatch: p
     """The LoRA, loaded into a stock pipeline, draws from the first row's source what the run drew."""
     # Without it diffusers fails; it mends texts that were decoded wrongly.
     monkeypatch.setattr(pipeline_wan_i2v, "ftfy", SimpleNamespace(fix_text=str), raising=False)
+    processor = property(lambda pipe: EditProcessor(), lambda pipe, none: None)
+    monkeypatch.setattr(QwenImageEditPlusPipeline, "processor", processor, raising=False)
     arguments, drawn = arguments_of(name), watch_pictures(monkeypatch)
     # The other methods may look at the last steps alone, which Wan 2.2's other transformer makes.
     script.main(command_line(arguments, method="full" if "Wan" in name else "draft-k"))
