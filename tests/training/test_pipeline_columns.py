@@ -49,6 +49,7 @@ from training_scripts import (
 from transformers import BatchFeature, Qwen2VLImageProcessorPil
 
 from flowbp.training import TrainingConfig, train
+from flowbp.training.comparison import ComparisonConfig, as_words, evaluation_options
 from flowbp.training.fingerprint import fingerprint
 from flowbp.training.prompts import load_records
 from flowbp.training.seeds import derive_seed, make_generator, seed_globally
@@ -200,7 +201,7 @@ def test_two_updates(script: ModuleType, arguments_of: Arguments, monkeypatch: p
     monkeypatch.setattr(QwenImageEditPlusPipeline, "processor", processor, raising=False)
     arguments, drawn = arguments_of(name), watch_pictures(monkeypatch)
     # The other methods may look at the last steps alone, which Wan 2.2's other transformer makes.
-    script.main(command_line(arguments, method="full" if "Wan" in name else "draft-k"))
+    script.main(command_line(arguments, method="full" if "Wan" in name else "draft-k", verify=True))
     output, model = arguments["output_dir"], arguments["pretrained_model_name_or_path"]
     check_run(output)
     check_round_trip(model, lambda pipe: pipe.load_lora_weights(output), drawn, 1e-5, **call_of(name, 0))
@@ -429,3 +430,13 @@ def test_sources_are_shown_beside_the_results_and_evaluated_with(
         with Image.open(path) as image:
             assert np.abs(np.asarray(image).astype(int) - np.asarray(expected)).max() <= 1
     assert len(images) == 3
+
+
+def test_a_comparison_hands_the_option_on():
+    """From a mapping of its recipe to the words of a run and of the evaluation."""
+    given = {"image": "source", "mask": ["a", "b"]}
+    assert as_words({"pipeline_columns": given}, TrainingConfig) == ["--pipeline_columns", "image=source", "mask=a,b"]
+    config = TrainingConfig(pretrained_model_name_or_path="m", prompts="p.csv", pipeline_columns=given)
+    comparison = ComparisonConfig(methods={"full": {}}, evaluation={"rewards": "clip"}, output_dir="out")
+    options = evaluation_options(comparison, {"full": config})
+    assert options["pipeline_columns"] == config.pipeline_columns == ("image=source", "mask=a,b")

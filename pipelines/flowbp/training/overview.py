@@ -38,6 +38,11 @@ def tell_plan(run: Run) -> None:
         ),
         ("prompts", f"{len(run.state.sampler.prompts)} for training, {judged}"),
         *([("columns", f"{', '.join(run.rewards.columns)}, for the rewards")] if run.rewards.columns else []),
+        *(
+            [("starts from", f"{', '.join(config.pipeline_columns)}, one sample a call")]
+            if config.pipeline_columns
+            else []
+        ),
         ("updates", f"{config.max_train_steps}{resumed}"),
         ("written to", f"{config.output_dir}: checkpoints {_checkpoint_times(run)}"),
     ]
