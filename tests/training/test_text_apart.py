@@ -255,8 +255,14 @@ def test_a_question_is_all_arguments_of_a_sample_but_the_device():
     both = asked([["a", "b"]], {"negative_prompt": "c", "device": CPU})
     assert both == [*asked([["a"]], {"negative_prompt": "c"}), *asked([["b"], "c"], {})] and len({*both}) == 2
     # Lists of something else belong to all samples.
-    different = [{"negative_prompt": ["d", "d"]}, {"words": ["a", "b"]}, {"words": ["a"]}, {"words": torch.float16}]
-    assert len({asked([["a", "b"]], each)[0] for each in different}) == 4
+    different = [
+        {},
+        {"negative_prompt": ["d", "d"]},
+        {"words": ["a", "b"]},
+        {"words": ["a"]},
+        {"words": torch.float16},
+    ]
+    assert len({asked([["a", "b"]], each)[0] for each in different}) == 5
     for value in (Image.new("RGB", (1, 1)), torch.ones(1)):
         with pytest.raises(
             NotKept, match=f"encode_prompt gets a {type(value).__name__}, and only what depends on text"
