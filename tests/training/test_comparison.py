@@ -266,7 +266,8 @@ def test_what_does_not_fit_is_refused_before_anything_is_started(
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_words_say_what_a_recipe_says(path: Path) -> None:
     content = yaml.safe_load(path.read_text())
-    script = load_script(f"train_flowbp_{path.stem.partition('_')[0]}")
+    backbone = path.stem.partition("_")[0]
+    script = load_script("train_flowbp" if backbone in ("edit", "video") else f"train_flowbp_{backbone}")
     own = {"prompts": "p.txt", "reward": "ocr", "eval_prompts": "e.txt", "reward_clip": -0.25, "use_ema": True}
     own |= {"offload": False, "validation_prompt": ["a", "b"], "prompt_column": None}
     more = as_words(own, TrainingConfig)

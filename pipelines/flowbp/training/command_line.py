@@ -98,7 +98,7 @@ def add_options(
         if declared.source:
             more["help"] += f" (default: %(default)s, {declared.source})"
         if kind is bool:
-            more["action"] = "store_true" if default is False else argparse.BooleanOptionalAction
+            more["action"] = "store_true" if field.default is False else argparse.BooleanOptionalAction
         else:
             item = item_type(kind)
             more |= {"type": path if kind is Path else item or kind, "choices": declared.choices}
