@@ -209,6 +209,7 @@ def test_a_recipe_for_24_gb_has_room_for_its_second_reward(path: Path, pixels: i
         "samples_per_decode": content["samples_per_decode"],
         "text_encoders": "precompute",
         "quantization": "nf4" if "quantization_config_path" in content else None,
+        "reward": "clip-vit-h",
     }
     (row,) = (row for row in computed["rows"] if row["model"] == model and row["switches"] == switches)
     # Prompts are encoded before the rewards are on the GPU. Both rewards are CLIP ViT-H/14.
