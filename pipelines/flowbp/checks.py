@@ -258,9 +258,9 @@ def check_has_sigmas(name: str, scheduler: Any) -> None:
         )
 
 
-def check_one_loop(name: str, has_begun: bool) -> None:
+def check_one_loop(name: str, is_rescheduled: bool) -> None:
     """A second sampling loop within one call would be another rollout."""
-    if has_begun:
+    if is_rescheduled:
         raise RecordingError(
             f"{name}: a second sampling loop began within one call of the pipeline, expected one rollout; ask for "
             "what the pipeline samples in one loop (such as a shorter video)."
@@ -324,7 +324,17 @@ def check_roots(
     for leaf in leaves_of(tensors):
         if not allowed(leaf):
             message = f"{name}: {what} {_dependence(leaf)}."
-            verdicts.add(passes_gradient(tensors, leaf), lambda message=message: message)
+            verdicts.add(_reaches(name, what, tensors, leaf), lambda message=message: message)
+
+
+def _reaches(name: str, what: str, tensors: Sequence[torch.Tensor], leaf: torch.Tensor) -> torch.Tensor:
+    try:
+        return passes_gradient(tensors, leaf)
+    except RuntimeError as error:
+        raise RecordingError(
+            f"{name}: autograd cannot differentiate {what}: a tensor that their gradient needs was written into in "
+            "place; replace the part of the pipeline that does so."
+        ) from error
 
 
 def _dependence(leaf: torch.Tensor) -> str:
@@ -466,8 +476,8 @@ def check_place(name: str, step: int, scheduler: Any) -> None:
     if following is not None and following != step + 1:
         raise RecordingError(
             f"{name}: the scheduler made step {following - 1} of its sigmas, expected step {step}: the rollout must "
-            "begin at the first sigma, or where set_begin_index said before, and make one "
-            "Euler step for each; use a text-to-image pipeline or strength 1."
+            "begin at the first sigma, or where set_begin_index or the pipeline's current timestep said before, and "
+            "make one Euler step for each; use a text-to-image pipeline or strength 1."
         )
 
 
@@ -805,7 +815,7 @@ def check_loss_roots(name: str, what: str, tensors: Sequence[torch.Tensor], trai
         else:
             continue
         message = f"{name}: {what} {found}."
-        verdicts.add(passes_gradient(tensors, leaf), lambda message=message: message)
+        verdicts.add(_reaches(name, what, tensors, leaf), lambda message=message: message)
     verdicts.read()
 
 

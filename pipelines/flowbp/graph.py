@@ -37,6 +37,9 @@ def passes_gradient(tensors: Sequence[torch.Tensor], leaf: torch.Tensor) -> torc
 
     A path may exist along which every gradient is exactly 0, for example where latents are overwritten in place.
     Gradients that are not finite decide nothing and do not count.
+
+    Raises:
+        RuntimeError: for graphs that autograd cannot follow, because a tensor that it needs was written into.
     """
     tensors = [tensor for tensor in tensors if tensor.requires_grad]
     # Random cotangents, so that nothing cancels; their own generator, so that the user's noise stays the same.
@@ -49,7 +52,9 @@ def passes_gradient(tensors: Sequence[torch.Tensor], leaf: torch.Tensor) -> torc
     try:
         with torch.enable_grad():
             (gradient,) = torch.autograd.grad(tensors, [leaf], cotangents, allow_unused=True, retain_graph=True)
-    except (RuntimeError, TypeError):
+    except (RuntimeError, TypeError) as error:
+        if "inplace operation" in str(error):
+            raise
         # A graph that is not whole any more leads outside of what was recorded.
         return torch.ones((), dtype=torch.bool, device=leaf.device)
     if gradient is None:

@@ -43,9 +43,16 @@ def guidance_scales(pipe: Any) -> dict[str, float]:
     return found
 
 
-def begin_index(scheduler: Any) -> int:
-    """The scheduler's step from which the pipeline samples: above 0 for images that start from images."""
-    return getattr(scheduler, "begin_index", None) or 0
+def begin_index(pipe: Any, scheduler: Any) -> int:
+    """The scheduler's step from which the pipeline samples: above 0 for images that start from images.
+
+    Schedulers that were not told find it by the first timestep, which pipelines note as their current one.
+    """
+    first = getattr(scheduler, "begin_index", None)
+    timestep = getattr(pipe, "_current_timestep", None)
+    if first is None and isinstance(timestep, torch.Tensor) and timestep.numel() == 1:
+        first = next(iter((scheduler.timesteps == timestep).nonzero().flatten().tolist()), None)
+    return first or 0
 
 
 def keyword_arguments(call: inspect.BoundArguments) -> list[dict[str, Any]]:

@@ -160,7 +160,8 @@ class Recorder:
 
     def _scheduler_set_timesteps(self, original: Callable[..., Any], scheduler: Any, *args: Any, **kwargs: Any) -> Any:
         if scheduler is self.scheduler and self._is_own_call() and not self._rollout.is_in_callback:
-            checks.check_one_loop(self.name, self._rollout.has_begun)
+            # Refused if another loop follows: some pipelines set their schedule again after the last one.
+            self._rollout.is_rescheduled = self._rollout.has_begun
         return original(scheduler, *args, **kwargs)
 
     def _is_own_call(self) -> bool:
@@ -187,7 +188,7 @@ class Recorder:
         """The trajectory of the rollout that begins, and its plan; draws the surrogate for the first one."""
         checks.check_inference_mode(self.name)
         checks.check_has_sigmas(self.name, self.scheduler)
-        first = begin_index(self.scheduler)
+        first = begin_index(self.pipe, self.scheduler)
         sigmas = self.scheduler.sigmas[first:].detach().clone()
         on_host = sigmas.cpu()
         if self.trajectories:
@@ -241,6 +242,7 @@ class Rollout:
         trajectory: what is kept; `None` before the first transformer call.
         is_finished: whether the last step that is needed was made.
         is_in_callback: whether a step callback of the user's runs, in which nothing is recorded.
+        is_rescheduled: whether the schedule was set again after the first transformer call.
     """
 
     def __init__(self, recorder: Recorder, accounting: Accounting) -> None:
@@ -249,6 +251,7 @@ class Rollout:
         self.trajectory: Trajectory | None = None
         self.is_finished = False
         self.is_in_callback = False
+        self.is_rescheduled = False
         self._step = 0
         # With those that an earlier end leaves out.
         self._num_made = 0
@@ -286,6 +289,7 @@ class Rollout:
     ) -> Any:
         """Compute a call without gradients and hand its outputs on as leaves."""
         leaves, spec = tree_flatten((args, kwargs))
+        checks.check_one_loop(self.recorder.name, self.is_rescheduled and not self.is_in_callback)
         if self.is_in_callback or (self.is_finished and self._made_all_steps):
             return self._unrecorded_call(original, args, kwargs)
         if not self.has_begun:
@@ -360,6 +364,7 @@ class Rollout:
         as_tuple = values.get("return_dict", True) is False
         name = self.recorder.name
         checks.check_loop_has_begun(name, self.has_begun)
+        checks.check_one_loop(name, self.is_rescheduled)
         checks.check_number_of_steps(name, self._num_made, self.plan.num_steps)
         self._num_made += 1
         if self.is_finished:

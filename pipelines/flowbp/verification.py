@@ -21,7 +21,6 @@ import torch
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from .callback import FlowBPCallback
-from .introspection import begin_index
 from .methods import Method, get_method
 from .surrogate import Surrogate
 
@@ -553,7 +552,7 @@ class _SurrogateSteps:
             # Steps after the endpoint too, because schedulers count.
             result = self.original(*tree_map(_detach, args), **tree_map(_detach, kwargs))
         following = result[0].detach()
-        sigmas = self.scheduler.sigmas[begin_index(self.scheduler) :]
+        sigmas = self.scheduler.sigmas[getattr(self.scheduler, "step_index", step + 1) - step - 1 :]
         if step in self.terms:
             wide = velocity.to(torch.promote_types(velocity.dtype, torch.float32))
             self.sum = self.sum + self.terms[step].weight * (wide - wide.detach())

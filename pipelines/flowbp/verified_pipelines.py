@@ -7,21 +7,26 @@ For other classes `flowbp.verify` compares the user's own call, and the training
 
 VERIFIED_PIPELINES = frozenset(
     """
-    AuraFlowPipeline BriaFibo2Pipeline BriaFiboEditPipeline BriaFiboPipeline BriaPipeline ChromaImg2ImgPipeline
-    ChromaPipeline CogView4ControlPipeline CogView4Pipeline Cosmos2_5_PredictBasePipeline DreamLiteMobilePipeline
-    DreamLitePipeline EasyAnimatePipeline ErnieImagePipeline Flux2KleinKVPipeline Flux2KleinPipeline Flux2Pipeline
-    FluxControlImg2ImgPipeline FluxControlNetImg2ImgPipeline FluxControlNetPipeline FluxControlPipeline
+    AnyFlowPipeline AuraFlowPipeline BriaFibo2Pipeline BriaFiboEditPipeline BriaFiboPipeline BriaPipeline
+    ChromaImg2ImgPipeline ChromaPipeline ChronoEditPipeline CogView4ControlPipeline CogView4Pipeline
+    Cosmos2_5_PredictBasePipeline Cosmos3OmniPipeline DreamLiteMobilePipeline DreamLitePipeline
+    EasyAnimateInpaintPipeline EasyAnimatePipeline ErnieImagePipeline Flux2KleinKVPipeline Flux2KleinPipeline
+    Flux2Pipeline FluxControlImg2ImgPipeline FluxControlNetImg2ImgPipeline FluxControlNetPipeline FluxControlPipeline
     FluxFillPipeline FluxImg2ImgPipeline FluxKontextPipeline FluxPipeline GlmImagePipeline HeliosPipeline
-    HiDreamImagePipeline HunyuanImagePipeline HunyuanImageRefinerPipeline HunyuanVideo15Pipeline HunyuanVideoPipeline
-    Ideogram4Pipeline Kandinsky5I2IPipeline Kandinsky5T2IPipeline Kandinsky5T2VPipeline Kandinsky6TI2VAPipeline
-    Krea2Pipeline LTXPipeline LongCatImageEditPipeline LongCatImagePipeline Lumina2Pipeline LuminaPipeline
-    MochiPipeline MotifVideoPipeline NucleusMoEImagePipeline OmniGenPipeline OvisImagePipeline PRXPipeline
-    PRXPixelPipeline QwenImage21Pipeline QwenImageControlNetInpaintPipeline QwenImageControlNetPipeline
-    QwenImageEditPipeline QwenImageEditPlusPipeline QwenImageImg2ImgPipeline QwenImageLayeredPipeline QwenImagePipeline
-    SanaControlNetPipeline SanaPAGPipeline SanaPipeline SanaVideoPipeline SkyReelsV2Pipeline
+    HiDreamImagePipeline HunyuanImagePipeline HunyuanImageRefinerPipeline HunyuanSkyreelsImageToVideoPipeline
+    HunyuanVideo15ImageToVideoPipeline HunyuanVideo15Pipeline HunyuanVideoFramepackPipeline
+    HunyuanVideoImageToVideoPipeline HunyuanVideoPipeline Ideogram4Pipeline Kandinsky5I2IPipeline Kandinsky5I2VPipeline
+    Kandinsky5T2IPipeline Kandinsky5T2VPipeline Kandinsky6TI2VAPipeline Krea2Pipeline LTX2DFRPipeline LTX2HDRPipeline
+    LTXImageToVideoPipeline LTXPipeline LongCatImageEditPipeline LongCatImagePipeline LucyEditPipeline Lumina2Pipeline
+    LuminaPipeline MochiPipeline MotifVideoImage2VideoPipeline MotifVideoPipeline NucleusMoEImagePipeline
+    OmniGenPipeline OvisImagePipeline PRXPipeline PRXPixelPipeline QwenImage21Pipeline
+    QwenImageControlNetInpaintPipeline QwenImageControlNetPipeline QwenImageEditPipeline QwenImageEditPlusPipeline
+    QwenImageImg2ImgPipeline QwenImageLayeredPipeline QwenImagePipeline SanaControlNetPipeline SanaImageToVideoPipeline
+    SanaPAGPipeline SanaPipeline SanaVideoPipeline SkyReelsV2ImageToVideoPipeline SkyReelsV2Pipeline
     StableDiffusion3ControlNetInpaintingPipeline StableDiffusion3ControlNetPipeline StableDiffusion3Img2ImgPipeline
     StableDiffusion3InpaintPipeline StableDiffusion3PAGImg2ImgPipeline StableDiffusion3PAGPipeline
-    StableDiffusion3Pipeline VisualClozeGenerationPipeline WanPipeline WanVACEPipeline ZImageControlNetInpaintPipeline
-    ZImageControlNetPipeline ZImageImg2ImgPipeline ZImageOmniPipeline ZImagePipeline
+    StableDiffusion3Pipeline VisualClozeGenerationPipeline WanAnimatePipeline WanImageToVideoPipeline WanPipeline
+    WanVACEPipeline WanVideoToVideoPipeline ZImageControlNetInpaintPipeline ZImageControlNetPipeline
+    ZImageImg2ImgPipeline ZImageOmniPipeline ZImagePipeline
     """.split()
 )

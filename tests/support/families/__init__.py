@@ -6,7 +6,7 @@
 undecorated call, the other modules build the pipelines.
 """
 
-from . import flux_inputs, image_inputs, images, more_images, packed, packed_inputs, paper, videos
+from . import flux_inputs, image_inputs, image_to_video, images, more_images, packed, packed_inputs, paper, videos
 
 # Pipelines of images that take pictures, masks or controls.
 WITH_INPUTS = [*flux_inputs.FAMILIES, *packed_inputs.FAMILIES, *image_inputs.FAMILIES]
@@ -18,4 +18,5 @@ FAMILIES = [
     *more_images.FAMILIES,
     *WITH_INPUTS,
     *videos.FAMILIES,
+    *image_to_video.FAMILIES,
 ]

@@ -501,9 +501,10 @@ class PermissiveChecker:
         return frames
 
 
-def build_cosmos2() -> DiffusionPipeline:
+def build_cosmos2(pipeline: type[DiffusionPipeline] = Cosmos2TextToImagePipeline, **config: int) -> DiffusionPipeline:
     transformer = tiny_model(
         CosmosTransformer3DModel,
+        **config,
         attention_head_dim=16,
         mlp_ratio=2,
         text_embed_dim=16,
@@ -516,9 +517,7 @@ def build_cosmos2() -> DiffusionPipeline:
     parts = {"text_encoder": None, "tokenizer": None, "vae": tiny_wan_vae(), "safety_checker": PermissiveChecker()}
     scheduler = FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True)
     # Its position embedding is normalised in float32.
-    return tiny_pipeline(
-        Cosmos2TextToImagePipeline, transformer=transformer, scheduler=scheduler, **parts, dtype=torch.float32
-    )
+    return tiny_pipeline(pipeline, transformer=transformer, scheduler=scheduler, **parts, dtype=torch.float32)
 
 
 def cosmos2_cases(pipe: DiffusionPipeline) -> list[Case]:

@@ -5,6 +5,7 @@
 import dataclasses
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from diffusers import (
@@ -188,7 +189,11 @@ def hunyuan_video_cases(pipe: DiffusionPipeline) -> list[Case]:
     return [Case("distilled guidance", arguments), Case("true guidance", {**arguments, **negative}, Part(1))]
 
 
-def build_hunyuan_video_15(**guidance: float) -> DiffusionPipeline:
+def build_hunyuan_video_15(
+    pipeline: type[DiffusionPipeline] = HunyuanVideo15Pipeline,
+    encoder: dict[str, Any] | None = None,
+    **guidance: float,
+) -> DiffusionPipeline:
     transformer = tiny_model(
         HunyuanVideo15Transformer3DModel,
         in_channels=9,
@@ -198,7 +203,7 @@ def build_hunyuan_video_15(**guidance: float) -> DiffusionPipeline:
         image_embed_dim=12,
         rope_axes_dim=(2, 2, 4),
         target_size=16,
-        task_type="t2v",
+        task_type="t2v" if encoder is None else "i2v",
     )
     vae = AutoencoderKLHunyuanVideo15(
         latent_channels=4,
@@ -209,7 +214,7 @@ def build_hunyuan_video_15(**guidance: float) -> DiffusionPipeline:
         downsample_match_channel=False,
         upsample_match_channel=False,
     )
-    pipe = HunyuanVideo15Pipeline(
+    pipe = pipeline(
         text_encoder=None,
         tokenizer=None,
         transformer=transformer,
@@ -218,6 +223,7 @@ def build_hunyuan_video_15(**guidance: float) -> DiffusionPipeline:
         text_encoder_2=None,
         tokenizer_2=None,
         guider=ClassifierFreeGuidance(**guidance),
+        **(encoder or {}),
     )
     # Its attention takes one video at a time.
     vae.enable_slicing()
@@ -357,9 +363,10 @@ def kandinsky_5_cases(pipe: DiffusionPipeline) -> list[Case]:
     return guidance_cases({**kandinsky_5_prompts(), "height": 16, "width": 32, "num_frames": 5}, 5.0, Part(1))
 
 
-def build_easy_animate() -> DiffusionPipeline:
+def build_easy_animate(pipeline: type[DiffusionPipeline] = EasyAnimatePipeline, **config: Any) -> DiffusionPipeline:
     transformer = tiny_model(
         EasyAnimateTransformer3DModel,
+        **config,
         attention_head_dim=16,
         time_embed_dim=16,
         text_embed_dim=16,
@@ -376,7 +383,7 @@ def build_easy_animate() -> DiffusionPipeline:
         norm_num_groups=2,
         spatial_group_norm=False,
     )
-    return tiny_pipeline(EasyAnimatePipeline, vae=vae, transformer=transformer)
+    return tiny_pipeline(pipeline, vae=vae, transformer=transformer)
 
 
 def easy_animate_cases(pipe: DiffusionPipeline) -> list[Case]:
@@ -389,7 +396,7 @@ def easy_animate_cases(pipe: DiffusionPipeline) -> list[Case]:
     ]
 
 
-def build_sana_video() -> DiffusionPipeline:
+def build_sana_video(pipeline: type[DiffusionPipeline] = SanaVideoPipeline) -> DiffusionPipeline:
     transformer = tiny_model(
         SanaVideoTransformer3DModel,
         attention_head_dim=12,
@@ -403,7 +410,7 @@ def build_sana_video() -> DiffusionPipeline:
         qk_norm="rms_norm_across_heads",
         rope_max_seq_len=32,
     )
-    return tiny_pipeline(SanaVideoPipeline, vae=tiny_wan_vae(), transformer=transformer, shift=7.0)
+    return tiny_pipeline(pipeline, vae=tiny_wan_vae(), transformer=transformer, shift=7.0)
 
 
 def sana_video_cases(pipe: DiffusionPipeline) -> list[Case]:
@@ -421,7 +428,7 @@ def sana_video_cases(pipe: DiffusionPipeline) -> list[Case]:
     return guidance_cases(arguments, 6.0, Part(0, "first half"))
 
 
-def build_ltx_2(pipeline: type[DiffusionPipeline]) -> DiffusionPipeline:
+def build_ltx_2(pipeline: type[DiffusionPipeline], shift: float | None = None) -> DiffusionPipeline:
     transformer = tiny_model(
         LTX2VideoTransformer3DModel,
         cross_attention_dim=16,
@@ -475,7 +482,13 @@ def build_ltx_2(pipeline: type[DiffusionPipeline]) -> DiffusionPipeline:
         resnet_dilations=[[1]],
     )
     return tiny_pipeline(
-        pipeline, vae=vae, audio_vae=audio_vae, connectors=connectors, transformer=transformer, vocoder=vocoder
+        pipeline,
+        shift=shift,
+        vae=vae,
+        audio_vae=audio_vae,
+        connectors=connectors,
+        transformer=transformer,
+        vocoder=vocoder,
     )
 
 
@@ -489,7 +502,7 @@ def ltx_2_cases(pipe: DiffusionPipeline) -> list[Case]:
     ]
 
 
-def build_motif(guider: BaseGuidance) -> DiffusionPipeline:
+def build_motif(guider: BaseGuidance, pipeline: type[DiffusionPipeline] = MotifVideoPipeline) -> DiffusionPipeline:
     transformer = tiny_model(
         MotifVideoTransformer3DModel,
         in_channels=9,
@@ -502,7 +515,7 @@ def build_motif(guider: BaseGuidance) -> DiffusionPipeline:
         # They get float32 numbers, whatever the model's dtype.
         if isinstance(module, TimestepEmbedding):
             module.register_forward_pre_hook(lambda module, inputs: (inputs[0].to(module.linear_1.weight.dtype),))
-    return tiny_pipeline(MotifVideoPipeline, shift=7.0, vae=tiny_wan_vae(), transformer=transformer, guider=guider)
+    return tiny_pipeline(pipeline, shift=7.0, vae=tiny_wan_vae(), transformer=transformer, guider=guider)
 
 
 def motif_case(
@@ -517,7 +530,7 @@ def motif_case(
     return cases
 
 
-def build_helios() -> DiffusionPipeline:
+def build_helios(pipeline: type[DiffusionPipeline] = HeliosPipeline, **components: Any) -> DiffusionPipeline:
     transformer = HeliosTransformer3DModel(
         **WAN_SIZES,
         num_layers=1,
@@ -527,7 +540,7 @@ def build_helios() -> DiffusionPipeline:
         zero_history_timestep=True,
         is_amplify_history=False,
     )
-    return tiny_pipeline(HeliosPipeline, vae=tiny_wan_vae(), transformer=transformer)
+    return tiny_pipeline(pipeline, vae=tiny_wan_vae(), transformer=transformer, **components)
 
 
 def helios_cases(pipe: DiffusionPipeline) -> list[Case]:
@@ -581,7 +594,7 @@ def ltx_condition_cases(pipe: DiffusionPipeline) -> list[Case]:
     return [dataclasses.replace(case, refused="is not latents")]
 
 
-def build_kandinsky_6() -> DiffusionPipeline:
+def build_kandinsky_6(**config: int) -> DiffusionPipeline:
     transformer = added("0.42", "Kandinsky6Transformer3DModel")(
         in_visual_dim=4,
         out_visual_dim=4,
@@ -598,6 +611,7 @@ def build_kandinsky_6() -> DiffusionPipeline:
         ca_rope=True,
         cross_gates=True,
         fix_modulation=True,
+        **config,
     )
     return tiny_pipeline(
         added("0.42", "Kandinsky6TI2VAPipeline"),
