@@ -257,6 +257,25 @@ def test_a_script_that_encodes_prompts_itself_takes_references(
     assert distance(lora_of(arguments["output_dir"]), lora_of(tmp_path / "own")) < 1e-4
 
 
+def test_a_source_is_encoded_in_the_same_way_by_each_call(
+    script: ModuleType, arguments_of: Arguments, monkeypatch: pytest.MonkeyPatch
+):
+    """Stable Diffusion 3's ControlNet draws from torch's generator for it: DRaFT-LV's copies, and both validations."""
+    seen: list[torch.Tensor] = []
+    forward = SD3ControlNetModel.forward
+
+    def watching(self: SD3ControlNetModel, *args: Any, controlnet_cond: torch.Tensor, **kwargs: Any) -> Any:
+        if not any(torch.equal(controlnet_cond, each) for each in seen):
+            seen.append(controlnet_cond.clone())
+        return forward(self, *args, controlnet_cond=controlnet_cond, **kwargs)
+
+    monkeypatch.setattr(SD3ControlNetModel, "forward", watching)
+    changes = {"method": "draft-lv", "num_noised": 2, "train_batch_size": 1, "max_train_steps": 1}
+    script.main(command_line(arguments_of("SD3 ControlNet", **changes)))
+    # One of the update, one of the validation.
+    assert len(seen) == 2
+
+
 @pytest.mark.parametrize("option", ["offload", "precompute_prompt_embeds"])
 def test_text_encoders_may_be_apart(script: ModuleType, arguments_of: Arguments, tmp_path: Path, option: str):
     arguments = arguments_of("Kontext", max_train_steps=1)
@@ -329,7 +348,7 @@ COLUMN = {
         {"source": ["0.png", "1.png", "table.jsonl"]},
         "table.jsonl: expected an image or a video, got: cannot id",
     ),
-    "URL": ({"source": ["https://x.y/0.png"] * 3}, "0.png: expected an image or a video, got: .*No such file"),
+    "URL": ({"source": ["https://x.y/0.png"] * 3}, "has the URL 'https://x.y/0.png', expected paths"),
     "no frames": ({"source": ["0.png", "1.png", "frames"]}, "frames: expected an image or a video, got: no frames"),
     "no library": ({"source": ["0.png", "1.png", "film.mp4"]}, "film.mp4: reading a video needs imageio"),
 }

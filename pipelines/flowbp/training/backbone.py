@@ -77,7 +77,8 @@ class Backbone:
             scale = "true_cfg_scale" if "true_cfg_scale" in self.defaults else "guidance_scale"
             raise ValueError(f"--negative_prompt has no effect without guidance; set --{scale} above 1")
         check_reward_frames(self.config.reward_frames, self.pipeline_class, self.config.num_frames)
-        check_columns_of_call(self.pipeline_class, self.config.call_columns, self.call(*self.config.sizes[0]))
+        if self.config.pipeline_columns:
+            check_columns_of_call(self.pipeline_class, self.config.call_columns, self.call(*self.config.sizes[0]))
         multiple = self.size_multiple()
         for height, width in self.config.sizes:
             for option, size in (("height", height), ("width", width)):

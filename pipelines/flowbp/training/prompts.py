@@ -181,6 +181,11 @@ def _images(table: _Table, source: str, name: str) -> Sequence[TableImage | None
             f"prompts: column {name!r} of {source!r} holds {table.kinds[name]}, expected images of datasets, or paths "
             "in a file or folder here"
         )
+    if urls := [each for each in table.columns[name] if each is not None and "://" in each]:
+        raise ValueError(
+            f"prompts: column {name!r} of {source!r} has the URL {urls[0]!r}, expected paths; make it a column of "
+            "datasets.Image, or download the files"
+        )
     folder = path if path.is_dir() else path.parent
     paths = [None if each is None or not each.strip() else folder / each for each in table.columns[name]]
     opened = {each: TableImage.of_file(each) for each in {*paths} - {None}}
