@@ -533,6 +533,11 @@ def test_rewards_get_the_columns_of_the_table(
         ({"lora_scale": ["inf"]}, "--lora_scale must be finite"),
         ({"num_images_per_prompt": 0}, "--num_images_per_prompt must be at least 1"),
         ({"pipeline_arguments": {"true_cfg": 1}}, "takes no argument true_cfg here"),
+        (
+            {"pipeline_columns": ["image=source"]},
+            "StableDiffusion3Pipeline takes no argument image",
+        ),
+        ({"pipeline_columns": ["ip_adapter_image=source"]}, "no image in column 'source'"),
         ({"pipeline_arguments": "[1]"}, "a JSON object expected"),
         ({"num_frames": 5}, "takes no argument num_frames here"),
         ({"reward_frames": 5}, "--reward_frames 5: StableDiffusion3Pipeline makes images, not videos"),
