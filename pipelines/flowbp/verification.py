@@ -552,7 +552,8 @@ class _SurrogateSteps:
             # Steps after the endpoint too, because schedulers count.
             result = self.original(*tree_map(_detach, args), **tree_map(_detach, kwargs))
         following = result[0].detach()
-        sigmas = self.scheduler.sigmas[getattr(self.scheduler, "step_index", step + 1) - step - 1 :]
+        place = getattr(self.scheduler, "step_index", None)
+        sigmas = self.scheduler.sigmas[0 if place is None else place - step - 1 :]
         if step in self.terms:
             wide = velocity.to(torch.promote_types(velocity.dtype, torch.float32))
             self.sum = self.sum + self.terms[step].weight * (wide - wide.detach())

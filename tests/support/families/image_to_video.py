@@ -582,6 +582,7 @@ FAMILIES = [
             videos.build_easy_animate, EasyAnimateInpaintPipeline, in_channels=12, resize_inpaint_mask_directly=False
         ),
         easy_animate_inpaint_cases,
+        note="with `resize_inpaint_mask_directly=False`; else it reads an option that its VAE does not have",
     ),
     Family(
         "HunyuanVideo 1.5 I2V without guidance",
@@ -603,6 +604,7 @@ FAMILIES = [
         "video",
         lambda: videos.build_motif(ClassifierFreeGuidance(guidance_scale=4.0), MotifVideoImage2VideoPipeline),
         motif_i2v_case("guidance", Part(1)),
+        note="its image as latents alone, without a vision tower",
     ),
     Family("Wan Animate", "WanAnimatePipeline", "video", build_wan_animate, wan_animate_cases),
     Family("Wan VACE with masks and references", "WanVACEPipeline", "video", videos.build_wan_vace, vace_cases),
