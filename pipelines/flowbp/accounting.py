@@ -14,6 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import TreeSpec, tree_leaves, tree_map
 
 from . import checks
+from .caches import Caches, is_cache
 from .graph import leaves_of
 from .marks import Draws, TrainedUses
 from .plan import Plan
@@ -27,6 +28,7 @@ from .state import (
     random_states,
     trained_parameters,
 )
+from .trajectory import Call
 
 # What the first calls of each kind computed with, for every transformer; later rollouts compare with it too. A model
 # whose hooks are others at every rollout would add kinds without end.
@@ -57,6 +59,9 @@ class Accounting:
         self.name = name
         self.uses = uses
         self.verdicts = checks.Verdicts()
+        self.caches = Caches(name)
+        # A mask of what no step has moved, where steps have a length for each token.
+        self.given: torch.Tensor | None = None
         trained = {id(parameter) for module in transformers for parameter in parameters_of(module)}
         # Those of a VAE at PyTorch's default, for example, whose gradient nobody wants.
         self._ignored = {id(parameter) for module in others.values() for parameter in parameters_of(module)} - trained
@@ -84,7 +89,8 @@ class Accounting:
             own: leaves that the step has so far: its latents, and outputs of its earlier calls.
         """
         checks.check_inference_tensors(self.name, step, leaves)
-        checks.check_arguments(self.name, step, leaves)
+        self.caches.call_begins(step, module, leaves, kwargs)
+        checks.check_arguments(self.name, step, [leaf for leaf in leaves if not is_cache(leaf)])
         checks.check_lora_scale(self.name, module, kwargs)
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         what = f"the transformer's inputs at step {step}"
@@ -122,6 +128,7 @@ class Accounting:
             with torch.no_grad():
                 return call(), None, None
         state = ModelState.of(module)
+        checks.check_hooks(self.name, step, module, state.placed.hooks)
         trained = frozenset(map(id, trained_parameters(module)))
         kind = next((kind for kind in alike if kind.structure == state.structure and kind.trained == trained), None)
         if kind is None:
@@ -136,6 +143,11 @@ class Accounting:
             # What the first call sets up once (a table of positions, say) belongs to its state.
             state = replace(state, values=ModelState.of(module).values)
         return returned, state, kind
+
+    def call_made(self, step: int, call: Call | None, leaves: Sequence[Any], returned: Any) -> None:
+        """Note the text caches that a call filled, see `Caches.call_made`; `call` is `None` if it fills none."""
+        if tensors := self.caches.call_made(step, call, leaves, returned):
+            self.uses.note(tensors, "what a text cache holds")
 
     def _first_of_its_kind(
         self, step: int, module: torch.nn.Module, call: Callable[[], Any]
@@ -159,6 +171,18 @@ class Accounting:
         return returned, reached, frozenset(ran)
 
     # The scheduler's steps.
+
+    def signed(
+        self, step: int, plan: Plan, scheduler: Any, velocity: torch.Tensor, lengths: torch.Tensor
+    ) -> torch.Tensor:
+        """The velocity times 0, 1 or -1, as each of its elements makes a step of this length."""
+        if not plan.skips(step):
+            # Here, as marks are not passed on to the product.
+            checks.check_unmarked(self.name, f"the velocities of step {step}", [velocity])
+        signs = (lengths / plan.length(step)).round().clamp(-1, 1)
+        checks.check_lengths(self.name, scheduler, step, plan.length(step), lengths, signs, self.verdicts)
+        self.given = (signs == 0) if self.given is None else (signs == 0) & self.given
+        return velocity * signs
 
     def step_made(
         self,

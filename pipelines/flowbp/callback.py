@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from . import checks
+from .caches import with_fills
 from .columns import Columns, Reward
 from .decode import decoding_in_chunks
 from .guidance import kept_samples
@@ -236,10 +237,10 @@ class FlowBPCallback:
         transformers, beta = self._recorder.transformers, self.velocity_anchor
         checks.check_trainable(name, transformers)
         checks.check_accumulates(name, transformers)
-        steps = [step for trajectory in trajectories for step in trajectory.steps.values()]
+        steps = [step for each in trajectories for step in each.steps.values() if step.velocity.requires_grad]
         replay = Replay(name, wrapped(transformers, transformer))
         checks.check_one_wrapper(name, {call.module for step in steps for call in step.calls}, replay.modules)
-        checks.check_states(name, steps, trajectories[0].fingerprints)
+        checks.check_states(name, with_fills(name, steps), trajectories[0].fingerprints)
         kept = kept_samples(name, steps, self.unconditional_gradient)
         anchor = VelocityAnchor(name, beta, gradient_scale, transformers) if beta else None
         norms = GradientNorms(transformers, gradient_scale) if self.measure_gradients else None

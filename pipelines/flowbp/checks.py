@@ -36,7 +36,7 @@ from .state import (
     trained_parameters,
 )
 from .surrogate import Surrogate
-from .trajectory import ActiveStep, Trajectory
+from .trajectory import Call, Trajectory
 from .values import agree, holds_state, takes_two_values
 
 # What a leaf of the glue is, noted on it as `origin`.
@@ -280,6 +280,20 @@ def check_arguments(name: str, step: int, leaves: Sequence[Any]) -> None:
             )
 
 
+def check_text_cache(name: str, step: int, caches: Sequence[str], problem: str | None) -> None:
+    """A text cache is filled once, by the first step's calls, and read by the later ones.
+
+    Args:
+        caches: names of their classes.
+        problem: in words, what is wrong with them; `None` for nothing.
+    """
+    if problem is not None:
+        raise RecordingError(
+            f"{name}: at step {step} a {caches[0] if caches else 'text cache'} {problem}, expected one that the first "
+            "step's calls fill and later calls read, so a part of the gradient would be wrong; switch its cache off."
+        )
+
+
 def check_inference_tensors(name: str, step: int, leaves: Sequence[Any]) -> None:
     """Tensors made under inference mode cannot be saved for a backward pass."""
     for index, leaf in enumerate(leaves):
@@ -383,6 +397,21 @@ def check_drift(name: str, step: int, index: int, now: torch.Tensor, before: Any
     )
 
 
+def check_hooks(name: str, step: int, module: torch.nn.Module, hooks: Iterable[tuple[torch.nn.Module, Any]]) -> None:
+    """Skipped layers are left out whole: a part of them, drawn at random, would be another one in a replay.
+
+    Args:
+        hooks: parts of the transformer, each with a hook of diffusers on it.
+    """
+    for part, hook in hooks:
+        dropout = getattr(hook, "dropout", 1.0)
+        if 0 < dropout < 1 and not math.isclose(dropout, 1.0):
+            raise RecordingError(
+                f"{name}: step {step}: a {type(hook).__name__} on {name_of([module], part)} drops {dropout:g} of its "
+                "output at random, so a replay would drop another part; use dropout 1, which skips the layer whole."
+            )
+
+
 def check_random(
     name: str, step: int, module: torch.nn.Module, before: Sequence[torch.Tensor], after: Sequence[torch.Tensor]
 ) -> None:
@@ -436,15 +465,21 @@ def check_handed_on(
         dtypes: of the step's transformer outputs, to which a pipeline may round its latents.
     """
 
+    given = vars(leaf).get("given")
+    noise = "" if given is None else ", and without noise on what is given (image_cond_noise_scale=0)"
+
     def message() -> str:
         return (
             f"{name}: the latents given to step {step} are not those that step {step - 1} returned; a callback or the "
-            "pipeline altered them. Record without such a callback."
+            f"pipeline altered them. Record without such a callback{noise}."
         )
 
     if is_untouched:
         return
     values, expected = sample.detach(), leaf.detach()
+    if given is not None:
+        # A pipeline may keep what is given as it was before the scheduler rounded it.
+        values = expected.where(given & (values.float() == expected.float()), values)
     if values.shape != expected.shape:
         raise RecordingError(message())
     is_same = agree(values, expected)
@@ -455,7 +490,7 @@ def check_handed_on(
     if not sample.requires_grad:
         passes = torch.zeros_like(is_same)
     else:
-        passes = passes_unchanged(sample, leaf)
+        passes = passes_unchanged(sample, leaf, given)
     verdicts.add(
         ~passes,
         lambda: (
@@ -524,9 +559,41 @@ def check_euler(
     )
 
 
+def check_lengths(
+    name: str,
+    scheduler: Any,
+    step: int,
+    length: float,
+    lengths: torch.Tensor,
+    signs: torch.Tensor,
+    verdicts: Verdicts,
+) -> None:
+    """Terms weigh a whole velocity: each token makes the step, or none, in one direction or the other.
+
+    Args:
+        scheduler: for its name.
+        length: `sigmas[step + 1] - sigmas[step]`.
+        lengths: of each element's step.
+        signs: 0, 1 and -1, what they are of `length`.
+    """
+    # Timesteps are sigmas times 1000, in float32, and back again.
+    excess = (lengths - signs * length).abs().amax() - 16 * torch.finfo(torch.float32).eps
+    verdicts.add(
+        ~(excess <= 0),
+        lambda: (
+            f"{name}: step {step} of {type(scheduler).__name__} moves tokens by other lengths than 0 and "
+            f"{abs(length):.4g}, off by up to {excess.item():.2e}: their noise falls by a schedule of their own (a "
+            "condition whose strength is below 1), and terms weigh a whole velocity; pass strength 1."
+        ),
+    )
+
+
 def check_connected(name: str, step: int, velocity: torch.Tensor, outputs: Sequence[torch.Tensor]) -> None:
-    """A velocity without a path to its step's outputs trains nothing."""
+    """A velocity without a path to its step's outputs trains nothing. 0 is one, where guidance leaves a step out."""
     own = set(map(id, outputs))
+    # Read at once: few pipelines have such a velocity.
+    if not velocity.requires_grad and not velocity.any() and any(output.any() for output in outputs):
+        return
     if not any(id(leaf) in own for leaf in leaves_of([velocity])):
         raise RecordingError(
             f"{name}: the velocity of step {step} is not connected to the transformer's outputs by autograd (through "
@@ -656,20 +723,28 @@ def check_one_wrapper(name: str, called: Iterable[torch.nn.Module], wrapped: Map
 
 
 def check_states(
-    name: str, steps: Sequence[ActiveStep], fingerprints: Mapping[torch.nn.Module, torch.Tensor | None]
+    name: str,
+    calls: Sequence[tuple[int, Call]],
+    fingerprints: Mapping[torch.nn.Module, torch.Tensor | None],
 ) -> None:
-    """Calls are replayed in the state in which they were made, with the parameters that sampled."""
-    now = {module: ModelState.of(module) for module in {call.module for step in steps for call in step.calls}}
-    for step in steps:
-        for call in step.calls:
-            check_versions(name, call.state, now[call.module])
-    for module in now:
+    """Calls are replayed in the state in which they were made, with the parameters that sampled.
+
+    Args:
+        calls: that the sweep repeats, each with its step.
+        fingerprints: of the transformers when the rollout began.
+    """
+    now: dict[Any, ModelState] = {}
+    for _, call in calls:
+        if (key := (call.module, call.state.placed.key)) not in now:
+            with call.state.in_place(call.module):
+                now[key] = ModelState.of(call.module)
+        check_versions(name, call.state, now[key])
+    for module in {module for module, _ in now}:
         check_values(name, fingerprints[module], fingerprint(module))
-    for step in steps:
-        for call in step.calls:
-            check_state(name, step.number, call.module, call.state, now[call.module])
-            _, kwargs = tree_unflatten(call.leaves, call.spec)
-            check_lora_scale(name, call.module, kwargs)
+    for step, call in calls:
+        check_state(name, step, call.module, call.state, now[call.module, call.state.placed.key])
+        _, kwargs = tree_unflatten(call.leaves, call.spec)
+        check_lora_scale(name, call.module, kwargs)
 
 
 def check_versions(name: str, recorded: ModelState, now: ModelState) -> None:
@@ -699,7 +774,8 @@ def check_state(name: str, step: int, module: torch.nn.Module, recorded: ModelSt
     if change is not None:
         raise RecordingError(
             f"{name}: step {step}: parts of the transformer were exchanged or switched after the call ({change}), so "
-            "it cannot be called again as it was; switch that guidance off, and change nothing between record and "
+            "it cannot be called again as it was (only the hooks and attention processors of diffusers that keep "
+            "nothing from call to call are put back); switch that guidance off, and change nothing between record and "
             "backward."
         )
 

@@ -62,8 +62,12 @@ def passes_gradient(tensors: Sequence[torch.Tensor], leaf: torch.Tensor) -> torc
     return (gradient.isfinite() & (gradient != 0)).any()
 
 
-def passes_unchanged(tensor: torch.Tensor, leaf: torch.Tensor) -> torch.Tensor:
-    """Whether a gradient of `tensor` reaches `leaf`, which has its shape, as it is: a scalar flag on the device."""
+def passes_unchanged(tensor: torch.Tensor, leaf: torch.Tensor, given: torch.Tensor | None = None) -> torch.Tensor:
+    """Whether a gradient of `tensor` reaches `leaf`, which has its shape, as it is: a scalar flag on the device.
+
+    Args:
+        given: where, as a mask, no gradient is to reach it; `None` for nowhere.
+    """
     generator = torch.Generator(tensor.device).manual_seed(0)
     # 1 and -1, which no cast rounds.
     signs = torch.randint(0, 2, tensor.shape, generator=generator, device=tensor.device).to(tensor.dtype) * 2 - 1
@@ -71,4 +75,5 @@ def passes_unchanged(tensor: torch.Tensor, leaf: torch.Tensor) -> torch.Tensor:
         (gradient,) = torch.autograd.grad(tensor, [leaf], signs, allow_unused=True, retain_graph=True)
     if gradient is None:
         return torch.zeros((), dtype=torch.bool, device=leaf.device)
-    return (gradient == signs.to(gradient.dtype)).all()
+    expected = signs.to(gradient.dtype)
+    return (gradient == (expected if given is None else expected.where(~given, 0))).all()

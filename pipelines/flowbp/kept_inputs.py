@@ -7,13 +7,19 @@ from typing import Any
 
 import torch
 
+from .caches import Caches, is_cache
 from .graph import leaves_of
 
 
 class KeptInputs:
-    """The inputs of a rollout's active calls."""
+    """The inputs of a rollout's calls that may be made again.
 
-    def __init__(self) -> None:
+    Args:
+        caches: text caches of the rollout.
+    """
+
+    def __init__(self, caches: Caches) -> None:
+        self._caches = caches
         # By id: the pipeline's tensor, its version, and the copy.
         self._kept: dict[int, tuple[torch.Tensor, int, torch.Tensor]] = {}
 
@@ -28,11 +34,13 @@ class KeptInputs:
 
         Returns:
             `{index: tensor in the glue}` of the inputs through which a gradient must return, and all inputs, tensors
-            among them detached.
+            among them detached, and text caches as `KeptCache`.
         """
         wanted = set(map(id, sources))
         attached, kept = {}, list(leaves)
         for index, leaf in enumerate(leaves):
+            if is_cache(leaf):
+                kept[index] = self._caches.kept(leaf)
             if not isinstance(leaf, torch.Tensor):
                 continue
             if any(id(root) in wanted for root in leaves_of([leaf])):

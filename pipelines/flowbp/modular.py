@@ -45,13 +45,6 @@ def _context_of(function: Callable[..., Any]) -> Any:
     return function.__closure__[code.co_freevars.index("ctx_factory")].cell_contents()
 
 
-def end_guidance(pipe: Any) -> None:
-    """After an exception in mid-call: take off the hooks that a guider has placed on the transformer for one call."""
-    guider = getattr(pipe, "guider", None)
-    if guider is not None and isinstance(pipe, ModularPipeline):
-        guider.cleanup_models(pipe.transformer)
-
-
 def returned_values(returned: Any) -> Any:
     """What a pipeline returned, as a tree: a modular pipeline's state holds its values in a dict."""
     return returned.values if isinstance(returned, PipelineState) else returned

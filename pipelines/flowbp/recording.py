@@ -18,23 +18,24 @@ from typing import Any
 
 import torch
 from diffusers import ModularPipeline
-from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from . import checks, modular
+from . import checks, modular, steps
 from .accounting import Accounting
+from .caches import fills
 from .hooks import Patches
 from .introspection import begin_index, calling_pipeline, guidance_scales, is_velocity_model, keyword_arguments
 from .kept_inputs import KeptInputs
 from .marks import TrainedUses
 from .methods import Method
+from .placed import as_they_are
 from .plan import Plan
 from .stand_ins import StandIns
 from .state import fingerprint, name_of, parameters_of, trained_parameters, without_cudnn_attention
 from .surrogate import Surrogate
 from .trajectory import ActiveStep, Call, Trajectory
+from .values import is_list_of_samples
 
 
 class Recorder:
@@ -121,8 +122,8 @@ class Recorder:
         uses = TrainedUses(self.trained, untrained, functools.partial(name_of, self.transformers))
         rollout = Rollout(self, Accounting(self.name, self.transformers, self.others, uses))
         for arguments in holders:
-            _wrap_callback(arguments, rollout)
-        grad_enabled = torch.is_grad_enabled()
+            steps.wrap_callback(arguments, rollout.step_callback)
+        grad_enabled, put_back = torch.is_grad_enabled(), as_they_are(self.transformers)
         self._rollout = rollout
         try:
             with uses, without_cudnn_attention():
@@ -132,7 +133,7 @@ class Recorder:
             else:
                 rollout.accounting.settle()
         except Exception:
-            modular.end_guidance(self.pipe)
+            put_back()
             # What is known by now may explain the error, which is then its context.
             rollout.accounting.settle()
             raise
@@ -260,7 +261,7 @@ class Rollout:
         # The leaf of this step's latents, and the copy of it that the pipeline was given, with its version.
         self._latents: torch.Tensor | None = None
         self._handed: tuple[torch.Tensor, int] | None = None
-        self._inputs = KeptInputs()
+        self._inputs = KeptInputs(accounting.caches)
 
     @property
     def has_begun(self) -> bool:
@@ -302,15 +303,17 @@ class Rollout:
         is_active = self._step in self.plan.active
         own = self._outputs if self._latents is None else [*self._outputs, self._latents]
         self.accounting.call_begins(self._step, module, leaves, kwargs, own)
+        is_kept = is_active or fills(kwargs)
         # Copies are taken before the call, which may write into its inputs.
-        attached, inputs = self._inputs.keep(leaves, self._sources()) if is_active else ({}, [])
+        attached, inputs = self._inputs.keep(leaves, self._sources()) if is_kept else ({}, [])
         returned, state, kind = self.accounting.compute(
-            self._step, module, spec, is_active, functools.partial(original, *args, **kwargs)
+            self._step, module, spec, is_kept, functools.partial(original, *args, **kwargs)
         )
         result, outputs = self._cut(returned)
+        call = Call(module, spec, inputs, attached, outputs, is_list_of_samples(returned, outputs), state, kind)
+        self.accounting.call_made(self._step, call if fills(kwargs) else None, leaves, returned)
         if is_active:
-            is_list = _is_list(returned, outputs)
-            self._calls.append(Call(module, spec, inputs, attached, outputs, is_list, state, kind))
+            self._calls.append(call)
         self._outputs += outputs
         if not self.plan.is_copy:
             self.recorder.stand_ins.learn(leaves, returned)
@@ -361,14 +364,13 @@ class Rollout:
         """Make a step without gradients and hand the next latents on as a leaf."""
         values = dict(zip(("model_output", "timestep", "sample"), args, strict=False)) | kwargs
         velocity, sample = values["model_output"], values["sample"]
-        as_tuple = values.get("return_dict", True) is False
         name = self.recorder.name
         checks.check_loop_has_begun(name, self.has_begun)
         checks.check_one_loop(name, self.is_rescheduled)
         checks.check_number_of_steps(name, self._num_made, self.plan.num_steps)
         self._num_made += 1
         if self.is_finished:
-            return _step_result(self.trajectory.endpoint.clone(), as_tuple)
+            return steps.returned(self.trajectory.endpoint.clone(), values)
         if self._latents is not None:
             is_untouched = self._is_untouched(sample)
             dtypes = [output.dtype for output in self._outputs]
@@ -376,19 +378,21 @@ class Rollout:
                 name, self._step, sample, self._latents, is_untouched, dtypes, self.accounting.verdicts
             )
         # Skipped steps too: schedulers count their steps, and not all find their place by the timestep.
-        with torch.no_grad():
-            result = original(*_detached(args), **_detached(kwargs))
+        following, lengths = steps.made(original, args, kwargs)
         checks.check_place(name, self.plan.first + self._step, self.recorder.scheduler)
+        if lengths is not None:
+            velocity = self.accounting.signed(self._step, self.plan, self.recorder.scheduler, velocity, lengths)
+        given = self.accounting.given
         if self.plan.skips(self._step):
             following = self.recorder.renoised(self.plan) if self._step == self.plan.last - 1 else sample.detach()
+            following = following if given is None else sample.detach().where(given, following)
         else:
-            following = (result[0] if isinstance(result, tuple) else result.prev_sample).detach()
             tensors = (sample, velocity, following)
             self.accounting.step_made(
                 self._step, self.plan, self.recorder.scheduler, tensors, self._outputs, self._latents
             )
             self._keep_step(velocity, sample)
-        return _step_result(self._hand_on(following), as_tuple)
+        return steps.returned(self._hand_on(following), values)
 
     def _is_untouched(self, latents: torch.Tensor) -> bool:
         """Whether these are the latents that the scheduler handed on, and nobody has written into them."""
@@ -415,7 +419,7 @@ class Rollout:
 
     def _hand_on(self, following: torch.Tensor) -> torch.Tensor:
         """The next latents, or the endpoint, as a leaf's copy; the next step begins."""
-        trajectory, plan = self.trajectory, self.plan
+        trajectory, plan, given = self.trajectory, self.plan, self.accounting.given
         if self._step == plan.last:
             if self._step + 1 in plan.latents:
                 trajectory.latents[self._step + 1] = following
@@ -423,45 +427,20 @@ class Rollout:
                 trajectory.endpoint = following.clone().requires_grad_()
             leaf = trajectory.endpoint
             self.is_finished = True
-            self._calls, self._outputs, self._latents, self._inputs = [], [], None, KeptInputs()
+            self._calls, self._outputs, self._latents, self._inputs = [], [], None, None
             if not self._made_all_steps and hasattr(type(self.recorder.pipe), "interrupt"):
                 self.recorder.pipe._interrupt = True
             self.accounting.settle()
             self.recorder.on_stage("decode")
         else:
             leaf = following.requires_grad_()
-            leaf.origin = checks.LATENTS
+            leaf.origin, leaf.given = checks.LATENTS, given
             self._calls, self._outputs, self._latents = [], [], leaf
             self._step += 1
             self.accounting.step_ends()
         # A copy, because pipelines may write into their latents. Attached wherever the step is made.
         with torch.enable_grad():
-            handed = leaf.clone()
+            # What is given depends on nothing that is trained.
+            handed = leaf.clone() if given is None else leaf.detach().where(given, leaf)
         self._handed = (handed, handed._version)
         return handed
-
-
-def _wrap_callback(arguments: dict[str, Any], rollout: Rollout) -> None:
-    """Let the user's step callback run outside of the recording."""
-    callback = arguments.get("callback_on_step_end")
-    if callback is None:
-        return
-    if isinstance(callback, PipelineCallback | MultiPipelineCallbacks):
-        # Pipelines read this of their own callback classes, which the wrapper hides.
-        arguments["callback_on_step_end_tensor_inputs"] = callback.tensor_inputs
-    arguments["callback_on_step_end"] = functools.partial(rollout.step_callback, callback)
-
-
-def _is_list(result: Any, outputs: list[torch.Tensor]) -> bool:
-    """Whether a transformer returned `(list of tensors, ...)`, one for each sample."""
-    values = list(result.values()) if isinstance(result, dict) else result
-    first = values[0] if isinstance(values, list | tuple) and values else None
-    return isinstance(first, list | tuple) and len(first) == len(outputs)
-
-
-def _detached(values: Any) -> Any:
-    return tree_map(lambda value: value.detach() if isinstance(value, torch.Tensor) else value, values)
-
-
-def _step_result(sample: torch.Tensor, as_tuple: bool) -> Any:
-    return (sample,) if as_tuple else FlowMatchEulerDiscreteSchedulerOutput(prev_sample=sample)

@@ -53,6 +53,7 @@ class Replay:
         with ExitStack() as stack:
             if not synchronises:
                 stack.enter_context(_no_exchange(module))
+            stack.enter_context(call.state.in_place(call.module))
             stack.enter_context(torch.enable_grad())
             replayed = self._verified(step, call, samples, module)
             try:
@@ -65,7 +66,7 @@ class Replay:
         """Raise RecordingError unless all calls, repeated whole and without gradients, give what was recorded."""
         for number, call in ((step.number, call) for step in steps for call in step.calls):
             replayed = Replayed(call, call.module, None, None, {}, [])
-            with torch.no_grad(), with_random_states(call.module, call.state.random):
+            with torch.no_grad(), call.state.in_place(call.module), with_random_states(call.module, call.state.random):
                 replayed.outputs = replayed.forward()
             checks.check_reproduced(self.name, number, self._problem(replayed))
 
@@ -90,7 +91,6 @@ class Replay:
         self, step: int, call: Call, samples: Samples, module: torch.nn.Module
     ) -> tuple[Replayed | None, str | None]:
         """The replay of these samples, and in words how it differs from the recording."""
-        args, kwargs, inputs = chosen_arguments(call, samples)
 
         def check_gradients(path: str, part: torch.nn.Module) -> None:
             checks.check_runs_with_gradients(self.name, path, part)
@@ -99,6 +99,8 @@ class Replay:
         try:
             with parts_that_run(call.module, on_part) as ran, call.state.under_autocast():
                 with with_random_states(call.module, call.state.random):
+                    # Which may fill text caches anew.
+                    args, kwargs, inputs = chosen_arguments(call, samples)
                     outputs = floating_outputs(module(*args, **kwargs))
         except torch.OutOfMemoryError:
             raise

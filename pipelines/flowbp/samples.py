@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from .caches import KeptCache
 from .trajectory import Call
 
 # Slices of a call's samples; `None` for all of them, an empty tuple for none.
@@ -65,6 +66,8 @@ def chosen_arguments(call: Call, samples: Samples) -> tuple[tuple[Any, ...], dic
     lists = _entries_of_lists(call)
     chosen = list(call.leaves)
     for index, leaf in enumerate(chosen):
+        if isinstance(leaf, KeptCache):
+            chosen[index] = leaf.again()
         if not isinstance(leaf, torch.Tensor):
             continue
         if index not in lists and leaf.ndim > 0 and len(leaf) == call.size:

@@ -20,7 +20,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch.nn.modules import module as torch_module
 from torch.utils._pytree import TreeSpec
 
-_PLAIN = (bool, int, float, str, type(None))
+from .placed import PLAIN, STATELESS_HOOKS, Placed, keeps_nothing, plain_attributes, stateless_hooks
+
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 # Parts of these packages keep nothing from call to call; their adapters are looked at by name.
 _STATELESS = ("torch", "peft", "flowbp")
@@ -59,6 +60,7 @@ class ModelState:
         versions: version counters of the trained parameters.
         autocast: device type, whether autocast is on, and its dtype.
         random: states of the generators that a call would draw from.
+        placed: hooks and attention processors that may have been placed for the call.
     """
 
     structure: tuple[Any, ...]
@@ -66,6 +68,7 @@ class ModelState:
     versions: tuple[int, ...]
     autocast: tuple[str, bool, torch.dtype]
     random: list[torch.Tensor]
+    placed: Placed
 
     @classmethod
     def of(cls, module: torch.nn.Module) -> "ModelState":
@@ -79,7 +82,12 @@ class ModelState:
             tuple(parameter._version for parameter in parameters if parameter.requires_grad),
             (device_type, torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)),
             random_states(module),
+            Placed(parts),
         )
+
+    def in_place(self, module: torch.nn.Module) -> AbstractContextManager[None]:
+        """A context in which `module` has the hooks and attention processors that were placed for the call."""
+        return self.placed.in_place(parts_of(module))
 
     def under_autocast(self) -> AbstractContextManager[Any]:
         """A context with the recorded autocast settings."""
@@ -207,13 +215,19 @@ def _identity(value: Any) -> Any:
 def _structure(part: torch.nn.Module) -> tuple[Any, ...]:
     attributes = part.__dict__
     hooks = [tuple(map(_identity, attributes[name].values())) for name in _HOOKS if attributes[name]]
-    facts: tuple[Any, ...] = (part.training, tuple(hooks), _identity(attributes.get("forward")), _identity(part))
+    stateless, forward = stateless_hooks(part, attributes.get("forward"))
+    # These by content, as guiders make new ones for each call.
+    around = tuple((type(hook).__name__, plain_attributes(hook)) for hook in stateless)
+    facts: tuple[Any, ...] = (part.training, tuple(hooks), (around, _identity(forward)), _identity(part))
     processor = attributes.get("processor") or attributes["_modules"].get("processor")
     if processor is not None:
-        facts += ("processor", type(processor).__name__, _plain_attributes(processor))
+        facts += ("processor", type(processor).__name__, plain_attributes(processor))
+        if not keeps_nothing(processor):
+            facts += (_identity(processor),)
     # diffusers leaves an empty registry behind.
-    if "_diffusers_hook" in attributes and attributes["_diffusers_hook"].hooks:
-        facts += ("hooks", tuple(attributes["_diffusers_hook"].hooks))
+    registry = attributes["_diffusers_hook"].hooks if "_diffusers_hook" in attributes else {}
+    if others := [type(each).__name__ for each in registry.values() if type(each) not in STATELESS_HOOKS]:
+        facts += ("hooks", *others)
     if isinstance(part, BaseTunerLayer):
         facts += ("adapters", tuple(part.active_adapters), part.disable_adapters, tuple(part.merged_adapters))
         facts += ("scaling", tuple(part.scaling.items()) if isinstance(getattr(part, "scaling", None), dict) else ())
@@ -227,7 +241,7 @@ def _values(part: torch.nn.Module) -> tuple[Any, ...]:
     if not type(part).__module__.startswith(_STATELESS):
         for name, value in part.__dict__.items():
             # Checkpointing changes where tensors are kept, not what is computed.
-            if isinstance(value, _PLAIN) and "gradient_checkpointing" not in name:
+            if isinstance(value, PLAIN) and "gradient_checkpointing" not in name:
                 found.append((name, value))
             elif isinstance(value, torch.Tensor):
                 found.append((name, _Held(value)))
@@ -244,30 +258,28 @@ def _global_hooks() -> tuple[Any, ...]:
     return tuple(_identity(hook) for registry in registries for hook in registry.values())
 
 
-def _plain_attributes(value: Any) -> tuple[tuple[str, Any], ...]:
-    """Numbers, words and lists of them among an object's attributes."""
-    found = []
-    for name, attribute in getattr(value, "__dict__", {}).items():
-        if isinstance(attribute, _PLAIN):
-            found.append((name, attribute))
-        elif isinstance(attribute, list | tuple) and all(isinstance(each, _PLAIN) for each in attribute):
-            found.append((name, tuple(attribute)))
-    return tuple(found)
-
-
 def _difference(old: tuple[Any, ...], new: tuple[Any, ...]) -> str:
     if old and new and isinstance(old[0], bool):
         if old[0] != new[0]:
             return f"{'training' if old[0] else 'evaluation'} mode, now {'training' if new[0] else 'evaluation'} mode"
         if old[1] != new[1]:
             return "other hooks"
-        if old[2:4] != new[2:4]:
-            return "another forward" if old[3] == new[3] else "another part"
-        return f"{' '.join(map(str, old[4:]))}, now {' '.join(map(str, new[4:]))}"
+        if old[3] != new[3]:
+            return "another part"
+        words = [_words(old), _words(new)]
+        if words[0] != words[1]:
+            return f"{words[0]}, now {words[1]}"
+        return "another forward" if old[2] != new[2] else "another attention processor that may keep something"
     if old and isinstance(old[0], tuple):
         changed = [each for each in old if each not in new]
         return f"its {changed[0][0]}" if changed else "something new"
     return "other ones"
+
+
+def _words(facts: tuple[Any, ...]) -> str:
+    stateless, *others = facts[2][0], *facts[4:]
+    found = [name for name, _ in stateless] + [str(each) for each in others if not isinstance(each, weakref.ref)]
+    return " ".join(found) or "nothing"
 
 
 def is_sharded(module: torch.nn.Module) -> bool:

@@ -48,6 +48,7 @@ def sweep(
         (index, trajectory.steps[term.step], term)
         for index, trajectory in enumerate(trajectories)
         for term in reversed(trajectory.surrogate.terms)
+        if trajectory.steps[term.step].velocity.requires_grad
     ]
     adjoints = list(adjoints)
     for number, (index, step, term) in enumerate(passes):

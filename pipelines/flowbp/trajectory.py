@@ -50,7 +50,7 @@ class ActiveStep:
     Attributes:
         number: the step.
         latents: `(B, ...)` leaf that the scheduler handed to this step; `None` where no gradient goes on to it.
-        velocity: `(B, ...)` what the scheduler was given, in the glue.
+        velocity: `(B, ...)` what the scheduler was given, in the glue; without a gradient if it is constant 0.
         calls: in the pipeline's order.
         guidance_scales: `{name: value}` as the pipeline had them at this step.
     """

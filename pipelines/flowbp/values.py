@@ -39,3 +39,10 @@ def holds_state(value: Any) -> bool:
         else:
             pending += vars(part).values()
     return False
+
+
+def is_list_of_samples(result: Any, outputs: list[torch.Tensor]) -> bool:
+    """Whether a transformer returned `(list of tensors, ...)`, one for each sample."""
+    values = list(result.values()) if isinstance(result, dict) else result
+    first = values[0] if isinstance(values, list | tuple) and values else None
+    return isinstance(first, list | tuple) and len(first) == len(outputs)

@@ -554,6 +554,10 @@ class _SurrogateSteps:
         following = result[0].detach()
         place = getattr(self.scheduler, "step_index", None)
         sigmas = self.scheduler.sigmas[0 if place is None else place - step - 1 :]
+        if values.get("per_token_timesteps") is not None:
+            # Tokens that are given do not move, others move the other way: from values alone.
+            move = (following - sample.detach()) / (velocity.detach() * (sigmas[step + 1] - sigmas[step]))
+            velocity = velocity * move.nan_to_num().round()
         if step in self.terms:
             wide = velocity.to(torch.promote_types(velocity.dtype, torch.float32))
             self.sum = self.sum + self.terms[step].weight * (wide - wide.detach())

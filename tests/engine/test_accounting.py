@@ -9,6 +9,8 @@ from collections import Counter
 from contextlib import ExitStack
 
 import pytest
+from families.images import build_sd3_pag, sd3_pag_cases
+from lifted import LIFTED
 from violations import (
     ANCHORED,
     METHODS,
@@ -39,7 +41,7 @@ from violations import (
 from flowbp import FlowBPCallback, get_method
 from flowbp.checks import RecordingError
 
-RUNS = [(violation, method) for violation in VIOLATIONS for method in violation.methods]
+RUNS = [(violation, method) for violation in [*VIOLATIONS, *LIFTED] for method in violation.methods]
 
 
 @pytest.mark.parametrize(
@@ -130,6 +132,20 @@ def test_what_is_left_behind_is_seen():
     assert any("step" in change for change in before.changes())
     block.__exit__(None, None, None)
     assert not before.changes()
+
+
+def test_an_error_in_mid_call_puts_attention_processors_back():
+    pipe = build_sd3_pag()
+    before = pipe.transformer.attn_processors
+
+    def fails(*_: object) -> None:
+        raise ZeroDivisionError
+
+    pipe.transformer.register_forward_hook(fails)
+    arguments = {**sd3_pag_cases(pipe)[1].arguments, "num_inference_steps": 2}
+    with pytest.raises(ZeroDivisionError), new_callback("full").record(pipe):
+        pipe(**arguments)
+    assert pipe.transformer.attn_processors == before
 
 
 # Record blocks that overlap.

@@ -36,6 +36,7 @@ from diffusers.models.attention_processor import JointAttnProcessor2_0
 from families.family import embeddings
 from families.paper import build_flux
 from families.videos import build_wan_22, wan_prompts
+from lifted import LIFTED
 from tiny_sd3 import MAX_SEQUENCE_LENGTH, Float64Scheduler
 from violations import (
     ANCHORED,
@@ -80,6 +81,7 @@ from flowbp import (
     Surrogate,
     Term,
     accounting,
+    caches,
     checks,
     get_method,
     graph,
@@ -87,6 +89,7 @@ from flowbp import (
     hooks,
     marks,
     observers,
+    placed,
     recording,
     replay,
     scoring,
@@ -155,8 +158,8 @@ def violates(violation: Violation, method: str = "full") -> Act:
 
 
 def known(name: str, method: str = "full") -> Act:
-    """One of `VIOLATIONS` or `UNSEEN`."""
-    return violates(named([*VIOLATIONS, *UNSEEN], name), method)
+    """One of `VIOLATIONS`, `LIFTED` or `UNSEEN`."""
+    return violates(named([*VIOLATIONS, *LIFTED, *UNSEEN], name), method)
 
 
 def known_anchored(name: str) -> Act:
@@ -711,6 +714,9 @@ SCENARIOS: dict[str, list[Scenario]] = {
     "check_arguments": [
         Scenario("passes a SimpleNamespace", stock(keeping, call=call_with_cache, method="draft-k"), WRONG)
     ],
+    "check_text_cache": [
+        Scenario("was written into after", known("text cache detached in a later step"), WRONG),
+    ],
     "check_inference_tensors": [
         Scenario("torch.inference_mode()", looping(TextUnderInferenceMode), "do not track version counter")
     ],
@@ -737,6 +743,9 @@ SCENARIOS: dict[str, list[Scenario]] = {
         ),
     ],
     "check_drift": [Scenario("neither the latents nor a timestep explain it", looping(WordsDrift), RIGHT)],
+    "check_hooks": [
+        Scenario("drops 0.5 of its output", known("part of a layer dropped in single calls"), "draws random numbers")
+    ],
     "check_draws": [Scenario("draws random numbers", known("mask from a generator of the layer's own"), WRONG)],
     "check_random": [Scenario("draws random numbers at step 0", stock(build=with_zeros(DropsAttention)), RIGHT)],
     # The scheduler's steps.
@@ -751,7 +760,10 @@ SCENARIOS: dict[str, list[Scenario]] = {
     "check_place": [Scenario("made step 2 of its sigmas, expected step 0", begins_later, WRONG)],
     "check_number_of_steps": [Scenario("made more than the 5 steps", looping(LoopsAgain), WRONG)],
     "check_euler": [Scenario("is not latents + (sigmas[i + 1]", looping(PlainLoop, with_momentum), WRONG)],
-    "check_connected": [Scenario("is not connected", looping(DetachedVelocity), NO_GRAPH)],
+    "check_lengths": [
+        Scenario("moves tokens by other lengths", known("steps that lose a part of the gradient"), WRONG),
+    ],
+    "check_connected": [Scenario("is not connected", looping(DetachedVelocity), RIGHT)],
     # What the pipeline returns.
     "check_returned": [
         Scenario(
@@ -1088,6 +1100,25 @@ INSTRUMENTS: list[tuple[Callable[..., Any], Callable[..., Any], Scenario]] = [
         state.ModelState.change,
         says(None),
         Scenario("exchanged or switched", known("sets a LoRA's weight between record and backward"), WRONG),
+    ),
+    (
+        placed.Placed.in_place,
+        passing,
+        Scenario(RIGHT, known("layer skipped in single calls"), "exchanged or switched"),
+    ),
+    (
+        placed.keeps_nothing,
+        says(True),
+        Scenario("exchanged or switched", known("processor for single calls that holds a tensor"), RIGHT),
+    ),
+    (
+        caches.check_recomputed,
+        says(None),
+        Scenario(
+            "gradient checkpointing recomputes",
+            known("cached reference, checkpointing switched on before backward"),
+            WRONG,
+        ),
     ),
     (
         state.random_states,

@@ -10,7 +10,16 @@ from unittest import mock
 import diffusers
 import pytest
 import torch
-from diffusers import AdaptiveProjectedGuidance, ClassifierFreeGuidance, ModularPipeline, SkipLayerGuidance
+from diffusers import (
+    AdaptiveProjectedGuidance,
+    AutoGuidance,
+    ClassifierFreeGuidance,
+    ClassifierFreeZeroStarGuidance,
+    ModularPipeline,
+    SkipLayerGuidance,
+    SmoothedEnergyGuidance,
+    TangentialClassifierFreeGuidance,
+)
 from diffusers.hooks import LayerSkipConfig
 from families import FAMILIES
 from families.oracle import gradients, project
@@ -111,35 +120,59 @@ def test_guidance_with_memory_is_refused():
         call()
 
 
-def skips_a_layer() -> SkipLayerGuidance:
-    skipped = LayerSkipConfig([0], "transformer_blocks", skip_attention=False, skip_ff=True)
-    return SkipLayerGuidance(3.0, 2.8, 0, 1, skip_layer_config=skipped)
+def layer(**skipped: Any) -> LayerSkipConfig:
+    return LayerSkipConfig([0], "transformer_blocks", skip_attention=False, **skipped)
 
 
-def test_hooks_that_a_guider_places_for_one_call_are_refused():
-    pipe, call = build("StableDiffusion3", skips_a_layer())
-    callback = FlowBPCallback(get_method("full"), unconditional_gradient=True)
-    with callback.record(pipe):
-        images = call()
-    with pytest.raises(RecordingError, match="exchanged or switched after the call"):
-        callback.backward(project(images))
+def skips_a_layer(scale: float = 3.0) -> SkipLayerGuidance:
+    return SkipLayerGuidance(scale, 2.8, 0, 1, skip_layer_config=layer())
+
+
+GUIDERS = {
+    "skip-layer guidance": skips_a_layer,
+    "skip-layer guidance alone": lambda: skips_a_layer(1.0),
+    "autoguidance": lambda: AutoGuidance(3.0, auto_guidance_config=layer()),
+    "smoothed energy guidance": lambda: SmoothedEnergyGuidance(
+        3.0, 2.8, seg_guidance_start=0, seg_guidance_stop=1, seg_guidance_layers=[0]
+    ),
+    "tangential guidance": lambda: TangentialClassifierFreeGuidance(3.0),
+    "projected guidance": lambda: AdaptiveProjectedGuidance(3.0, eta=0.0),
+    "CFG-Zero*": lambda: ClassifierFreeZeroStarGuidance(3.0, zero_init_steps=0),
+    "CFG-Zero*, no first step": lambda: ClassifierFreeZeroStarGuidance(3.0, zero_init_steps=1),
+}
+
+
+@pytest.mark.parametrize("method", ["full", "flowbp-bridge"])
+@pytest.mark.parametrize("name", GUIDERS)
+def test_guiders(name: str, method: str):
+    pipe, call = build("StableDiffusion3", GUIDERS[name]())
+    assert difference(pipe, call, new_callback(method), steps=4) < 1e-6
+
+
+def test_dropout_of_a_part_of_a_layer_is_refused_and_leaves_no_hook():
+    pipe, call = build("StableDiffusion3", AutoGuidance(3.0, auto_guidance_config=layer(dropout=0.5)))
+    with pytest.raises(RecordingError, match="drops 0.5 .* use dropout 1"), new_callback("full").record(pipe):
+        call()
+    assert hooks_on(pipe) == 0
+
+
+def hooks_on(pipe: ModularPipeline) -> int:
+    return sum(
+        len(part._diffusers_hook.hooks) for part in pipe.transformer.modules() if hasattr(part, "_diffusers_hook")
+    )
 
 
 def test_an_error_in_mid_call_takes_the_guiders_hooks_off():
     pipe, call = build("StableDiffusion3", skips_a_layer())
-    parts = list(pipe.transformer.modules())
-
-    def hooks() -> int:
-        return sum(len(part._diffusers_hook.hooks) for part in parts if hasattr(part, "_diffusers_hook"))
 
     def fails_where_there_are_hooks(*_: Any) -> None:
-        if hooks():
+        if hooks_on(pipe):
             raise ZeroDivisionError
 
     pipe.transformer.register_forward_pre_hook(fails_where_there_are_hooks)
     with pytest.raises(ZeroDivisionError), FlowBPCallback(get_method("full")).record(pipe):
         call()
-    assert hooks() == 0
+    assert hooks_on(pipe) == 0
 
 
 def test_a_components_manager_that_offloads_is_refused():

@@ -72,6 +72,13 @@ def test_one_branch_is_left_out(model: str) -> None:
     assert "without " + found.differences[0].left_out in str(found)
 
 
+def test_given_tokens() -> None:
+    """Steps of LTX have the other sign, and none for a frame that is given, also in DRaFT-LV's copies."""
+    pipe, cases = built("LTX-Video with conditions")
+    found = verify(pipe, method=("full", "draft-lv", "flowbp-bridge"), **cases[3].arguments)
+    assert found.is_within_bound, str(found)
+
+
 def test_guidance_that_stops_has_smaller_calls_at_late_steps() -> None:
     pipe, cases = built("Z-Image")
     found = verify(pipe, unconditional_gradient=False, **cases[3].arguments)

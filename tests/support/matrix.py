@@ -53,10 +53,11 @@ HEAD = (
 REASONS = {
     r"step \d+ of (\w+) is not latents \+": r"`\1` does not take plain Euler steps",
     r"passes an? (\w+) to the transformer": r"a `\1` carries state from step to step",
-    r"exchanged or switched after the call": "parts of the transformer are exchanged during the call",
     r"runs without gradients inside": "a part of the transformer runs without gradients",
     r"depend on outputs of earlier steps": "a step uses outputs of earlier steps",
     r"written into in place": "autograd refuses the pipeline's writes in place",
+    r"moves tokens by other lengths": "the noise of some tokens falls by a schedule of their own",
+    r"without noise on what is given": "noise is drawn on given frames at each step",
     r"`sigmas` must fall": "the sigmas do not fall from 1 to 0",
     r"(\w+) has no sigmas": r"`\1` has no sigmas of a flow",
     r"latents given to step \d+ are not those": "the pipeline writes the source into the latents at every step",

@@ -349,7 +349,14 @@ def surrogate_steps(pipe: Any, surrogate: Surrogate) -> Iterator[None]:
         if state.endpoint is not None:
             return (state.endpoint,)
         with torch.no_grad():
-            following = original(model_output.detach(), timestep, sample.detach(), return_dict=False)[0]
+            following = original(
+                model_output.detach(), timestep, sample.detach(), **{**options, "return_dict": False}
+            )[0]
+        if options.get("per_token_timesteps") is not None:
+            # Tokens that are given do not move, others move the other way.
+            length = pipe.scheduler.sigmas[number + 1] - pipe.scheduler.sigmas[number]
+            moved = (following - sample.detach()) / (length * model_output.detach())
+            model_output = model_output * moved.round().nan_to_num()
         if number in terms:
             move = terms[number].weight * model_output
             # Zero, with a gradient.
@@ -762,13 +769,13 @@ def looking(look: Callable[[Any, torch.Tensor], Any]) -> Callable[[Any], StepCal
 VIOLATIONS: list[Violation] = []
 
 
-def adding(rule: int, cause: str) -> Callable[..., None]:
-    """A function that adds a violation of a rule to `VIOLATIONS`; `cause` is its default."""
+def adding(rule: int, cause: str, violations: list[Violation] = VIOLATIONS) -> Callable[..., None]:
+    """A function that adds a violation of a rule to `violations`; `cause` is its default."""
 
     def add(name: str, build: Any, must: Must = "refused", **changes: Any) -> None:
         if isinstance(build, type):
             build, changes = loop(build), {"call": loop_call, **changes}
-        VIOLATIONS.append(Violation(name, rule, build, must, **{"cause": cause, **changes}))
+        violations.append(Violation(name, rule, build, must, **{"cause": cause, **changes}))
 
     return add
 

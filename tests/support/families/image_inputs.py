@@ -44,7 +44,6 @@ from .family import (
 )
 from .flux_inputs import BLENDED, CONTROL, INPAINT, SOURCE
 from .images import (
-    PAG_NOTE,
     SANA_SIZES,
     build_cogview4,
     build_sd3_pag,
@@ -178,7 +177,6 @@ FAMILIES = [
         StableDiffusion3PAGImg2ImgPipeline,
         build_sd3_pag,
         sd3_pag_cases,
-        PAG_NOTE,
     ),
     image_family(
         "CogView4 Control",

@@ -424,7 +424,7 @@ def sana_wm_cases(pipe: DiffusionPipeline) -> list[Case]:
         "width": 8,
         "num_frames": 3,
     }
-    return [Case("no guidance", {**arguments, "guidance_scale": 1.0}, refused="is not latents")]
+    return guidance_cases(arguments, 5.0, Part(0, "first half"))
 
 
 def build_any_flow() -> DiffusionPipeline:
@@ -688,7 +688,6 @@ FAMILIES = [
         "video",
         build_sana_wm,
         sana_wm_cases,
-        note="its steps have the other sign and a length for each token",
     ),
     Family("HunyuanVideo FramePack", "HunyuanVideoFramepackPipeline", "video", build_framepack, framepack_cases),
     Family(

@@ -229,11 +229,11 @@ def sana_dpm_solver_cases(pipe: DiffusionPipeline) -> list[Case]:
 
 def pag_cases(plain: dict[str, Any], guided: dict[str, Any]) -> list[Case]:
     """Of a pipeline with perturbed attention, given its arguments without guidance and with it."""
-    exchanged = "parts of the transformer were exchanged"
+    two = "exactly one unconditional branch"
     return [
         Case("guidance", {**guided, "pag_scale": 0.0}, Part(0, "first half")),
-        Case("perturbed attention", {**plain, "pag_scale": 3.0}, refused=exchanged),
-        Case("perturbed attention and guidance", {**guided, "pag_scale": 3.0}, refused=exchanged),
+        Case("perturbed attention", {**plain, "pag_scale": 3.0}, Part(0, "second half")),
+        Case("perturbed attention and guidance", {**guided, "pag_scale": 3.0}, Part(0), unconditional_refused=two),
     ]
 
 
@@ -593,8 +593,6 @@ def omnigen_cases(pipe: DiffusionPipeline) -> list[Case]:
     ]
 
 
-PAG_NOTE = "it exchanges the attention processors for the time of its call"
-
 FAMILIES = [
     Family("Lumina-Image 2.0", "Lumina2Pipeline", "image", build_lumina2, lumina2_cases),
     Family("Lumina-Next", "LuminaPipeline", "image", build_lumina, lumina_cases),
@@ -609,8 +607,8 @@ FAMILIES = [
         sana_dpm_solver_cases,
         "its default scheduler takes steps of second order",
     ),
-    Family("Sana PAG", "SanaPAGPipeline", "image", build_sana_pag, sana_pag_cases, PAG_NOTE),
-    Family("Stable Diffusion 3 PAG", "StableDiffusion3PAGPipeline", "image", build_sd3_pag, sd3_pag_cases, PAG_NOTE),
+    Family("Sana PAG", "SanaPAGPipeline", "image", build_sana_pag, sana_pag_cases),
+    Family("Stable Diffusion 3 PAG", "StableDiffusion3PAGPipeline", "image", build_sd3_pag, sd3_pag_cases),
     Family(
         "HiDream-I1",
         "HiDreamImagePipeline",

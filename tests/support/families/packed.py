@@ -151,7 +151,8 @@ def qwen_image_21_cases(pipe: DiffusionPipeline) -> list[Case]:
     return [
         Case("no guidance", prompts),
         Case("guidance", {**prompts, **negative}, Part(1)),
-        Case("cached text", {**prompts, "use_kv_cache": True}, refused="QwenImage21KVCache"),
+        Case("cached text", {**prompts, "use_kv_cache": True}),
+        Case("cached text, guidance", {**prompts, **negative, "use_kv_cache": True}, Part(1)),
     ]
 
 
@@ -415,7 +416,6 @@ FAMILIES = [
         "image",
         build_qwen_image_21,
         qwen_image_21_cases,
-        "with use_kv_cache=False",
     ),
     Family("Chroma", "ChromaPipeline", "image", build_chroma, chroma_cases),
     Family("Ovis-Image", "OvisImagePipeline", "image", build_ovis_image, ovis_image_cases),

@@ -175,7 +175,7 @@ def flux2_distilled_cases(pipe: DiffusionPipeline) -> list[Case]:
 def flux2_klein_kv_cases(pipe: DiffusionPipeline) -> list[Case]:
     return [
         Case("distilled", FLUX2_PROMPTS),
-        Case("reference image", {**FLUX2_PROMPTS, "image": reference_image()}, refused="Flux2KVCache"),
+        Case("reference image", {**FLUX2_PROMPTS, "image": reference_image()}),
     ]
 
 
@@ -207,7 +207,6 @@ FAMILIES = [
         "image",
         functools.partial(build_flux2_klein, is_distilled=True, pipeline=Flux2KleinKVPipeline),
         flux2_klein_kv_cases,
-        "without reference images",
     ),
     Family("FLUX.2-dev", "Flux2Pipeline", "image", build_flux2_dev, flux2_dev_cases),
 ]

@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tiny models of the text-to-video pipelines."""
 
-import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -55,6 +54,7 @@ from diffusers import (
     WanVACETransformer3DModel,
 )
 from diffusers.models.embeddings import TimestepEmbedding
+from diffusers.pipelines.ltx.pipeline_ltx_condition import LTXVideoCondition
 from diffusers.pipelines.ltx2 import LTX2TextConnectors, LTX2Vocoder
 
 from .family import Case, Family, Part, added, embeddings, guidance_cases, ready, tiny_model, tiny_pipeline
@@ -590,8 +590,23 @@ def build_skyreels() -> DiffusionPipeline:
 
 
 def ltx_condition_cases(pipe: DiffusionPipeline) -> list[Case]:
-    case = ltx_cases(pipe)[0]
-    return [dataclasses.replace(case, refused="is not latents")]
+    cases = ltx_cases(pipe)
+
+    def given(label: str, strength: float = 1.0, noise: float = 0.0, refused: str | None = None) -> Case:
+        frame = embeddings(1, 3, 32, 32).sigmoid()
+        arguments = {
+            **cases[1].arguments,
+            "conditions": [LTXVideoCondition(image=frame, frame_index=0, strength=strength)],
+            "image_cond_noise_scale": noise,
+        }
+        return Case(label, arguments, cases[1].unconditional, refused)
+
+    return [
+        *cases,
+        given("first frame given"),
+        given("first frame given in part", strength=0.5, refused="moves tokens by other lengths"),
+        given("first frame given with noise", noise=0.15, refused="without noise on what is given"),
+    ]
 
 
 def build_kandinsky_6(**config: int) -> DiffusionPipeline:
@@ -731,7 +746,7 @@ FAMILIES = [
                 skip_layer_guidance_stop=1.0,
             )
         ),
-        motif_case("skip-layer guidance", refused="parts of the transformer were exchanged"),
+        motif_case("skip-layer guidance"),
     ),
     Family("Helios", "HeliosPipeline", "video", build_helios, helios_cases),
     Family("Wan VACE", "WanVACEPipeline", "video", build_wan_vace, wan_vace_cases),
@@ -742,7 +757,6 @@ FAMILIES = [
         "video",
         partial(build_ltx, LTXConditionPipeline),
         ltx_condition_cases,
-        note="its steps have the other sign and a length for each token",
     ),
     Family(
         "Kandinsky 6",

@@ -1,0 +1,554 @@
+# Copyright 2026 The FlowBP for diffusers authors
+# SPDX-License-Identifier: Apache-2.0
+"""Hooks for single calls, text caches and given tokens, and what looks like them and must stay refused.
+
+They are violations as those of `violations.py`, which explains them; `test_accounting.py` runs both.
+"""
+
+import copy
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    Flux2KleinKVPipeline,
+    LTXConditionPipeline,
+    QwenImage21Pipeline,
+)
+from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.hooks.layer_skip import FeedForwardSkipHook
+from families.family import embeddings
+from families.packed import build_qwen_image_21, qwen_image_21_cases
+from families.paper import build_flux2_klein, flux2_klein_kv_cases
+from families.videos import build_ltx, ltx_condition_cases
+from violations import (
+    GUIDANCE,
+    JUDGED,
+    MANY,
+    STEPS,
+    SWITCH,
+    PlainLoop,
+    Violation,
+    adding,
+    at_step,
+    changed,
+    checkpointed,
+    loop,
+    loop_call,
+    sd3,
+    stepping,
+)
+
+LIFTED: list[Violation] = []
+SHORT = {"num_inference_steps": STEPS, "output_type": "pt", "return_dict": False}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rule 4: hooks and attention processors that stand in the transformer for single calls
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Weakened(PlainLoop):
+    """Guidance away from the transformer with a hook on one of its layers, as autoguidance."""
+
+    hook: Callable[[], ModelHook] = staticmethod(lambda: FeedForwardSkipHook(1.0))
+    first_step = 0
+
+    def velocity(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        self.seen.append(None)
+        is_weak = len(self.seen) > self.first_step
+        if is_weak:
+            self.weaken()
+        weak = self.branch(latents, timestep, *self.texts[0])
+        if is_weak:
+            self.strengthen()
+        return weak + GUIDANCE * (self.branch(latents, timestep, *self.texts[0]) - weak)
+
+    def weaken(self) -> None:
+        part = self.transformer.transformer_blocks[0].ff
+        self.placed = type(self).hook()
+        HookRegistry.check_if_exists_or_initialize(part).register_hook(self.placed, "weak")
+
+    def strengthen(self) -> None:
+        self.transformer.transformer_blocks[0].ff._diffusers_hook.remove_hook("weak")
+
+
+class WeakenedLater(Weakened):
+    first_step = SWITCH
+
+
+def with_hook(hook: Callable[[], ModelHook]) -> type[Weakened]:
+    return type("WithHook", (Weakened,), {"hook": staticmethod(hook)})
+
+
+class Fades(ModelHook):
+    """Counts its calls, and weakens what its layer computes from call to call."""
+
+    calls = 0
+
+    def post_forward(self, module: torch.nn.Module, output: torch.Tensor) -> torch.Tensor:
+        Fades.calls += 1
+        return output / Fades.calls
+
+
+class Stores(ModelHook):
+    """Returns what its layer computed at its first call, as a cache does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stored: torch.Tensor | None = None
+
+    def post_forward(self, module: torch.nn.Module, output: torch.Tensor) -> torch.Tensor:
+        self.stored = output if self.stored is None else self.stored
+        return self.stored
+
+
+class Halves(FeedForwardSkipHook):
+    """Of a class of the user's, which the engine does not know."""
+
+    def new_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self.fn_ref.original_forward(*args, **kwargs) / 2
+
+
+def sets_dropout(pipe: Any) -> None:
+    pipe.placed.dropout = 0.0
+
+
+class Identity:
+    """An attention processor without attention scores."""
+
+    gain: float
+
+    def __call__(self, attn: Any, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, **_: Any) -> Any:
+        return attn.to_out[0](attn.to_v(hidden_states)) * self.gain, attn.to_add_out(encoder_hidden_states)
+
+
+class Perturbed(Weakened):
+    """Guidance away from the transformer with another attention processor, as perturbed attention."""
+
+    def weaken(self) -> None:
+        part = self.transformer.transformer_blocks[0].attn
+        self.before, self.placed = part.processor, self.processor()
+        part.processor = self.placed
+
+    def strengthen(self) -> None:
+        self.transformer.transformer_blocks[0].attn.processor = self.before
+
+    def processor(self) -> Any:
+        placed = Identity()
+        placed.gain = 1.5
+        return placed
+
+
+class PerturbedByTensor(Perturbed):
+    """The processor holds a tensor, which it could write into."""
+
+    def processor(self) -> Any:
+        placed = Identity()
+        placed.gain = torch.tensor(1.5, dtype=torch.float64)
+        return placed
+
+
+def sets_gain(pipe: Any) -> None:
+    pipe.placed.gain = 0.5
+
+
+def places_hook(pipe: Any) -> None:
+    part = pipe.transformer.transformer_blocks[0].ff
+    HookRegistry.check_if_exists_or_initialize(part).register_hook(FeedForwardSkipHook(1.0), "skip")
+
+
+def places_stateful_hook(pipe: Any) -> None:
+    part = pipe.transformer.transformer_blocks[0].ff
+    HookRegistry.check_if_exists_or_initialize(part).register_hook(Stores(), "store")
+
+
+def exchanges_plain_processors(pipe: Any) -> None:
+    placed = Identity()
+    placed.gain = 1.5
+    pipe.transformer.transformer_blocks[0].attn.processor = placed
+
+
+rule_4 = adding(4, "hook|processor", LIFTED)
+rule_4("layer skipped in single calls", Weakened, "right", methods=JUDGED)
+rule_4(
+    "layer skipped in single calls, conditional branch alone",
+    Weakened,
+    "right",
+    methods=("full", "flowbp-sparse", "leapalign"),
+    options={"unconditional_gradient": False},
+    detached=True,
+)
+rule_4("layer skipped in single calls of late steps", WeakenedLater, "right", methods=("full", "draft-k", "drtune"))
+# The oracle would recompute without the hooks.
+rule_4(
+    "layer skipped in single calls, recomputed in the backward pass", Weakened, "right", before_backward=checkpointed
+)
+rule_4("layer skipped in single calls, with a fresh LoRA", loop(Weakened, lora_rank=2), "right", call=loop_call)
+rule_4("attention perturbed in single calls", Perturbed, "right", methods=JUDGED)
+rule_4(
+    "attention perturbed in single calls, recomputed in the backward pass",
+    Perturbed,
+    "right",
+    before_backward=checkpointed,
+)
+rule_4(
+    "attention perturbed in single calls, conditional branch alone",
+    Perturbed,
+    "right",
+    methods=("full", "flowbp-bridge"),
+    options={"unconditional_gradient": False},
+    detached=True,
+)
+rule_4("step callback skips a layer", sd3(), "right", call=stepping(at_step(SWITCH, places_hook)))
+rule_4("step callback perturbs attention", sd3(), "right", call=stepping(at_step(SWITCH, exchanges_plain_processors)))
+# Look alike.
+rule_4(
+    "part of a layer dropped in single calls",
+    with_hook(lambda: FeedForwardSkipHook(0.5)),
+    cause="drops 0.5 .* use dropout 1",
+)
+rule_4("hook for single calls that counts", with_hook(Fades), methods=("full", "flowbp-sparse", "draft-k"))
+rule_4("hook for single calls that stores", with_hook(Stores), methods=("full", "flowbp-sparse", "draft-k"))
+rule_4("hook for single calls of a class of the user's", with_hook(lambda: Halves(1.0)))
+rule_4(
+    "step callback places a hook that stores", sd3(), "either", call=stepping(at_step(SWITCH, places_stateful_hook))
+)
+rule_4("sets the number of a hook that was placed", Weakened, before_backward=sets_dropout)
+rule_4("sets the number of a processor that was placed", Perturbed, before_backward=sets_gain)
+rule_4("processor for single calls that holds a tensor", PerturbedByTensor)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rule 3: text caches that the first step fills
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def with_cached_text(pipe: Any) -> dict[str, Any]:
+    """Arguments of Qwen-Image 2.1's call."""
+    guided = dict(qwen_image_21_cases(pipe)[1].arguments)
+    return {**guided, "use_kv_cache": True, **SHORT, "generator": torch.Generator().manual_seed(1)}
+
+
+def with_cached_reference(pipe: Any) -> dict[str, Any]:
+    """Arguments of FLUX.2-Klein-KV's call."""
+    referring = dict(flux2_klein_kv_cases(pipe)[1].arguments)
+    return {**referring, **SHORT, "generator": torch.Generator().manual_seed(1)}
+
+
+def trains_text_alone(pipe: Any) -> None:
+    """What only the call that fills the cache computes with."""
+    pipe.transformer.requires_grad_(False)
+    pipe.transformer.txt_in.requires_grad_(True)
+
+
+def deep_klein_kv() -> Any:
+    """With two blocks of each kind, so that one may get the other's cache."""
+    pipe = build_flux2_klein(Flux2KleinKVPipeline, is_distilled=True)
+    for blocks in (pipe.transformer.transformer_blocks, pipe.transformer.single_transformer_blocks):
+        blocks.append(copy.deepcopy(blocks[0]))
+        for parameter in blocks[1].parameters():
+            parameter.data = parameter.data.flip(0)
+    return pipe
+
+
+def checkpointed_from_the_start(pipe: Any) -> None:
+    pipe.transformer.enable_gradient_checkpointing()
+
+
+@contextmanager
+def making(cache: Callable[[type, int], Any]) -> Iterator[None]:
+    """Qwen-Image 2.1's pipeline makes its caches by `cache(class, number of layers)`."""
+    module = sys.modules[QwenImage21Pipeline.__module__]
+    of_diffusers = module.QwenImage21KVCache
+    with mock.patch.object(module, "QwenImage21KVCache", functools.partial(cache, of_diffusers)):
+        yield
+
+
+def one_for_all(pipe: Any) -> AbstractContextManager[None]:
+    """Both branches get one cache, in which the second prompt takes the first one's place."""
+    made: list[Any] = []
+
+    def cache(of_diffusers: type, layers: int) -> Any:
+        made.append(of_diffusers(layers))
+        return made[0]
+
+    return making(cache)
+
+
+def of_the_call_before(pipe: Any) -> AbstractContextManager[None]:
+    """The cache holds what another prompt left in it."""
+
+    def cache(of_diffusers: type, layers: int) -> Any:
+        made = of_diffusers(layers)
+        for each in made.layer_caches:
+            each.store(*embeddings(2, 1, 3, 2, 16))
+        return made
+
+    return making(cache)
+
+
+def changing(change: Callable[[Any], None]) -> Callable[[Any], AbstractContextManager[None]]:
+    """The first layer's cache is changed when the scheduler makes the second step."""
+
+    @contextmanager
+    def around(pipe: Any) -> Iterator[None]:
+        made: list[Any] = []
+
+        def cache(of_diffusers: type, layers: int) -> Any:
+            made.append(of_diffusers(layers))
+            return made[-1]
+
+        def callback(pipe: Any, step: int, timestep: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+            if step == 1:
+                change(made[0].layer_caches[0])
+            return inputs
+
+        pipe.callback = callback
+        with making(cache):
+            yield
+
+    return around
+
+
+def calling_back(pipe: Any) -> dict[str, Any]:
+    return {**with_cached_text(pipe), "callback_on_step_end": lambda *args: pipe.callback(*args)}
+
+
+def halves_keys(cache: Any) -> None:
+    cache.k.mul_(0.5)
+
+
+def detaches_keys(cache: Any) -> None:
+    """The values stay, and a part of the gradient goes."""
+    cache.k = cache.k.detach().clone()
+
+
+def brightens_by_keys(pipe: Any) -> AbstractContextManager[None]:
+    """The images depend on what the cache holds."""
+
+    def change(cache: Any) -> None:
+        pipe.brightness = cache.k.detach().mean()
+
+    return changing(change)(pipe)
+
+
+def brightening(pipe: Any) -> dict[str, Any]:
+    def callback(pipe: Any, step: int, timestep: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+        pipe.callback(pipe, step, timestep, inputs)
+        return {"latents": inputs["latents"] + pipe.brightness} if step == STEPS - 1 else inputs
+
+    return {**with_cached_text(pipe), "callback_on_step_end": callback}
+
+
+rule_3 = adding(3, "KVCache", LIFTED)
+QWEN = {"build": build_qwen_image_21, "call": with_cached_text}
+KLEIN = {"build": deep_klein_kv, "call": with_cached_reference}
+rule_3("cached text", must="right", methods=JUDGED, **QWEN)
+rule_3("cached reference image", must="right", methods=JUDGED, **KLEIN)
+rule_3(
+    "cached text, its projection alone trained",
+    changed(build_qwen_image_21, trains_text_alone),
+    "right",
+    call=with_cached_text,
+)
+rule_3("cached text, recomputed in the backward pass", must="right", before_backward=checkpointed, **QWEN)
+rule_3(
+    "cached text under checkpointing",
+    changed(build_qwen_image_21, checkpointed_from_the_start),
+    "right",
+    call=with_cached_text,
+)
+# Look alike.
+rule_3(
+    "cached reference under checkpointing",
+    changed(deep_klein_kv, checkpointed_from_the_start),
+    cause="recomputes",
+    call=with_cached_reference,
+)
+rule_3(
+    "cached reference, checkpointing switched on before backward",
+    must="refused",
+    cause="checkpointing",
+    before_backward=checkpointed,
+    **KLEIN,
+)
+rule_3("one text cache for both branches", cause="written into", around=one_for_all, **QWEN)
+rule_3("text cache of another prompt", cause="not filled in the first step", around=of_the_call_before, **QWEN)
+rule_3(
+    "text cache written in a later step",
+    cause="written into",
+    around=changing(halves_keys),
+    build=build_qwen_image_21,
+    call=calling_back,
+)
+rule_3(
+    "text cache detached in a later step",
+    cause="written into",
+    around=changing(detaches_keys),
+    build=build_qwen_image_21,
+    call=calling_back,
+)
+rule_3(
+    "images depend on a text cache",
+    build_qwen_image_21,
+    cause="images depend on what a text cache holds",
+    around=brightens_by_keys,
+    call=brightening,
+)
+for number, cached in enumerate((QWEN, KLEIN)):
+    rule_3(
+        f"copies without the first step, {number}",
+        must="either",
+        cause="not filled in the first step",
+        methods=("draft-lv",),
+        refused_by=("draft-lv",),
+        **cached,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rule 8: steps whose length differs by token
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def build_ltx_condition() -> Any:
+    return build_ltx(LTXConditionPipeline)
+
+
+def given_frame(number: int = 3, **changes: Any) -> Callable[[Any], dict[str, Any]]:
+    """A call of LTX with conditions, by the number of the family's case."""
+
+    def call(pipe: Any) -> dict[str, Any]:
+        arguments = dict(ltx_condition_cases(pipe)[number].arguments)
+        return {**arguments, **SHORT, "generator": torch.Generator().manual_seed(1), **changes}
+
+    return call
+
+
+class FreezesAToken(FlowMatchEulerDiscreteScheduler):
+    """From the third step on, it leaves one token as it is."""
+
+    def step(self, *args: Any, per_token_timesteps: torch.Tensor, **kwargs: Any) -> Any:
+        timesteps = per_token_timesteps.expand(-1, args[2].shape[1]).clone()
+        if (self.step_index or 0) > 1:
+            timesteps[:, 1] = 0
+        return super().step(*args, per_token_timesteps=timesteps, **kwargs)
+
+
+class HurriesAToken(FlowMatchEulerDiscreteScheduler):
+    """Moves one token twice as far as the others."""
+
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        (following,) = super().step(*args, **kwargs)
+        return (torch.cat([following[:, :1], 2 * following[:, 1:2] - args[2][:, 1:2], following[:, 2:]], 1),)
+
+
+class LosesGradients(FlowMatchEulerDiscreteScheduler):
+    """Its steps have the right values and nine tenths of the velocity's gradient."""
+
+    def step(self, model_output: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return super().step(0.9 * model_output + 0.1 * model_output.detach(), *args, **kwargs)
+
+
+def steps_with(scheduler: type[FlowMatchEulerDiscreteScheduler]) -> Callable[[], Any]:
+    def change(pipe: Any) -> None:
+        pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+
+    return changed(build_ltx_condition, change)
+
+
+class WeighedGuidance(LTXConditionPipeline):
+    """Its guidance depends on a trained weight."""
+
+    @property
+    def guidance_scale(self) -> torch.Tensor:
+        return 1 + self.transformer.proj_out.weight.detach().norm()
+
+
+def weighed_guidance(pipe: Any) -> None:
+    pipe.__class__ = WeighedGuidance
+
+
+def dims_what_is_given(pipe: Any, step: int, timestep: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Alters the first frame's tokens alone."""
+    latents = inputs["latents"].clone()
+    latents[:, :1] *= 0.9
+    return {"latents": latents}
+
+
+rule_8 = adding(8, "moves tokens by other lengths than 0 and", LIFTED)
+LTX = {"build": build_ltx_condition, "call": given_frame()}
+rule_8("first frame given", must="right", methods=JUDGED, **LTX)
+rule_8(
+    "first frame given, conditional branch alone",
+    must="right",
+    options={"unconditional_gradient": False},
+    detached=True,
+    methods=("full", "flowbp-bridge"),
+    **LTX,
+)
+rule_8("negative velocities", build_ltx_condition, "right", methods=("draft-k", "refl", "drtune"), call=given_frame(1))
+rule_8("token that is frozen after it moved", steps_with(FreezesAToken), "right", methods=MANY, call=given_frame(1))
+# Look alike.
+rule_8("first frame given in part", build_ltx_condition, call=given_frame(4))
+rule_8("token that moves twice as far", steps_with(HurriesAToken), call=given_frame(1))
+rule_8("steps that lose a part of the gradient", steps_with(LosesGradients), call=given_frame(1))
+rule_8("noise on the frame that is given", build_ltx_condition, cause="image_cond_noise_scale=0", call=given_frame(5))
+rule_8(
+    "step callback alters what is given",
+    build_ltx_condition,
+    cause="are not those that step 0 returned",
+    call=given_frame(callback_on_step_end=dims_what_is_given),
+)
+rule_8(
+    "guidance of given tokens by a trained weight",
+    changed(build_ltx_condition, weighed_guidance),
+    cause="velocities of step 0 depend on the trained parameter proj_out.weight",
+    call=given_frame(),
+)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rule 1: velocities that are constant 0
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class LeavesTheFirstStepOut(PlainLoop):
+    """Its first velocity is 0, as CFG-Zero*'s."""
+
+    def velocity(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        self.seen.append(None)
+        unconditional, conditional = (self.branch(latents, timestep, *text) for text in reversed(self.texts))
+        velocity = unconditional + GUIDANCE * (conditional - unconditional)
+        return torch.zeros_like(velocity) if len(self.seen) == 1 else velocity
+
+
+class Detaches(PlainLoop):
+    def velocity(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        return super().velocity(latents, timestep).detach()
+
+
+def begins_at_zero(pipe: Any) -> None:
+    """All of its outputs are 0, whose gradient is not."""
+    torch.nn.init.zeros_(pipe.transformer.proj_out.weight)
+    torch.nn.init.zeros_(pipe.transformer.proj_out.bias)
+
+
+rule_1 = adding(1, "is not connected", LIFTED)
+rule_1("first velocity of 0", LeavesTheFirstStepOut, "right", methods=JUDGED)
+rule_1(
+    "first velocity of 0, conditional branch alone",
+    LeavesTheFirstStepOut,
+    "right",
+    options={"unconditional_gradient": False, "strict": True},
+    detached=True,
+)
+# Look alike.
+rule_1("detached velocity", Detaches)
+rule_1("detached velocity of 0", changed(loop(Detaches), begins_at_zero), call=loop_call)
