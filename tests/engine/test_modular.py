@@ -16,6 +16,7 @@ from diffusers import (
     ClassifierFreeGuidance,
     ClassifierFreeZeroStarGuidance,
     ModularPipeline,
+    PerturbedAttentionGuidance,
     SkipLayerGuidance,
     SmoothedEnergyGuidance,
     TangentialClassifierFreeGuidance,
@@ -147,6 +148,15 @@ GUIDERS = {
 def test_guiders(name: str, method: str):
     pipe, call = build("StableDiffusion3", GUIDERS[name]())
     assert difference(pipe, call, new_callback(method), steps=4) < 1e-6
+
+
+def test_a_guider_that_perturbs_attention():
+    """Of those that are built here, it knows the attention processors of Qwen-Image alone."""
+    perturbed = LayerSkipConfig(
+        [0], "transformer_blocks", skip_attention=False, skip_attention_scores=True, skip_ff=False
+    )
+    pipe, call = build("QwenImage", PerturbedAttentionGuidance(3.0, 2.8, 0, 1, perturbed_guidance_config=perturbed))
+    assert difference(pipe, call, new_callback("full")) < 1e-6
 
 
 def test_dropout_of_a_part_of_a_layer_is_refused_and_leaves_no_hook():

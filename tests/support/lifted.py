@@ -18,11 +18,10 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinKVPipeline,
     LTXConditionPipeline,
-    QwenImage21Pipeline,
 )
 from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.hooks.layer_skip import FeedForwardSkipHook
-from families.family import embeddings
+from families.family import added, embeddings
 from families.packed import build_qwen_image_21, qwen_image_21_cases
 from families.paper import build_flux2_klein, flux2_klein_kv_cases
 from families.videos import build_ltx, ltx_condition_cases
@@ -264,7 +263,7 @@ def checkpointed_from_the_start(pipe: Any) -> None:
 @contextmanager
 def making(cache: Callable[[type, int], Any]) -> Iterator[None]:
     """Qwen-Image 2.1's pipeline makes its caches by `cache(class, number of layers)`."""
-    module = sys.modules[QwenImage21Pipeline.__module__]
+    module = sys.modules[added("0.41", "QwenImage21Pipeline").__module__]
     of_diffusers = module.QwenImage21KVCache
     with mock.patch.object(module, "QwenImage21KVCache", functools.partial(cache, of_diffusers)):
         yield
