@@ -222,6 +222,18 @@ def cosines(report: Mapping[str, Any]) -> str:
     return _table(head, rows)
 
 
+def gains(report: Mapping[str, Any]) -> str:
+    """What the reward of other batches changes by after steps along each gradient."""
+    states = report["states"]
+    first = next(iter(states.values()))["lines"]
+    rows = []
+    for name in sorted(first, key=lambda name: -max(first[name]["gains"].values())):
+        cells = [f"{gain:+.3f}" for state in states.values() for gain in state["lines"][name]["gains"].values()]
+        rows.append([name if "," in name or " " in name else f"`{name}`", *cells])
+    head = [f"{state}: {steps} steps" for state in states for steps in next(iter(first.values()))["gains"]]
+    return _table(["gradient", *head], rows)
+
+
 def step_norms(report: Mapping[str, Any]) -> str:
     """Norm of what each step adds to the gradient, by the coupling of all steps."""
     rows = []
@@ -259,6 +271,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "several": lambda: several(_runs(), _gradients()),
     "ablations": lambda: ablations(_runs()),
     "cosines": lambda: cosines(_gradients()),
+    "gains": lambda: gains(_gradients()),
     "step norms": lambda: step_norms(_gradients()),
     "gaps": lambda: gaps(_gradients()),
 }

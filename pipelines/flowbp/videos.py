@@ -30,8 +30,9 @@ def takes_videos(reward: Reward) -> bool | None:
 
 
 def makes_videos(pipeline: type) -> bool:
-    """Whether a pipeline class of diffusers may make videos: its call has an argument for frames, or for a video."""
-    return not {"num_frames", "frames", "video"}.isdisjoint(inspect.signature(pipeline.__call__).parameters)
+    """Whether a pipeline class of diffusers may make videos: its call has an argument for frames, or of videos."""
+    names = inspect.signature(pipeline.__call__).parameters
+    return not {"num_frames", "frames"}.isdisjoint(names) or any("video" in name for name in names)
 
 
 def check_reward_frames(reward_frames: int | None, pipeline: type, num_frames: int | None) -> None:

@@ -44,6 +44,7 @@ from flowbp.publishing.card_text import code_block, hide_paths, markdown
 from flowbp.publishing.model_card import write_card
 from flowbp.publishing.published_files import LORA_FILE
 from flowbp.publishing.run_info import write_run_json
+from flowbp.videos import makes_videos
 
 ROOT = Path(__file__).parents[2]
 HOSTILE = (
@@ -392,10 +393,11 @@ def test_the_code_fits_every_pipeline(tmp_path: Path, name: str) -> None:
     assert ("pipe.load_lora_weights('alice/sd35-flowbp')" in code) == has_loader
     assert (adapter in code) != has_loader
     assert ("`pipe.fuse_lora()`" in card.text) == ("pipe.set_adapters" in card.text) == has_loader
-    *_, variable, attribute = re.findall(r"^(?=(\w+) = pipe\()|^\)\.(\w+)\[0\]$", code, re.MULTILINE)
-    assert variable[0] == family.output
-    outputs = [value for value in vars(inspect.getmodule(pipeline)).values() if inspect.isclass(value)]
-    names = [{field.name for field in fields(value)} for value in outputs if value in BaseOutput.__subclasses__()]
+    *_, variable, attribute = re.findall(r"^(?=(\w+) = pipe\()|^\)\.(\w+)(?:\[0\])?$", code, re.MULTILINE)
+    assert variable[0] == family.output and makes_videos(pipeline) == (family.output == "video")
+    classes = [value for value in vars(inspect.getmodule(pipeline)).values() if inspect.isclass(value)]
+    outputs = [value for value in classes if issubclass(value, BaseOutput) and value is not BaseOutput]
+    names = [{field.name for field in fields(value)} for value in outputs]
     assert any(attribute[1] in found for found in names)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import diffusers
 from diffusers import DiffusionPipeline
 
+from .. import videos
 from .card_text import code_block, last_part
 from .published_files import LORA_FILE, TRANSFORMER_FOLDER
 
@@ -22,8 +23,8 @@ from .published_files import LORA_FILE, TRANSFORMER_FOLDER
 CALL = "num_frames num_inference_steps guidance_scale max_sequence_length".split()
 # What pipelines that make videos call the number of frames.
 FRAMES = ("num_frames", "frames")
-# Pipelines whose output has another name than `images` for images.
-IMAGE_OUTPUTS = {"Kandinsky5I2IPipeline": "image", "Kandinsky5T2IPipeline": "image"}
+# Of pipelines whose first result has another name than `images[0]`, or `frames[0]` for videos.
+OUTPUTS = {"Kandinsky5I2IPipeline": "image[0]", "Kandinsky5T2IPipeline": "image[0]", "Cosmos3OmniPipeline": "video"}
 DTYPES = {"no": "torch.float32", "fp16": "torch.float16", "bf16": "torch.bfloat16"}
 # Scripts that are installed as modules of `flowbp.scripts`.
 INSTALLED_SCRIPTS = ("train_flowbp", "train_flowbp_flux", "train_flowbp_flux2", "train_flowbp_sd3")
@@ -48,7 +49,7 @@ def _has_frames(run: Mapping[str, Any]) -> bool:
     pipeline = _pipeline(run)
     if pipeline is None:
         return (_number_of_frames(run) or 1) > 1
-    return any(name in inspect.signature(pipeline.__call__).parameters for name in FRAMES)
+    return videos.makes_videos(pipeline)
 
 
 def is_full(run: Mapping[str, Any]) -> bool:
@@ -169,9 +170,9 @@ def usage_code(run: Mapping[str, Any], missing: Sequence[str], result: str, prom
         prompt: any text.
     """
     video = makes_videos(run)
-    output = "frames" if _has_frames(run) else IMAGE_OUTPUTS.get(run["pipeline_class"], "images")
+    output = OUTPUTS.get(run["pipeline_class"], "frames[0]" if _has_frames(run) else "images[0]")
     # Of a video of one frame, the frame.
-    first = f"{output}[0][0]" if output == "frames" and not video else f"{output}[0]"
+    first = f"{output}[0]" if _has_frames(run) and not video else output
     sources = source_words(run["settings"])
     loaders = [name for name in ("load_image", "load_video") if any(f"{name}(" in word for word in sources)]
     head, *rest = _loading(run, missing, result)
