@@ -172,6 +172,37 @@ class Accounting:
 
     # The scheduler's steps.
 
+    def handed_on(
+        self,
+        step: int,
+        tensors: tuple[torch.Tensor, torch.Tensor],
+        is_untouched: bool,
+        outputs: Sequence[torch.Tensor],
+        sampled: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Judge what the pipeline made of the latents between two steps.
+
+        Args:
+            step: the second one.
+            tensors: latents that the scheduler was given, and the leaf that it returned before.
+            is_untouched: whether these are one tensor that nobody has written into or hooked: nothing is compared.
+            outputs: of the step's transformer calls.
+            sampled: mask of the places that were handed on between earlier steps, `None` for none.
+
+        Returns:
+            That mask.
+        """
+        sample, leaf = tensors
+        passed = torch.ones((), dtype=torch.bool, device=leaf.device)
+        if not is_untouched:
+            what = f"the latents given to step {step}"
+            dtypes = [output.dtype for output in outputs]
+            passed = checks.check_handed_on(self.name, step, sample, leaf, sampled is None, dtypes, self.verdicts)
+            checks.check_unmarked(self.name, what, [sample])
+            checks.check_roots(self.name, what, [sample], self.allows([leaf]), self.verdicts)
+        checks.check_same_places(self.name, step, passed, sampled, self.verdicts)
+        return passed if sampled is None else sampled
+
     def signed(
         self, step: int, plan: Plan, scheduler: Any, velocity: torch.Tensor, lengths: torch.Tensor
     ) -> torch.Tensor:

@@ -183,7 +183,8 @@ class FlowBPCallback:
         """
         trajectories = self.trajectories
         checks.check_once(self._recorder.name, self._is_done)
-        gaps = connector_gaps(self.surrogate, self.trajectory.latents, self.trajectory.velocities)
+        first = self.trajectory
+        gaps = connector_gaps(self.surrogate, first.latents, first.velocities, first.sampled)
         endpoints = [trajectory.endpoint for trajectory in trajectories]
         name, trained, num_images = self._recorder.name, self._recorder.trained, sum(map(len, endpoints))
         checks.check_scoring_arguments(callable(reward), images, prompts, columns)
@@ -233,6 +234,7 @@ class FlowBPCallback:
         trajectories, name = self.trajectories, self._recorder.name
         adjoints = [adjoint] if isinstance(adjoint, torch.Tensor) else list(adjoint)
         checks.check_adjoints(adjoints, [trajectory.endpoint for trajectory in trajectories])
+        checks.check_sampled_places(name, trajectories, adjoints)
         self.on_stage("sweep")
         transformers, beta = self._recorder.transformers, self.velocity_anchor
         checks.check_trainable(name, transformers)
@@ -249,6 +251,8 @@ class FlowBPCallback:
         with all_or_nothing(self._recorder.trained), without_autocast(device_type), without_cudnn_attention():
             if self.strict:
                 replay.check_whole(steps)
-            sweep(trajectories, scaled, kept, replay, anchor, norms)
+            # Coupled terms added to them.
+            swept = sweep(trajectories, scaled, kept, replay, anchor, norms)
+            checks.check_sampled_places(name, trajectories, swept)
         value = scaled[0].new_zeros(()) + (0 if anchor is None else anchor.value)
         return SweepOutput(value, {} if norms is None else norms.found)

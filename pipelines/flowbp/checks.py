@@ -20,7 +20,7 @@ from diffusers import DiffusionPipeline, ModularPipeline
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
-from .graph import leaves_of, passes_gradient, passes_unchanged
+from .graph import leaves_of, passed_places, passes_gradient
 from .hooks import is_patched
 from .host import read, widened
 from .marks import mark_of
@@ -452,45 +452,48 @@ def check_handed_on(
     step: int,
     sample: torch.Tensor,
     leaf: torch.Tensor,
-    is_untouched: bool,
+    is_first: bool,
     dtypes: Sequence[torch.dtype],
     verdicts: Verdicts,
-) -> None:
-    """The latents of a step must be those that the step before returned.
+) -> torch.Tensor:
+    """The latents of a step must be those that the step before returned, but where the pipeline writes its source.
+
+    There no gradient passes; everywhere else values and gradients pass as they are.
 
     Args:
         sample: the latents that the scheduler was given.
         leaf: the latents that it returned, in the glue.
-        is_untouched: whether these are one tensor that nobody has written into or hooked; then nothing is compared.
+        is_first: whether nothing is known yet of where the pipeline writes.
         dtypes: of the step's transformer outputs, to which a pipeline may round its latents.
-    """
 
+    Returns:
+        A mask of the places that were handed on.
+    """
     given = vars(leaf).get("given")
     noise = "" if given is None else ", and without noise on what is given (image_cond_noise_scale=0)"
 
     def message() -> str:
         return (
             f"{name}: the latents given to step {step} are not those that step {step - 1} returned; a callback or the "
-            f"pipeline altered them. Record without such a callback{noise}."
+            "pipeline altered them otherwise than by a mask of 0 and 1, with which inpainting writes its source. "
+            f"Record without such a callback{noise}, and with a mask of 0 and 1."
         )
 
-    if is_untouched:
-        return
     values, expected = sample.detach(), leaf.detach()
-    if given is not None:
-        # A pipeline may keep what is given as it was before the scheduler rounded it.
-        values = expected.where(given & (values.float() == expected.float()), values)
     if values.shape != expected.shape:
         raise RecordingError(message())
-    is_same = agree(values, expected)
-    for dtype in dict.fromkeys(dtypes):
-        if dtype.itemsize < values.dtype.itemsize:
-            is_same = is_same | agree(values, expected.to(dtype).to(values.dtype))
-    verdicts.add(~is_same, message)
-    if not sample.requires_grad:
-        passes = torch.zeros_like(is_same)
+    passed, is_as_it_is = passed_places(sample, leaf, step)
+    if given is None:
+        compared = passed | ~passed.any()
+        # Values that stayed though no gradient passes were not written, but detached.
+        was_written = passed.all() | ~_agree(values, expected, dtypes) if is_first else True
+        passes = is_as_it_is & passed.any() & was_written
     else:
-        passes = passes_unchanged(sample, leaf, given)
+        # A pipeline may keep what is given as it was before the scheduler rounded it.
+        compared = ~(given & (values.float() == expected.float()))
+        passes = is_as_it_is & (passed == ~given).all()
+        passed = torch.ones_like(passes)
+    verdicts.add(~_agree(values.where(compared, 0), expected.where(compared, 0), dtypes), message)
     verdicts.add(
         ~passes,
         lambda: (
@@ -499,6 +502,38 @@ def check_handed_on(
             "are."
         ),
     )
+    return passed
+
+
+def _agree(values: torch.Tensor, expected: torch.Tensor, dtypes: Sequence[torch.dtype]) -> torch.Tensor:
+    """Whether values are the expected ones, or these rounded to one of the dtypes."""
+    is_same = agree(values, expected)
+    for dtype in dict.fromkeys(dtypes):
+        if dtype.itemsize < values.dtype.itemsize:
+            is_same = is_same | agree(values, expected.to(dtype).to(values.dtype))
+    return is_same
+
+
+def check_same_places(
+    name: str, step: int, passed: torch.Tensor, sampled: torch.Tensor | None, verdicts: Verdicts
+) -> None:
+    """A source is written to the same places of the latents before every step.
+
+    Otherwise a gradient would have to end where a later step writes, and terms are added up as if none did.
+
+    Args:
+        passed: mask of the places that this step got from the one before; a scalar for all.
+        sampled: the same of the steps before it, `None` for none.
+    """
+    if sampled is not None and (passed.ndim or sampled.ndim):
+        verdicts.add(
+            (passed != sampled).any(),
+            lambda: (
+                f"{name}: the pipeline or a callback writes to other places of the latents before step {step} than "
+                "before the steps until then, expected the same places before every step; write with one mask, "
+                "after every step."
+            ),
+        )
 
 
 def check_place(name: str, step: int, scheduler: Any) -> None:
@@ -711,6 +746,24 @@ def check_adjoints(adjoints: Sequence[torch.Tensor], endpoints: Sequence[torch.T
             f"`adjoint` must have the endpoint's shape {tuple(endpoints[0].shape)} for each of {len(endpoints)} "
             f"trajectories, got {[tuple(each.shape) for each in adjoints]}."
         )
+
+
+def check_sampled_places(name: str, trajectories: Sequence[Trajectory], adjoints: Sequence[torch.Tensor]) -> None:
+    """Where a pipeline writes its source before every step, nothing is sampled, and no gradient may arrive.
+
+    Args:
+        adjoints: for each trajectory; those at its endpoint, or what the sweep made of them.
+    """
+    for trajectory, adjoint in zip(trajectories, adjoints, strict=True):
+        if trajectory.sampled is None or not trajectory.sampled.ndim:
+            continue
+        # Gradients that are not finite decide nothing.
+        if read([(adjoint.isfinite() & (adjoint != 0) & ~trajectory.sampled).any()])[0]:
+            raise RecordingError(
+                f"{name}: a gradient reaches latents over which the pipeline or a callback writes a source before "
+                "every step, expected none there: the images or a transformer input see them as they were before; "
+                "write the source after the last step too, and score what the pipeline returned."
+            )
 
 
 def check_one_wrapper(name: str, called: Iterable[torch.nn.Module], wrapped: Mapping[Any, Any]) -> None:

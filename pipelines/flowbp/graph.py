@@ -62,18 +62,24 @@ def passes_gradient(tensors: Sequence[torch.Tensor], leaf: torch.Tensor) -> torc
     return (gradient.isfinite() & (gradient != 0)).any()
 
 
-def passes_unchanged(tensor: torch.Tensor, leaf: torch.Tensor, given: torch.Tensor | None = None) -> torch.Tensor:
-    """Whether a gradient of `tensor` reaches `leaf`, which has its shape, as it is: a scalar flag on the device.
+def passed_places(tensor: torch.Tensor, leaf: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where a gradient of `tensor` reaches `leaf`, which has its shape.
 
     Args:
-        given: where, as a mask, no gradient is to reach it; `None` for nowhere.
+        seed: of the cotangents.
+
+    Returns:
+        A mask in their shape; and a scalar flag, whether the gradient reaches these places as it is.
     """
-    generator = torch.Generator(tensor.device).manual_seed(0)
-    # 1 and -1, which no cast rounds.
-    signs = torch.randint(0, 2, tensor.shape, generator=generator, device=tensor.device).to(tensor.dtype) * 2 - 1
-    with torch.enable_grad():
-        (gradient,) = torch.autograd.grad(tensor, [leaf], signs, allow_unused=True, retain_graph=True)
+    gradient = None
+    if tensor.requires_grad:
+        generator = torch.Generator(tensor.device).manual_seed(seed)
+        # Whole numbers that no cast rounds, without 0, and so many that sums of two are seldom 0 or one of them.
+        cotangents = torch.randint(1, 128, tensor.shape, generator=generator, device=tensor.device)
+        signs = torch.randint(0, 2, tensor.shape, generator=generator, device=tensor.device) * 2 - 1
+        cotangents = (cotangents * signs).to(tensor.dtype)
+        with torch.enable_grad():
+            (gradient,) = torch.autograd.grad(tensor, [leaf], cotangents, allow_unused=True, retain_graph=True)
     if gradient is None:
-        return torch.zeros((), dtype=torch.bool, device=leaf.device)
-    expected = signs.to(gradient.dtype)
-    return (gradient == (expected if given is None else expected.where(~given, 0))).all()
+        return torch.zeros_like(leaf, dtype=torch.bool), torch.ones((), dtype=torch.bool, device=leaf.device)
+    return gradient != 0, ((gradient == 0) | (gradient == cotangents.to(gradient.dtype))).all()

@@ -53,7 +53,10 @@ class Objective:
 
 
 def connector_gaps(
-    surrogate: Surrogate, latents: Mapping[int, torch.Tensor], velocities: Mapping[int, torch.Tensor]
+    surrogate: Surrogate,
+    latents: Mapping[int, torch.Tensor],
+    velocities: Mapping[int, torch.Tensor],
+    sampled: torch.Tensor | None = None,
 ) -> dict[int, torch.Tensor]:
     """Mean absolute gap between each leg's value and the rollout's latent at its end (docs/methods.md, section 2).
 
@@ -61,6 +64,7 @@ def connector_gaps(
         surrogate: with legs, or none for an empty result.
         latents: `{step: (B, ...)}`, at the legs' starts and ends.
         velocities: `{step: (B, ...)}`, at the legs' supports and, where they are blended, starts.
+        sampled: mask of the places that are sampled; at the others the value is the rollout's. `None` for all.
 
     Returns:
         `{leg's end: (B,)}`, float32 (float64 for float64 latents), detached.
@@ -73,7 +77,8 @@ def connector_gaps(
             value = value + weight * widened(velocities[step])
         if leg.blend:
             value = value + leg.blend * widened(velocities[leg.start])
-        gaps[leg.end] = (value - widened(latents[leg.end])).abs().flatten(1).mean(1)
+        gap = (value - widened(latents[leg.end])).abs()
+        gaps[leg.end] = (gap if sampled is None else gap.where(sampled, 0)).flatten(1).mean(1)
     return gaps
 
 

@@ -201,7 +201,8 @@ class Recorder:
             except ValueError as error:
                 raise ValueError(f"{self.name}: {error}") from error
         fingerprints = {module: fingerprint(module) for module in self.transformers}
-        trajectory = Trajectory(sigmas, surrogate, fingerprints)
+        sampled = self.trajectories[0].sampled if self.trajectories else None
+        trajectory = Trajectory(sigmas, surrogate, fingerprints, sampled=sampled)
         plan = Plan.of(surrogate, on_host, is_copy=bool(self.trajectories), first=first)
         self.trajectories.append(trajectory)
         self.on_stage("rollout")
@@ -372,10 +373,12 @@ class Rollout:
         if self.is_finished:
             return steps.returned(self.trajectory.endpoint.clone(), values)
         if self._latents is not None:
-            is_untouched = self._is_untouched(sample)
-            dtypes = [output.dtype for output in self._outputs]
-            checks.check_handed_on(
-                name, self._step, sample, self._latents, is_untouched, dtypes, self.accounting.verdicts
+            self.trajectory.sampled = self.accounting.handed_on(
+                self._step,
+                (sample, self._latents),
+                self._is_untouched(sample),
+                self._outputs,
+                self.trajectory.sampled,
             )
         # Skipped steps too: schedulers count their steps, and not all find their place by the timestep.
         following, lengths = steps.made(original, args, kwargs)
@@ -428,9 +431,12 @@ class Rollout:
             leaf = trajectory.endpoint
             self.is_finished = True
             self._calls, self._outputs, self._latents, self._inputs = [], [], None, None
-            if not self._made_all_steps and hasattr(type(self.recorder.pipe), "interrupt"):
-                self.recorder.pipe._interrupt = True
             self.accounting.settle()
+            if not self._made_all_steps and hasattr(type(self.recorder.pipe), "interrupt"):
+                # A source that is written after every step has no noise only after the last one.
+                sampled = trajectory.sampled
+                if sampled is not None and (not sampled.ndim or bool(sampled.all())):
+                    self.recorder.pipe._interrupt = True
             self.recorder.on_stage("decode")
         else:
             leaf = following.requires_grad_()

@@ -33,8 +33,8 @@ def sweep(
     replay: Replay,
     anchor: VelocityAnchor | None = None,
     norms: GradientNorms | None = None,
-) -> None:
-    """Add the gradient to the transformers' parameters.
+) -> list[torch.Tensor]:
+    """Add the gradient to the transformers' parameters; -> what became of each adjoint.
 
     Args:
         trajectories: recorded, of one surrogate.
@@ -56,6 +56,7 @@ def sweep(
             adjoints[index] = _differentiate(
                 step, term, adjoints[index], kept[step], replay, anchor, is_last=number == len(passes) - 1
             )
+    return adjoints
 
 
 def _differentiate(

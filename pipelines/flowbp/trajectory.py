@@ -70,10 +70,12 @@ class Trajectory:
         sigmas: `(N + 1,)`, the scheduler's; falling to 0, or rising to 1 where it inverts them.
         surrogate: what was drawn for it.
         fingerprints: `{transformer: see state.fingerprint}` when the rollout began.
-        latents: `{step: (B, ...)}` detached; `latents[N]` is the sample.
+        latents: `{step: (B, ...)}` detached; `latents[N]` is the sample, as the scheduler returned it.
         velocities: `{step: (B, ...)}` detached.
         steps: `{step: ActiveStep}` of the surrogate's terms.
         endpoint: `(B, ...)` leaf requiring a gradient, in the shape and dtype of the loop's latents.
+        sampled: `(B, ...)` mask, `False` where the pipeline writes a source into the latents between all steps; a
+            scalar `True` if it leaves them as they are; `None` while there is only one step.
     """
 
     sigmas: torch.Tensor
@@ -83,6 +85,7 @@ class Trajectory:
     velocities: dict[int, torch.Tensor] = field(default_factory=dict)
     steps: dict[int, ActiveStep] = field(default_factory=dict)
     endpoint: torch.Tensor | None = None
+    sampled: torch.Tensor | None = None
 
     @property
     def num_steps(self) -> int:

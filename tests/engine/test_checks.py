@@ -754,8 +754,15 @@ SCENARIOS: dict[str, list[Scenario]] = {
         Scenario("are not those that step 0 returned", looping(Doubles), "must match the size of tensor"),
         Scenario("are not those that step 0 returned", looping(AltersLatents), "detached, scaled or hooked", 1),
         Scenario("are not those that step 0 returned", looping(AddsNoise), RIGHT, 1),
-        Scenario("detached, scaled or hooked", known("step callback detaches latents"), WRONG, 2),
+        Scenario("detached, scaled or hooked", known("step callback detaches latents"), "writes to other places", 2),
         Scenario("detached, scaled or hooked", known("step callback hooks the latents' gradient"), WRONG, 2),
+    ],
+    "check_same_places": [
+        Scenario(
+            "writes to other places",
+            known("source pasted by a mask that changes"),
+            "a gradient reaches latents over which",
+        )
     ],
     "check_place": [Scenario("made step 2 of its sigmas, expected step 0", begins_later, WRONG)],
     "check_number_of_steps": [Scenario("made more than the 5 steps", looping(LoopsAgain), WRONG)],
@@ -817,6 +824,9 @@ SCENARIOS: dict[str, list[Scenario]] = {
             swept(lambda it, images: it.sweep(torch.zeros(1, 4, 4, 4))),
             "Mismatch in shape",
         )
+    ],
+    "check_sampled_places": [
+        Scenario("a gradient reaches latents over", known("source pasted, but after the last step"), WRONG)
     ],
     "check_one_wrapper": [Scenario("expected one transformer, the wrapped one", two_transformers, ACCEPTED)],
     "check_states": [
@@ -1140,8 +1150,8 @@ INSTRUMENTS: list[tuple[Callable[..., Any], Callable[..., Any], Scenario]] = [
         Scenario("outputs of earlier steps", known("unconditional branch of the step before"), WRONG),
     ),
     (
-        graph.passes_unchanged,
-        flag(True),
+        graph.passed_places,
+        lambda tensor, leaf, seed: (torch.ones_like(leaf, dtype=torch.bool), torch.tensor(True)),
         Scenario("detached, scaled or", known("step callback hooks the latents' gradient"), WRONG),
     ),
     (recording.Rollout._is_untouched, says(True), Scenario("are not those that", looping(AltersLatents), WRONG)),

@@ -51,7 +51,7 @@ def test_gradient_is_the_stock_pipelines_or_refused(number: int) -> None:
 def test_enough_families_are_verified() -> None:
     verified = [family for family in FAMILIES if is_verified(family)]
     names = {family.pipeline for family in verified}
-    assert len(names) >= 95
+    assert len(names) >= 105
     assert {"QwenImagePipeline", "ZImagePipeline", "Lumina2Pipeline", "Krea2Pipeline"} <= names
     assert len([family for family in verified if family.output == "video"]) >= 2
     assert len({family.name for family in FAMILIES}) == len(FAMILIES)

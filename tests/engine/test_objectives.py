@@ -104,6 +104,12 @@ def test_connector_gaps():
     assert not gaps[3].requires_grad
 
 
+def test_gaps_are_those_of_what_is_sampled():
+    sampled = torch.tensor([[True, False], [False, False]])
+    gaps = connector_gaps(surrogate(), LATENTS, VELOCITIES, sampled)
+    assert gaps[3].tolist() == pytest.approx([0.5, 0])
+
+
 def test_gaps_of_low_precision_latents_are_summed_in_float32():
     latents = {step: value.bfloat16() for step, value in LATENTS.items()}
     velocities = {step: value.bfloat16().requires_grad_() for step, value in VELOCITIES.items()}

@@ -79,6 +79,13 @@ def test_given_tokens() -> None:
     assert found.is_within_bound, str(found)
 
 
+def test_inpainting() -> None:
+    """A source is written into the latents of DRaFT-LV's copies too, and without noise into a posterior mean."""
+    pipe, cases = built("FLUX.1, inpainting")
+    found = verify(pipe, method=("draft-lv", "refl", "leapalign"), strength=1.0, **cases[0].arguments)
+    assert found.is_within_bound, str(found)
+
+
 def test_guidance_that_stops_has_smaller_calls_at_late_steps() -> None:
     pipe, cases = built("Z-Image")
     found = verify(pipe, unconditional_gradient=False, **cases[3].arguments)
@@ -172,12 +179,12 @@ def broken_sweep(monkeypatch: pytest.MonkeyPatch, breaks: Break) -> None:
     """The engine sweeps other terms than those that it drew."""
     sweep = flowbp.callback.sweep
 
-    def broken(trajectories: Sequence[Any], *args: Any, **kwargs: Any) -> None:
+    def broken(trajectories: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
         changed = [
             replace(each, surrogate=replace(each.surrogate, terms=tuple(breaks(each.surrogate.terms))))
             for each in trajectories
         ]
-        sweep(changed, *args, **kwargs)
+        return sweep(changed, *args, **kwargs)
 
     monkeypatch.setattr(flowbp.callback, "sweep", broken)
 

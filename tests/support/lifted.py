@@ -1,6 +1,6 @@
 # Copyright 2026 The FlowBP for diffusers authors
 # SPDX-License-Identifier: Apache-2.0
-"""Hooks for single calls, text caches and given tokens, and what looks like them and must stay refused.
+"""Hooks for single calls, text caches, given tokens and inpainting, and what looks like them and must stay refused.
 
 They are violations as those of `violations.py`, which explains them; `test_accounting.py` runs both.
 """
@@ -21,14 +21,17 @@ from diffusers import (
 )
 from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.hooks.layer_skip import FeedForwardSkipHook
-from families.family import added, embeddings
+from families.family import added, embeddings, hole, pictures
+from families.image_inputs import build_sd3_inpaint, plain_sd3_cases
 from families.packed import build_qwen_image_21, qwen_image_21_cases
+from families.packed_inputs import build_joy_image_plus, joy_image_plus_cases
 from families.paper import build_flux2_klein, flux2_klein_kv_cases
 from families.videos import build_ltx, ltx_condition_cases
 from violations import (
     GUIDANCE,
     JUDGED,
     MANY,
+    METHODS,
     STEPS,
     SWITCH,
     PlainLoop,
@@ -551,3 +554,144 @@ rule_1(
 # Look alike.
 rule_1("detached velocity", Detaches)
 rule_1("detached velocity of 0", changed(loop(Detaches), begins_at_zero), call=loop_call)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rule 1: a source that is written into the latents after every step
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Pastes(PlainLoop):
+    """Inpainting with a text-to-image model, with another mask for the second sample."""
+
+    def sampled(self, latents: torch.Tensor, steps: int) -> torch.Tensor:
+        self.mask = torch.ones_like(latents[:, :1])
+        self.mask[0, :, :2], self.mask[1, :, :, 1:] = 0, 0
+        self.source, self.noise = embeddings(2, *latents.shape, seed=3)
+        self.scheduler.set_timesteps(steps)
+        for number, timestep in enumerate(self.scheduler.timesteps):
+            latents = self.step(latents, timestep)
+            self.seen.append(latents)
+            latents = self.pasted(latents, number)
+        return latents
+
+    def pasted(self, latents: torch.Tensor, number: int) -> torch.Tensor:
+        sigma = self.scheduler.sigmas[number + 1]
+        return self.mask * latents + (1 - self.mask) * ((1 - sigma) * self.source + sigma * self.noise)
+
+
+def pasting(pasted: Callable[[Pastes, torch.Tensor, int], torch.Tensor]) -> type[Pastes]:
+    """Inpainting that does something else after a step."""
+    return type("ChangedPastes", (Pastes,), {"pasted": pasted})
+
+
+def pastes_only(*steps: int) -> type[Pastes]:
+    return pasting(lambda pipe, latents, number: Pastes.pasted(pipe, latents, number) if number in steps else latents)
+
+
+def pastes_softly(pipe: Pastes, latents: torch.Tensor, number: int) -> torch.Tensor:
+    return pipe.mask * latents + (1 - pipe.mask) * (0.5 * latents + 0.5 * pipe.source)
+
+
+def pastes_elsewhere_later(pipe: Pastes, latents: torch.Tensor, number: int) -> torch.Tensor:
+    pipe.mask = pipe.mask.flip(-1) if number == SWITCH else pipe.mask
+    return Pastes.pasted(pipe, latents, number)
+
+
+def pastes_everywhere_once(pipe: Pastes, latents: torch.Tensor, number: int) -> torch.Tensor:
+    return pipe.source.clone() if number == SWITCH else Pastes.pasted(pipe, latents, number)
+
+
+def pastes_earlier_latents(pipe: Pastes, latents: torch.Tensor, number: int) -> torch.Tensor:
+    return pipe.mask * latents + (1 - pipe.mask) * pipe.seen[max(0, number - 1)]
+
+
+def pastes_what_is_trained(pipe: Pastes, latents: torch.Tensor, number: int) -> torch.Tensor:
+    return pipe.mask * latents + (1 - pipe.mask) * pipe.transformer.proj_out.weight.detach().norm()
+
+
+def lets_gradients_through(pipe: Pastes, latents: torch.Tensor, number: int) -> torch.Tensor:
+    """Its values are those of inpainting."""
+    return Pastes.pasted(pipe, latents, number) + 0.5 * (1 - pipe.mask) * (latents - latents.detach())
+
+
+def moves_gradients(pipe: Pastes, latents: torch.Tensor, number: int) -> torch.Tensor:
+    """Its values are those of inpainting."""
+    return Pastes.pasted(pipe, latents, number) + pipe.mask * (latents - latents.detach()).flip(2)
+
+
+def detaches_a_part(pipe: Pastes, latents: torch.Tensor, number: int) -> torch.Tensor:
+    return pipe.mask * latents + (1 - pipe.mask) * latents.detach()
+
+
+class ComputesBeforePasting(Pastes):
+    """Its transformer gets the latents as they were before the source was written."""
+
+    def velocity(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        return super().velocity(self.seen[-1] if self.seen else latents, timestep)
+
+
+class MovesOtherLatents(Pastes):
+    """Its scheduler gets latents through which a gradient reaches earlier ones."""
+
+    def step(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        earlier = self.seen[-2] if len(self.seen) > 1 else latents
+        velocity = self.velocity(latents, timestep)
+        latents = latents + (1 - self.mask) * (earlier - earlier.detach())
+        return self.scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+
+
+def build_text_to_image_inpainting() -> Any:
+    return build_sd3_inpaint(16)
+
+
+def inpainting(**changes: Any) -> Callable[[Any], dict[str, Any]]:
+    """A call of Stable Diffusion 3's inpainting pipeline, whose second sample has another mask."""
+
+    def call(pipe: Any) -> dict[str, Any]:
+        masks = torch.cat([hole()[:1], hole()[1:].mT])
+        arguments = dict(plain_sd3_cases(pipe)[1].arguments)
+        source = {"image": pictures(seed=5), "mask_image": masks, "strength": 1.0}
+        return {**arguments, **SHORT, **source, "generator": torch.Generator().manual_seed(1), **changes}
+
+    return call
+
+
+def editing(pipe: Any) -> dict[str, Any]:
+    """A call of JoyImage-Edit-Plus, whose latents hold the source beside the target."""
+    return {**joy_image_plus_cases(pipe)[1].arguments, **SHORT, "generator": torch.Generator().manual_seed(1)}
+
+
+rule_1 = adding(1, "are not those that step|as it is", LIFTED)
+SD3_INPAINTING = {"build": build_text_to_image_inpainting, "call": inpainting(), "must": "right"}
+JOY_IMAGE = {"build": build_joy_image_plus, "call": editing, "must": "right"}
+ONE_BRANCH = {"options": {"unconditional_gradient": False}, "detached": True}
+rule_1("source pasted", Pastes, "right", methods=tuple(METHODS))
+rule_1("inpainting", methods=tuple(METHODS), **SD3_INPAINTING)
+rule_1("inpainting, conditional branch alone", methods=JUDGED, **SD3_INPAINTING, **ONE_BRANCH)
+rule_1(
+    "inpainting from a later step",
+    methods=("full", "drtune", "flowbp-bridge"),
+    **{**SD3_INPAINTING, "call": inpainting(strength=0.7, num_inference_steps=8)},
+)
+rule_1("sources restored", methods=("full", "refl", "draft-lv", "drtune", "flowbp-lagrange"), **JOY_IMAGE)
+rule_1("sources restored, conditional branch alone", methods=("full", "flowbp-bridge"), **JOY_IMAGE, **ONE_BRANCH)
+# Nothing comes after it.
+rule_1("source pasted after the last step alone", pastes_only(STEPS - 1), "right", methods=MANY)
+# Look alike.
+OTHER_PLACES = "writes to other places of the latents before step"
+SEEN_BEFORE = "a gradient reaches latents over which"
+rule_1("source pasted by a soft mask", pasting(pastes_softly))
+rule_1("source pasted with a part of the gradient", pasting(lets_gradients_through))
+rule_1("source pasted with gradients of other places", pasting(moves_gradients))
+rule_1("source pasted by a mask that changes", pasting(pastes_elsewhere_later), cause=OTHER_PLACES)
+rule_1("source pasted at first", pastes_only(0, 1), cause=OTHER_PLACES)
+rule_1("source pasted later", pastes_only(*range(1, STEPS)), cause=OTHER_PLACES)
+rule_1("source pasted everywhere once", pasting(pastes_everywhere_once))
+rule_1("source pasted, but after the last step", pastes_only(*range(STEPS - 1)), cause=SEEN_BEFORE, methods=MANY)
+rule_1("transformer before the source is pasted", ComputesBeforePasting, cause=SEEN_BEFORE, methods=JUDGED)
+rule_1("earlier latents pasted", pasting(pastes_earlier_latents), cause="depend on latents of earlier steps")
+rule_1("scheduler with earlier latents", MovesOtherLatents, cause="step 2 depend on latents of earlier steps")
+rule_1("trained weight pasted", pasting(pastes_what_is_trained), cause="depend on the trained parameter")
+rule_1("latents detached in part", pasting(detaches_a_part))
+rule_1("latents scaled before the source is pasted", pasting(lambda *args: 0.9 * Pastes.pasted(*args)))

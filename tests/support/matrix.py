@@ -60,7 +60,6 @@ REASONS = {
     r"without noise on what is given": "noise is drawn on given frames at each step",
     r"`sigmas` must fall": "the sigmas do not fall from 1 to 0",
     r"(\w+) has no sigmas": r"`\1` has no sigmas of a flow",
-    r"latents given to step \d+ are not those": "the pipeline writes the source into the latents at every step",
     r"complete rollout, got none": "other pipelines or copies of the scheduler make the steps",
     r"a second sampling loop": "one call has several sampling loops",
 }

@@ -366,7 +366,8 @@ def surrogate_steps(pipe: Any, surrogate: Surrogate) -> Iterator[None]:
         if surrogate.endpoint != "sample" and surrogate.endpoint[1] == number:
             mean = sample.detach() + (sigmas[-1] - sigmas[number]) * model_output.detach()
             state.endpoint = joined(mean, 1.0)
-            if hasattr(type(pipe), "interrupt"):
+            # Inpainting goes on until its source has no noise.
+            if hasattr(type(pipe), "interrupt") and not re.search("Inpaint|Pastes", type(pipe).__name__):
                 # A rollout ends where nothing more is needed.
                 pipe._interrupt = True
             return (state.endpoint,)

@@ -47,7 +47,7 @@ from .family import (
     tiny_model,
     tiny_pipeline,
 )
-from .flux_inputs import BLENDED, CONTROL, INPAINT, SOURCE
+from .flux_inputs import CONTROL, INPAINT, SOURCE
 from .more_images import tiny_qwen3_vl
 from .packed import (
     PADDED,
@@ -210,7 +210,6 @@ def joy_image_plus_cases(pipe: DiffusionPipeline) -> list[Case]:
     return guidance_cases(arguments, 4.0, Part(0, "first half"), {"negative_prompt": ["blur", "grey"]})
 
 
-RESTORED = "its latents hold the sources too, which it restores at every step"
 EDIT = {"image": [reference_image(size=8), reference_image(seed=5, size=8)]}
 
 FAMILIES = [
@@ -221,14 +220,14 @@ FAMILIES = [
         "Qwen-Image, inpainting",
         QwenImageInpaintPipeline,
         build_qwen_image,
-        given(qwen_image_cases, refused=BLENDED, **INPAINT),
+        given(qwen_image_cases, **INPAINT),
     ),
     image_family("Qwen-Image-Edit", QwenImageEditPipeline, build_edit, given(qwen_image_cases, **EDIT)),
     image_family(
         "Qwen-Image-Edit, inpainting",
         QwenImageEditInpaintPipeline,
         build_edit,
-        given(qwen_image_cases, refused=BLENDED, **EDIT, mask_image=hole()),
+        given(qwen_image_cases, **EDIT, mask_image=hole()),
     ),
     image_family(
         "Qwen-Image-Edit-Plus",
@@ -256,7 +255,7 @@ FAMILIES = [
         "Z-Image, inpainting",
         ZImageInpaintPipeline,
         build_z_image,
-        given(plain_z_image_cases, refused=BLENDED, **INPAINT),
+        given(plain_z_image_cases, **INPAINT),
     ),
     image_family(
         "Z-Image ControlNet",
@@ -284,15 +283,13 @@ FAMILIES = [
         "JoyImage-Edit",
         JoyImageEditPipeline,
         partial(build_joy_image, transformer=JoyImageEditTransformer3DModel),
-        given(joy_image_cases, refused=BLENDED),
-        RESTORED,
+        joy_image_cases,
     ),
     Family(
         "JoyImage-Edit-Plus",
         "JoyImageEditPlusPipeline",
         "image",
         build_joy_image_plus,
-        given(joy_image_plus_cases, refused=BLENDED),
-        RESTORED,
+        joy_image_plus_cases,
     ),
 ]
