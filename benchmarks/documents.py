@@ -213,7 +213,7 @@ def cosines(report: Mapping[str, Any]) -> str:
         row = [name if "," in name or " " in name else f"`{name}`"]
         for state in states:
             of = state["lines"][name]
-            shares = [f"{100 * of[share]:.0f}" for share in ("of_draws", "of_batches", "of_mean")]
+            shares = [str(round(100 * of[share])) for share in ("of_draws", "of_batches", "of_mean")]
             row += [f"{of['cosine']:.2f}", f"{of['norm_ratio']:.2f}", " / ".join(shares)]
         rows.append(row)
     head = ["gradient"]
