@@ -83,12 +83,12 @@ def broken_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
     """An engine that scales every weight by 1.01."""
     sweep = flowbp.callback.sweep
 
-    def broken(trajectories: Any, *args: Any, **kwargs: Any) -> None:
+    def broken(trajectories: Any, *args: Any, **kwargs: Any) -> Any:
         changed = []
         for each in trajectories:
             terms = tuple(replace(term, weight=1.01 * term.weight) for term in each.surrogate.terms)
             changed.append(replace(each, surrogate=replace(each.surrogate, terms=terms)))
-        sweep(changed, *args, **kwargs)
+        return sweep(changed, *args, **kwargs)
 
     monkeypatch.setattr(flowbp.callback, "sweep", broken)
 
