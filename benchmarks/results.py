@@ -61,6 +61,9 @@ LINES = {
     for name in "flowbp-lagrange flowbp-bridge flowbp-sparse leapalign drtune draft-lv refl".split()
 } | {"draft-1": Line("draft-k"), "draft-4": Line("draft-k", {"last_k": 4}), "full": Line("full")}
 REFERENCE = "flowbp-lagrange"
+# One standard error of a share of about 0.75 among the 256 images by which a learning rate is chosen: rates that are
+# closer to each other are not told apart by one run each.
+TIE = 0.027
 
 
 def _variants(of: str, options: Mapping[str, list[Any]], **run: Any) -> dict[str, Line]:
@@ -117,7 +120,7 @@ class Size:
         lines, ablations: which ones.
         seeds: of the methods.
         few: seeds of the ablations.
-        tuning_seed: of the runs that choose the learning rate.
+        tuning_seed: of the runs that choose the learning rate; the next seed decides where they do not tell.
         rates: from which it is chosen.
         prompts: of each list; None for all.
         rounds: updates over which costs are measured.
@@ -176,6 +179,8 @@ class Plan:
         for attempt in range(3):
             for name in size.lines:
                 yield from self._tuning(name, attempt, found)
+        for name in size.lines:
+            yield from self._deciding(name, found)
         for seed in range(size.seeds):
             yield from (self._run(name, seed, found) for name in size.lines)
         for group in size.ablations:
@@ -200,23 +205,38 @@ class Plan:
         rates = self.size.rates
         middle = len(rates) // 2
         tried = list(rates[max(middle - 1, 0) : middle + 1])
-        reads = [self._read(name, rate, found) for rate in tried]
+        reads = [self._read(name, rate, self.size.tuning_seed, found) for rate in tried]
         if len(reads) == 2 and None not in reads:
             further = middle - 2 if reads[0] >= reads[1] else middle + 1
             tried += [rates[further]] if 0 <= further < len(rates) else []
         return tried
 
-    def rate(self, name: str, found: Mapping[str, Any]) -> float | None:
-        """The rate with the highest exact reading by the held-out judge, of another seed and other prompts."""
-        name = ALL_LINES[name].rate_of or name
-        reads = {rate: self._read(name, rate, found) for rate in self.tried_rates(name, found)}
+    def undecided_rates(self, name: str, found: Mapping[str, Any]) -> list[float] | None:
+        """The two best rates where they are within `TIE` of each other; None as long as that is not known."""
+        reads = {rate: self._read(name, rate, self.size.tuning_seed, found) for rate in self.tried_rates(name, found)}
         if None in reads.values():
             return None
-        return max(reads, key=lambda rate: (reads[rate], -rate))
+        best = sorted(reads, key=lambda rate: (-reads[rate], rate))[:2]
+        return best if len(best) == 2 and reads[best[0]] - reads[best[1]] < TIE else []
 
-    def _read(self, name: str, rate: float, found: Mapping[str, Any]) -> float | None:
+    def rate(self, name: str, found: Mapping[str, Any]) -> float | None:
+        """The rate with the highest exact reading by the held-out judge, of other seeds and other prompts."""
+        name = ALL_LINES[name].rate_of or name
+        undecided, first = self.undecided_rates(name, found), self.size.tuning_seed
+        if undecided is None:
+            return None
+        seeds = (first, first + 1) if undecided else (first,)
+        reads = {
+            rate: [self._read(name, rate, seed, found) for seed in seeds]
+            for rate in undecided or self.tried_rates(name, found)
+        }
+        if any(None in each for each in reads.values()):
+            return None
+        return max(reads, key=lambda rate: (sum(reads[rate]), -rate))
+
+    def _read(self, name: str, rate: float, seed: int, found: Mapping[str, Any]) -> float | None:
         updates = self.updates(name, found)
-        record = None if updates is None else found.get(self.key(name, rate, self.size.tuning_seed, updates))
+        record = None if updates is None else found.get(self.key(name, rate, seed, updates))
         return None if record is None else record["read_v5"]
 
     # Jobs.
@@ -228,8 +248,13 @@ class Plan:
         tried, updates = self.tried_rates(name, found), self.updates(name, found)
         if updates is not None and attempt < len(tried):
             yield self._job(name, tried[attempt], self.size.tuning_seed, [updates])
-        elif self.rate(name, found) is None:
+        elif self.undecided_rates(name, found) is None:
             yield None
+
+    def _deciding(self, name: str, found: Mapping[str, Any]) -> Iterator[Job]:
+        updates = self.updates(name, found)
+        for rate in self.undecided_rates(name, found) or []:
+            yield self._job(name, rate, self.size.tuning_seed + 1, [updates])
 
     def _run(self, name: str, seed: int, found: Mapping[str, Any]) -> Job | None:
         rate, judged_after = self.rate(name, found), self.judged_after(name, found)
@@ -246,7 +271,7 @@ class Plan:
 
     def _prompts(self, seed: int) -> tuple[list[str], int]:
         judging, choosing = demo_runs.held_out_prompts()
-        prompts, noises = (choosing, 2) if seed == self.size.tuning_seed else (judging, 1)
+        prompts, noises = (choosing, 2) if seed >= self.size.tuning_seed else (judging, 1)
         return prompts[: self.size.prompts], noises
 
     def _base(self, found: Mapping[str, Any], check: Callable[[], None]) -> dict[str, Any]:

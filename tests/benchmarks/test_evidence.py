@@ -29,26 +29,35 @@ def in_order(plan: results.Plan, reads: Mapping[str, float], ratios: Mapping[str
     """Keys of the jobs in the order in which a single worker does them, with these results by line and rate."""
     found: dict[str, Any] = {}
     while (key := next((job.key for job in plan.jobs(found) if job and job.key not in found), None)) is not None:
-        rate = key.partition(" rate ")[2].partition(" ")[0]
-        found[key] = {"ratio": ratios.get(key.removeprefix("cost "), 1.0), "read_v5": reads.get(rate, 0.0)}
+        rate, _, rest = key.partition(" rate ")[2].partition(" seed ")
+        read = reads.get(f"{rate} seed {rest[:3]}", reads.get(rate, 0.0))
+        found[key] = {"ratio": ratios.get(key.removeprefix("cost "), 1.0), "read_v5": read}
     assert None not in plan.jobs(found)
     return list(found)
 
 
 @pytest.mark.parametrize(
-    ("reads", "tried", "chosen"),
+    ("reads", "tried", "again", "chosen"),
     [
-        ({"0.0001": 0.5, "0.0003": 0.4, "0.001": 0.3}, ["0.0003", "0.001", "0.0001"], "0.0001"),
-        ({"0.0001": 0.1, "0.0003": 0.4, "0.001": 0.3}, ["0.0003", "0.001", "0.0001"], "0.0003"),
-        ({"0.0003": 0.2, "0.001": 0.3, "0.003": 0.3}, ["0.0003", "0.001", "0.003"], "0.001"),
+        ({"0.0001": 0.5, "0.0003": 0.4, "0.001": 0.3}, ["0.0003", "0.001", "0.0001"], [], "0.0001"),
+        ({"0.0001": 0.1, "0.0003": 0.4, "0.001": 0.3}, ["0.0003", "0.001", "0.0001"], [], "0.0003"),
+        # One run each does not tell: a second one, of another seed, decides.
+        (
+            {"0.0003": 0.2, "0.001": 0.3, "0.003": 0.32, "0.003 seed 101": 0.27},
+            ["0.0003", "0.001", "0.003"],
+            ["0.003", "0.001"],
+            "0.001",
+        ),
+        ({"0.0003": 0.3, "0.001": 0.3}, ["0.0003", "0.001", "0.0001"], ["0.0003", "0.001"], "0.0003"),
     ],
 )
-def test_the_queue(reads: dict[str, float], tried: list[str], chosen: str) -> None:
+def test_the_queue(reads: dict[str, float], tried: list[str], again: list[str], chosen: str) -> None:
     plan = results.Plan(results.Size(lines=(results.REFERENCE, "full"), ablations=(), seeds=2, few=1))
     keys = in_order(plan, reads, {"full": 1.6})
     of_full = [key.removeprefix("full rate ") for key in keys if key.startswith("full rate")]
     # The rate is chosen with a seed of its own. One run is judged at equal seconds and at equal updates.
     expected = [f"{rate} seed 100 updates 75" for rate in tried]
+    expected += [f"{rate} seed 101 updates 75" for rate in again]
     expected += [f"{chosen} seed {seed} updates 120" for seed in (0, 1)]
     assert of_full == expected
     assert plan.judged_after("full", {"cost full": {"ratio": 1.6}}) == [75, 120]
