@@ -1,5 +1,5 @@
-# make demo, make test, make matrix, make style, make quality, make dist, make upstream: each makes its own environment
-# in .venv first.
+# make demo, make test, make matrix, make documents, make style, make quality, make dist, make upstream: each makes its
+# own environment in .venv first.
 # make test-lowest runs tests with the oldest versions that setup.cfg allows, in .venv-lowest.
 # PYTHON chooses the interpreter: make demo PYTHON=python3.12
 # PIP_TORCH_OPTIONS is given to pip where it installs torch. Without a GPU this saves gigabytes on Linux:
@@ -11,7 +11,7 @@ LOWEST_TESTS ?= tests/engine tests/training/test_train_scripts.py tests/training
 	tests/judging/test_figures.py tests/judging/test_evaluate.py
 SOURCES = pipelines training demo tests benchmarks docs upstream setup.py
 
-.PHONY: demo test test-lowest matrix style quality dist upstream venv
+.PHONY: demo test test-lowest matrix documents style quality dist upstream venv
 
 demo: .venv/.demo
 	.venv/bin/python demo/run.py
@@ -25,6 +25,13 @@ test-lowest: .venv-lowest/.installed
 
 matrix: .venv/.installed
 	.venv/bin/python tests/support/matrix.py --write
+
+# Every table and figure of README.md and docs/ that is made from results or from the code.
+documents: .venv/.installed
+	.venv/bin/python benchmarks/documents.py --write
+	.venv/bin/python docs/methods_table.py --write
+	.venv/bin/python docs/rewards_table.py --write
+	.venv/bin/python docs/how_it_works.py
 
 upstream: .venv/.installed
 	.venv/bin/python upstream/check.py $(DIFFUSERS)

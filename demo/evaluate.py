@@ -75,24 +75,27 @@ def summarise(base: dict[str, torch.Tensor], aligned: dict[str, torch.Tensor]) -
     return rows
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as text; shares in per cent, their change in points."""
+def cells(rows: list[dict[str, Any]]) -> list[list[str]]:
+    """The rows as texts: name, base, aligned, change; shares in per cent, their change in points."""
 
     def cell(value: dict[str, Any], is_share: bool, sign: str) -> str:
         factor, digits = (100, 1) if is_share else (1, 2)
         mean, low, high = (factor * number for number in (value["mean"], *value["interval"]))
         return f"{mean:{sign}.{digits}f} [{low:{sign}.{digits}f}, {high:{sign}.{digits}f}]"
 
-    lines = [["", "base", "aligned", "change"]]
-    for row in rows:
-        name = row["measure"] + (", %" if row["share"] else "")
-        lines.append(
-            [name]
-            + [
-                cell(row[column], row["share"], "+" if column == "change" else "")
-                for column in ("base", "aligned", "change")
-            ]
-        )
+    signs = {"base": "", "aligned": "", "change": "+"}
+    return [
+        [
+            row["measure"] + (", %" if row["share"] else ""),
+            *(cell(row[column], row["share"], sign) for column, sign in signs.items()),
+        ]
+        for row in rows
+    ]
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as text with aligned columns."""
+    lines = [["", "base", "aligned", "change"], *cells(rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(4)]
     padded = [
         line[0].ljust(widths[0])

@@ -228,7 +228,7 @@ def test_a_recipe_for_24_gb_parses_on_its_own(path: Path, parse: Any) -> None:
     assert {config.reward, config.eval_reward} == {"pickscore", "hpsv2.1"}
     # A clip on one reward's scale would leave another without a gradient.
     assert config.reward_clip is None
-    assert config.use_ema and config.learning_rate == 1e-4 and config.checkpointing_minutes == 15
+    assert config.use_ema and config.learning_rate == 3e-4 and config.checkpointing_minutes == 15
     for name in content.keys() - {"resolution", "quantization_config_path"}:
         assert getattr(config, name) == content[name], name
     if "quantization_config_path" in content:
