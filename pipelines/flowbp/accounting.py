@@ -2,38 +2,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """The accounting of a rollout: told of its events, it asks `checks` and remembers what they need of earlier steps."""
 
-import weakref
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import replace
 from typing import Any
 
 import torch
-from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._pytree import TreeSpec, tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from . import checks
 from .caches import Caches, is_cache
-from .graph import leaves_of
-from .marks import Draws, TrainedUses
+from .marks import TrainedUses
 from .plan import Plan
-from .state import (
-    Kind,
-    ModelState,
-    is_compiled,
-    is_sharded,
-    parameters_of,
-    parts_that_run,
-    random_states,
-    trained_parameters,
-)
+from .state import parameters_of
 from .trajectory import Call
-
-# What the first calls of each kind computed with, for every transformer; later rollouts compare with it too. A model
-# whose hooks are others at every rollout would add kinds without end.
-_kinds: "weakref.WeakKeyDictionary[torch.nn.Module, deque[Kind]]" = weakref.WeakKeyDictionary()
-MOST_KINDS = 16
 
 
 class Accounting:
@@ -78,14 +58,11 @@ class Accounting:
 
     def call_begins(
         self, step: int, module: torch.nn.Module, leaves: Sequence[Any], kwargs: Mapping[str, Any], own: Sequence[Any]
-    ) -> None:
-        """Judge the inputs of a call.
+    ) -> int:
+        """Judge the inputs of a call; -> how many calls came before it in the step.
 
         Args:
-            step: the step.
-            module: the transformer.
-            leaves: its flattened arguments.
-            kwargs: its keyword arguments.
+            leaves: its flattened arguments, of which `kwargs` are some.
             own: leaves that the step has so far: its latents, and outputs of its earlier calls.
         """
         checks.check_inference_tensors(self.name, step, leaves)
@@ -112,63 +89,12 @@ class Accounting:
                 for leaf in leaves
             ]
         )
-
-    def compute(
-        self, step: int, module: torch.nn.Module, spec: TreeSpec, is_active: bool, call: Callable[[], Any]
-    ) -> tuple[Any, ModelState | None, Kind | None]:
-        """Make a call without gradients.
-
-        Returns:
-            What it returned; and for active steps the state in which it was made, and its kind.
-        """
-        place = len(self._inputs) - 1
-        kinds = _kinds.setdefault(module, deque(maxlen=MOST_KINDS))
-        alike = [kind for kind in kinds if kind.place == place and kind.spec == spec]
-        if alike and not is_active:
-            with torch.no_grad():
-                return call(), None, None
-        state = ModelState.of(module)
-        checks.check_hooks(self.name, step, module, state.placed.hooks)
-        trained = frozenset(map(id, trained_parameters(module)))
-        kind = next((kind for kind in alike if kind.structure == state.structure and kind.trained == trained), None)
-        if kind is None:
-            returned, reached, parts = self._first_of_its_kind(step, module, call)
-            kind = Kind(place, spec, state.structure, trained, reached, parts)
-            kinds.append(kind)
-        else:
-            with torch.no_grad():
-                returned = call()
-        checks.check_random(self.name, step, module, state.random, random_states(module))
-        if step == 0:
-            # What the first call sets up once (a table of positions, say) belongs to its state.
-            state = replace(state, values=ModelState.of(module).values)
-        return returned, state, kind
+        return place
 
     def call_made(self, step: int, call: Call | None, leaves: Sequence[Any], returned: Any) -> None:
         """Note the text caches that a call filled, see `Caches.call_made`; `call` is `None` if it fills none."""
         if tensors := self.caches.call_made(step, call, leaves, returned):
             self.uses.note(tensors, "what a text cache holds")
-
-    def _first_of_its_kind(
-        self, step: int, module: torch.nn.Module, call: Callable[[], Any]
-    ) -> tuple[Any, frozenset[int] | None, frozenset[int]]:
-        """Make a call and find out what it computes with; -> what it returned, parameters reached, parts that ran."""
-        draws = nullcontext() if is_compiled(module) else Draws()
-        with draws, parts_that_run(module) as ran:
-            if is_sharded(module) or not trained_parameters(module):
-                with torch.no_grad():
-                    returned, reached = call(), None
-            else:
-                # A graph without the tensors that backward would need: it costs no memory, and shows its leaves.
-                with torch.enable_grad(), saved_tensors_hooks(lambda tensor: None, lambda nothing: None):
-                    returned = call()
-                tensors = [leaf for leaf in tree_leaves(returned) if isinstance(leaf, torch.Tensor)]
-                trained = set(map(id, trained_parameters(module)))
-                reached = frozenset(id(leaf) for leaf in leaves_of(tensors) if id(leaf) in trained)
-                returned = tree_map(lambda leaf: leaf.detach() if isinstance(leaf, torch.Tensor) else leaf, returned)
-        if isinstance(draws, Draws):
-            checks.check_draws(self.name, step, module, draws.found)
-        return returned, reached, frozenset(ran)
 
     # The scheduler's steps.
 
@@ -227,9 +153,6 @@ class Accounting:
         """Judge a step that was computed.
 
         Args:
-            step: the step.
-            plan: of the rollout.
-            scheduler: that made it.
             tensors: latents before, velocity, latents after.
             outputs: leaves of the step's transformer calls.
             latents: leaf of the step, `None` for the first.

@@ -182,11 +182,11 @@ class FlowBPCallback:
             RecordingError: where rewards and rollout are not connected, for a second call, and as `sweep`.
         """
         trajectories = self.trajectories
-        checks.check_once(self._recorder.name, self._is_done)
-        first = self.trajectory
+        first, name, trained = trajectories[0], self._recorder.name, self._recorder.trained
+        checks.check_once(name, self._is_done)
         gaps = connector_gaps(self.surrogate, first.latents, first.velocities, first.sampled)
         endpoints = [trajectory.endpoint for trajectory in trajectories]
-        name, trained, num_images = self._recorder.name, self._recorder.trained, sum(map(len, endpoints))
+        num_images = sum(map(len, endpoints))
         checks.check_scoring_arguments(callable(reward), images, prompts, columns)
         if callable(reward):
             check = functools.partial(checks.check_rewards, name, checks.name_of_reward(reward), trained)
@@ -208,8 +208,8 @@ class FlowBPCallback:
         checks.check_endpoint_reached(name, adjoints)
         self._is_done = True
         swept = self.sweep(adjoints, gradient_scale=gradient_scale, is_scaled=True, transformer=transformer)
-        rewards, loss, weights = rewards.detach(), loss.detach(), weights.detach()
-        return BackwardOutput(rewards, loss, weights, gaps, swept.anchor, swept.gradient_norms)
+        detached = rewards.detach(), loss.detach(), weights.detach()
+        return BackwardOutput(*detached, gaps, swept.anchor, swept.gradient_norms)
 
     def sweep(
         self,

@@ -21,7 +21,7 @@ from diffusers import ModularPipeline
 from diffusers.utils.torch_utils import randn_tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from . import checks, modular, steps
+from . import checks, kinds, modular, steps
 from .accounting import Accounting
 from .caches import fills
 from .hooks import Patches
@@ -293,7 +293,10 @@ class Rollout:
         leaves, spec = tree_flatten((args, kwargs))
         checks.check_one_loop(self.recorder.name, self.is_rescheduled and not self.is_in_callback)
         if self.is_in_callback or (self.is_finished and self._made_all_steps):
-            return self._unrecorded_call(original, args, kwargs)
+            # As if nothing were recorded; where the result goes on towards the loss, it is found by its mark.
+            with torch.no_grad():
+                returned = original(*args, **kwargs)
+            return self._marked(returned)
         if not self.has_begun:
             self.trajectory, self.plan = self.recorder.begin()
             # From here on the pipeline's code between the leaves is recorded as glue.
@@ -303,14 +306,13 @@ class Rollout:
             return self._marked(self.recorder.stand_ins.answer(leaves))
         is_active = self._step in self.plan.active
         own = self._outputs if self._latents is None else [*self._outputs, self._latents]
-        self.accounting.call_begins(self._step, module, leaves, kwargs, own)
+        place = self.accounting.call_begins(self._step, module, leaves, kwargs, own)
         is_kept = is_active or fills(kwargs)
         # Copies are taken before the call, which may write into its inputs.
         attached, inputs = self._inputs.keep(leaves, self._sources()) if is_kept else ({}, [])
-        returned, state, kind = self.accounting.compute(
-            self._step, module, spec, is_kept, functools.partial(original, *args, **kwargs)
-        )
-        result, outputs = self._cut(returned)
+        call = functools.partial(original, *args, **kwargs)
+        returned, state, kind = kinds.compute(self.recorder.name, self._step, module, (place, spec), is_kept, call)
+        result, outputs = cut(returned)
         call = Call(module, spec, inputs, attached, outputs, is_list_of_samples(returned, outputs), state, kind)
         self.accounting.call_made(self._step, call if fills(kwargs) else None, leaves, returned)
         if is_active:
@@ -324,14 +326,8 @@ class Rollout:
     def _made_all_steps(self) -> bool:
         return self._step >= self.plan.num_steps - 1
 
-    def _unrecorded_call(self, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Compute as if nothing were recorded; where the result goes on towards the loss, it is found by its mark."""
-        with torch.no_grad():
-            returned = original(*args, **kwargs)
-        return self._marked(returned)
-
     def _marked(self, returned: Any) -> Any:
-        result, _ = self._cut(returned, checks.UNRECORDED)
+        result, _ = cut(returned, checks.UNRECORDED)
         self.note_unrecorded(result)
         return result
 
@@ -339,20 +335,6 @@ class Rollout:
         """Mark what a call returned that is not recorded."""
         tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
         self.accounting.uses.note(tensors, checks.UNRECORDED)
-
-    def _cut(self, returned: Any, origin: str = checks.OUTPUT) -> tuple[Any, list[torch.Tensor]]:
-        """The result with copies of leaves in place of its floating point tensors, and these leaves."""
-        results, spec = tree_flatten(returned)
-        outputs = []
-        for index, value in enumerate(results):
-            if isinstance(value, torch.Tensor) and value.is_floating_point():
-                leaf = value.detach().requires_grad_()
-                leaf.origin = origin
-                outputs.append(leaf)
-                # A copy, because pipelines may write into what they are given. Attached wherever the call is made.
-                with torch.enable_grad():
-                    results[index] = leaf.clone()
-        return tree_unflatten(results, spec), outputs
 
     def _sources(self) -> list[torch.Tensor]:
         """Leaves to which a gradient of this step's inputs goes on."""
@@ -450,3 +432,18 @@ class Rollout:
             handed = leaf.clone() if given is None else leaf.detach().where(given, leaf)
         self._handed = (handed, handed._version)
         return handed
+
+
+def cut(returned: Any, origin: str = checks.OUTPUT) -> tuple[Any, list[torch.Tensor]]:
+    """What a transformer returned with copies of leaves in place of its floating point tensors, and these leaves."""
+    results, spec = tree_flatten(returned)
+    outputs = []
+    for index, value in enumerate(results):
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            leaf = value.detach().requires_grad_()
+            leaf.origin = origin
+            outputs.append(leaf)
+            # A copy, because pipelines may write into what they are given. Attached wherever the call is made.
+            with torch.enable_grad():
+                results[index] = leaf.clone()
+    return tree_unflatten(results, spec), outputs

@@ -6,7 +6,7 @@ import functools
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 
 
 class StandIns:
@@ -23,17 +23,15 @@ class StandIns:
             result: what it returned.
         """
 
-        def shaped(value: Any) -> Any:
-            if not isinstance(value, torch.Tensor):
-                return value
+        def shaped(value: torch.Tensor) -> Any:
             return functools.partial(torch.zeros, value.shape, dtype=value.dtype, device=value.device)
 
-        self._shapes[_layout(leaves)] = tree_map(shaped, result)
+        self._shapes[_layout(leaves)] = tree_map_only(torch.Tensor, shaped, result)
 
     def answer(self, leaves: list[Any]) -> Any:
         """Zeros shaped as the outputs of an earlier call with these arguments; if there was none, of the last call."""
         shaped = self._shapes.get(_layout(leaves), next(reversed(self._shapes.values())))
-        return tree_map(lambda value: value() if isinstance(value, functools.partial) else value, shaped)
+        return tree_map_only(functools.partial, lambda zeros: zeros(), shaped)
 
 
 def _layout(leaves: list[Any]) -> tuple[torch.Size, ...]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 
 
 def made(
@@ -29,9 +29,7 @@ def made(
     Returns:
         The next latents; and where tokens have timesteps of their own, each element's step length.
     """
-    (args, kwargs) = tree_map(
-        lambda value: value.detach() if isinstance(value, torch.Tensor) else value, (args, kwargs)
-    )
+    args, kwargs = tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs))
     if kwargs.get("per_token_timesteps") is None:
         with torch.no_grad():
             return _following(step(*args, **kwargs)), None
@@ -40,10 +38,6 @@ def made(
         following = _following(step(*args, **kwargs))
     (lengths,) = torch.autograd.grad(following, velocity, torch.ones_like(following))
     return following.detach(), lengths
-
-
-def _detached(value: Any) -> Any:
-    return value.detach() if isinstance(value, torch.Tensor) else value
 
 
 def _following(result: Any) -> torch.Tensor:

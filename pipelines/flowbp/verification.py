@@ -18,9 +18,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_map_only, tree_unflatten
 
 from .callback import FlowBPCallback
+from .introspection import is_velocity_model
 from .methods import Method, get_method
 from .surrogate import Surrogate
 
@@ -236,7 +237,7 @@ def _transformers(pipe: Any) -> dict[str, torch.nn.Module]:
     return {
         name: module
         for name, module in pipe.components.items()
-        if isinstance(module, torch.nn.Module) and ("transformer" in name or name == "unet")
+        if isinstance(module, torch.nn.Module) and is_velocity_model(name)
     }
 
 
@@ -318,16 +319,14 @@ def _random_states(devices: set[torch.device]) -> Callable[[], None]:
     for device in devices:
         if device.type not in ("cpu", "meta"):
             module = torch.get_device_module(device)
-            # Apple's MPS has one device and takes no argument.
-            where = () if device.type == "mps" else (device,)
-            states.append((module, module.get_rng_state(*where), where))
+            states.append((module, module.get_rng_state(device), device))
 
     def restore() -> None:
         random.setstate(python)
         np.random.set_state(numpy)
         torch.set_rng_state(cpu)
-        for module, state, where in states:
-            module.set_rng_state(state, *where)
+        for module, state, device in states:
+            module.set_rng_state(state, device)
 
     return restore
 
@@ -386,7 +385,7 @@ def _frozen(pipe: Any, kept: Mapping[str, torch.nn.Parameter]) -> Iterator[None]
 class _Rollout:
     """One recorded or stock rollout (with DRaFT-LV's copies): gradients by parameter and outputs, on the CPU."""
 
-    gradients: list[torch.Tensor | None]
+    gradients: list[torch.Tensor]
     outputs: list[torch.Tensor]
 
 
@@ -452,8 +451,9 @@ class _Comparison:
         rewards = torch.cat([_project(output) for output in outputs])
         # Sample weights belong to the objective, not to the terms: here each sample counts the same.
         callback.backward(rewards, objective=lambda rewards, weights: rewards.sum())
-        gradients = [parameter.grad for parameter in self.parameters.values()]
-        for parameter in self.parameters.values():
+        parameters = self.parameters.values()
+        gradients = [torch.zeros_like(each) if each.grad is None else each.grad for each in parameters]
+        for parameter in parameters:
             parameter.grad = None
         return _Rollout(_on_cpu(gradients), _on_cpu(outputs)), surrogate
 
@@ -480,15 +480,17 @@ class _Comparison:
                     stack.enter_context(_Branches(self.pipe, left_out, branches))
                 output, gradients = self._differentiate()
             if found is not None:
-                output, gradients = found.outputs + output, _sums(found.gradients, gradients)
+                output = found.outputs + output
+                gradients = [old + new for old, new in zip(found.gradients, gradients, strict=True)]
             found = _Rollout(gradients, output)
         return found
 
-    def _differentiate(self) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
+    def _differentiate(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         name = type(self.pipe).__name__
         try:
             output = self._call()
-            gradients = torch.autograd.grad(_project(output).sum(), list(self.parameters.values()), allow_unused=True)
+            parameters = list(self.parameters.values())
+            gradients = torch.autograd.grad(_project(output).sum(), parameters, materialize_grads=True)
         except VerificationError:
             raise
         except torch.OutOfMemoryError as error:
@@ -550,7 +552,8 @@ class _SurrogateSteps:
         step, self.number = self.number, self.number + 1
         with torch.no_grad():
             # Steps after the endpoint too, because schedulers count.
-            result = self.original(*tree_map(_detach, args), **tree_map(_detach, kwargs))
+            args, kwargs = tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs))
+            result = self.original(*args, **kwargs)
         following = result[0].detach()
         place = getattr(self.scheduler, "step_index", None)
         sigmas = self.scheduler.sigmas[0 if place is None else place - step - 1 :]
@@ -669,10 +672,6 @@ def _copy(value: Any) -> Any:
     return value
 
 
-def _detach(value: Any) -> Any:
-    return value.detach() if isinstance(value, torch.Tensor) else value
-
-
 def _detached_rows(value: Any, rows: slice, size: int) -> Any:
     if not isinstance(value, torch.Tensor) or value.ndim == 0 or len(value) != size:
         return value
@@ -686,28 +685,20 @@ def _project(output: torch.Tensor) -> torch.Tensor:
     return (wide * direction).flatten(1).sum(1)
 
 
-def _on_cpu(tensors: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
-    return [None if tensor is None else tensor.detach().cpu() for tensor in tensors]
+def _on_cpu(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    return [tensor.detach().cpu() for tensor in tensors]
 
 
-def _sums(left: Sequence[torch.Tensor | None], right: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
-    pairs = zip(left, right, strict=True)
-    return [old if new is None else new if old is None else old + new for old, new in pairs]
+def _differences(left: Sequence[torch.Tensor], right: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Left minus right in float64."""
+    return [one.double() - other.double() for one, other in zip(left, right, strict=True)]
 
 
-def _differences(
-    left: Sequence[torch.Tensor | None], right: Sequence[torch.Tensor | None]
-) -> list[torch.Tensor | None]:
-    """Left minus right in float64, `None` being 0."""
-    negative = [None if each is None else -each.double() for each in right]
-    return _sums([None if each is None else each.double() for each in left], negative)
+def _norms(tensors: Sequence[torch.Tensor]) -> list[float]:
+    return [torch.linalg.vector_norm(tensor.double()).item() for tensor in tensors]
 
 
-def _norms(tensors: Sequence[torch.Tensor | None]) -> list[float]:
-    return [0.0 if tensor is None else torch.linalg.vector_norm(tensor.double()).item() for tensor in tensors]
-
-
-def _norm(tensors: Sequence[torch.Tensor | None]) -> float:
+def _norm(tensors: Sequence[torch.Tensor]) -> float:
     return float(np.linalg.norm(_norms(tensors)))
 
 

@@ -87,6 +87,7 @@ from flowbp import (
     graph,
     guidance,
     hooks,
+    kinds,
     marks,
     observers,
     placed,
@@ -1078,7 +1079,7 @@ def passing(*args: Any, **kwargs: Any) -> Any:
     return nullcontext()
 
 
-FIRST_OF_ITS_KIND = accounting.Accounting._first_of_its_kind
+FIRST_OF_ITS_KIND = kinds.first_of_its_kind
 # Function, what is put in its place, and what is not refused as it was.
 INSTRUMENTS: list[tuple[Callable[..., Any], Callable[..., Any], Scenario]] = [
     (
