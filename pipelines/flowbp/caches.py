@@ -79,11 +79,7 @@ class KeptCache:
 
 
 class Caches:
-    """The text caches of one rollout.
-
-    Args:
-        name: the pipeline's class, for messages.
-    """
+    """The text caches of one rollout."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -117,10 +113,7 @@ class Caches:
         """Note what a call filled, and judge what it wrote into.
 
         Args:
-            step: of the call.
             call: as it is kept, if it fills a cache.
-            leaves: its flattened arguments.
-            returned: what it returned.
 
         Returns:
             The tensors of the caches that it filled, which went around the cut of its outputs.

@@ -862,10 +862,7 @@ def check_reach(
     """A replay must compute with every trained parameter that the first call of its kind computed with.
 
     Args:
-        module: the transformer.
-        kind: of the call.
         ran: ids of the trained parts that ran now.
-        outputs: of the replay, with their graph.
     """
     if kind.reached is None:
         # Sharded parameters are other tensors while they compute.

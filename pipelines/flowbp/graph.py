@@ -65,9 +65,6 @@ def passes_gradient(tensors: Sequence[torch.Tensor], leaf: torch.Tensor) -> torc
 def passed_places(tensor: torch.Tensor, leaf: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Where a gradient of `tensor` reaches `leaf`, which has its shape.
 
-    Args:
-        seed: of the cotangents.
-
     Returns:
         A mask in their shape; and a scalar flag, whether the gradient reaches these places as it is.
     """

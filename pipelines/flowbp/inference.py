@@ -121,11 +121,7 @@ def call_arguments(pipeline: type[DiffusionPipeline], given: Mapping[str, Any]) 
 
 
 def usual_size_multiple(vae: Mapping[str, Any], transformer: Mapping[str, Any]) -> int | None:
-    """What heights and widths must be a multiple of, in pixels; None where the configs do not say it in the usual way.
-
-    Args:
-        vae, transformer: their configs.
-    """
+    """What heights and widths must be a multiple of, in pixels; None where the configs do not say it as usual."""
     patch = transformer.get("patch_size")
     patch = patch[-1] if isinstance(patch, list | tuple) else patch
     if "block_out_channels" not in vae or not isinstance(patch, int):

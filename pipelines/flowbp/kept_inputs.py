@@ -12,11 +12,7 @@ from .graph import leaves_of
 
 
 class KeptInputs:
-    """The inputs of a rollout's calls that may be made again.
-
-    Args:
-        caches: text caches of the rollout.
-    """
+    """The inputs of a rollout's calls that may be made again."""
 
     def __init__(self, caches: Caches) -> None:
         self._caches = caches

@@ -96,11 +96,7 @@ class Placed:
 
     @contextmanager
     def in_place(self, parts: Sequence[torch.nn.Module]) -> Iterator[None]:
-        """Put these hooks and processors back for the time of the block.
-
-        Args:
-            parts: of the transformer.
-        """
+        """Put these hooks and processors back for the time of the block."""
         undo: list[tuple[dict[str, Any], str, Any]] = []
         try:
             for part in parts:

@@ -48,7 +48,9 @@ def check_reward_frames(reward_frames: int | None, pipeline: type, num_frames: i
             f"--reward_frames {reward_frames}: {pipeline.__name__} makes images, not videos; leave it out."
         )
     if num_frames is not None and reward_frames > num_frames:
-        raise ValueError(f"--reward_frames {reward_frames}: a video has {num_frames} frames (--num_frames).")
+        raise ValueError(
+            f"--reward_frames {reward_frames}: a video has {num_frames} frames (--num_frames); choose fewer."
+        )
 
 
 def chosen_frames(total: int, count: int | None) -> list[int]:

@@ -62,9 +62,6 @@ def lora_file(source: str, option: str = "--lora") -> Path | None:
 def download_lora(source: str, option: str = "--lora") -> Path:
     """The file of a LoRA, from the Hub or its cache where `lora_file` has none.
 
-    Args:
-        source, option: see `lora_file`.
-
     Raises:
         ValueError: the source is none of what `lora_file` takes, or not to be had.
     """
@@ -98,13 +95,7 @@ def _hub_parts(source: str) -> tuple[str, str]:
 
 
 def lora_settings(file: Path, names: Collection[str], metadata: Mapping[str, str] | None) -> Any:
-    """The settings of peft's LoraConfig that come with a LoRA: of its file's header, or of peft beside it; or `{}`.
-
-    Args:
-        file: of the LoRA.
-        names: of its tensors.
-        metadata: of its header.
-    """
+    """The settings of peft's LoraConfig that come with a LoRA: of its file's header, or of peft beside it; or `{}`."""
     if is_of_peft(file, names):
         return json.loads(file.with_name(CONFIG_NAME).read_text(encoding="utf-8"))
     return json.loads((metadata or {}).get(LORA_ADAPTER_METADATA_KEY) or "{}")
@@ -144,11 +135,6 @@ def with_prefix(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def check_lora_file(source: str, file: Path, option: str = "--lora") -> None:
     """Check that a file is a plain LoRA with finite values.
-
-    Args:
-        source: as the user named it.
-        file: of the LoRA.
-        option: that has the source, for messages.
 
     Raises:
         ValueError: in one line, for a file that is no safetensors file or has NaN or infinite values, for names of

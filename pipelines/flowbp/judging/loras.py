@@ -97,12 +97,6 @@ def use_model(
 ) -> BaseForLast | None:
     """Switch the pipeline to a model.
 
-    Args:
-        pipe: with the LoRAs of `load_loras`.
-        model: to switch to.
-        adapters: of `load_loras`.
-        steps: of a rollout.
-
     Returns:
         The `callback_on_step_end` that its calls need, if any.
     """

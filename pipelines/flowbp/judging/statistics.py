@@ -163,9 +163,6 @@ def pairwise(
 ) -> list[dict[str, Any]]:
     """The differences between every two lines, on the same prompts and noise.
 
-    Args:
-        scores, lines: as `summarise` takes them.
-
     Returns:
         A record for each reward and ordered pair, with `reward`, `share`, `model`, `against` and `difference` (of the
         first from the second; an estimate as those of `summarise`).

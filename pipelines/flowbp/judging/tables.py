@@ -140,13 +140,7 @@ def _cells(
 def table_markdown(
     records: Sequence[Mapping[str, Any]], remarks: Sequence[str] = (), pairs: Sequence[Mapping[str, Any]] = ()
 ) -> str:
-    """All tables as Markdown.
-
-    Args:
-        records: from `summarise`.
-        remarks: a line each, below the tables.
-        pairs: from `pairwise`.
-    """
+    """All tables as Markdown."""
     parts = [f"{table.caption}\n\n{_markdown(table)}" for table in tables(records, pairs)]
     parts.append(about_intervals(records))
     if remarks:

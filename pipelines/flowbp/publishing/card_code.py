@@ -164,10 +164,7 @@ def usage_code(run: Mapping[str, Any], missing: Sequence[str], result: str, prom
     """A block of Python that loads base model and result and samples with the training's settings.
 
     Args:
-        run: of `run.json`.
-        missing: of `missing_components`.
         result: the run's repository or folder.
-        prompt: any text.
     """
     video = makes_videos(run)
     output = OUTPUTS.get(run["pipeline_class"], "frames[0]" if _has_frames(run) else "images[0]")

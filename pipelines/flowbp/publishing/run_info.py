@@ -103,9 +103,6 @@ def _git(folder: Path, *words: str) -> str | None:
 def git_commit(folder: Path | None = None) -> dict[str, Any] | None:
     """The commit of the package's code.
 
-    Args:
-        folder: of the package; this one by default.
-
     Returns:
         `{"commit": SHA-1, "dirty": whether tracked files differ from it}`; None without git, and if the package is not
         tracked by a repository (for example installed into an environment inside another project's repository).
@@ -131,10 +128,6 @@ def cpu_name() -> str:
 
 def hardware(device: "torch.device", processes: int) -> dict[str, Any]:
     """The machine that the run used.
-
-    Args:
-        device: of this process.
-        processes: their number.
 
     Returns:
         `device` (the GPU's name and memory, or the device's type), `processes`, and of the machine `cpu`, `cpu_cores`

@@ -7,11 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import BertTokenizer, BlipConfig, BlipTextModel, BlipVisionModel
 
-from .clip import aesthetic_head, clip_pixels, crop_short
+from .clip import aesthetic_head, clip_pixels, crop_short, head_score
 from .loading import (
     TOKENIZER_FILES,
     Source,
@@ -131,11 +130,8 @@ class ImageReward(nn.Module):
         patches = self.vision(pixel_values=pixels).last_hidden_state
         # No mask for the patches: a prompt attends to all of them.
         words = self.text(input_ids, attention_mask=attention_mask, encoder_hidden_states=patches).last_hidden_state
-        score = words[:, 0].to(torch.promote_types(weight.dtype, torch.float32))
-        with torch.autocast(score.device.type, enabled=False):
-            for layer in self.head:
-                score = F.linear(score, layer.weight.to(score), layer.bias.to(score))
-        return (score.squeeze(-1) - MEAN) / STD
+        score = head_score(self.head, words[:, 0].to(torch.promote_types(weight.dtype, torch.float32)))
+        return (score - MEAN) / STD
 
 
 def imagereward(model_path: Path | None = None, config: BlipConfig | None = None) -> ImageReward:

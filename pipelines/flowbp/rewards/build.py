@@ -245,11 +245,6 @@ def check_columns(
 def check_videos(rewards: Sequence[nn.Module], pipeline: type, reward_frames: int | None) -> None:
     """Checks that loaded rewards can score what a pipeline class makes, before it is loaded.
 
-    Args:
-        rewards: of `load_reward`.
-        pipeline: class of diffusers.
-        reward_frames: that the rewards were given.
-
     Raises:
         ValueError: a reward of videos for a pipeline of images, or `reward_frames` where every reward takes videos.
     """

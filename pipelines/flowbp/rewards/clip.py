@@ -72,7 +72,7 @@ class CLIPReward(nn.Module):
             output = self.model.get_text_features(input_ids=input_ids, attention_mask=attention_mask)
         pixels = clip_pixels(images, weight, self.model.config.vision_config.image_size, self.crop)
         image_embeds = self.model.get_image_features(pixel_values=pixels).pooler_output
-        return (_unit(image_embeds) * _unit(output.pooler_output)).sum(-1) * self.factor
+        return (unit(image_embeds) * unit(output.pooler_output)).sum(-1) * self.factor
 
 
 class AestheticReward(nn.Module):
@@ -94,14 +94,7 @@ class AestheticReward(nn.Module):
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Scores images (B, 3, H, W) in [0, 1]: (B,), see `CLIPReward.forward`."""
         check_images(images, prompts)
-        weight = self.model.visual_projection.weight
-        pixels = clip_pixels(images, weight, self.model.config.image_size, crop_short)
-        embedding = _unit(self.model(pixel_values=pixels).image_embeds)
-        # The layers' products reach 10: in half precision a score would be off by 0.05.
-        with torch.autocast(images.device.type, enabled=False):
-            for layer in self.head:
-                embedding = F.linear(embedding, layer.weight.to(embedding), layer.bias.to(embedding))
-        return embedding.squeeze(-1)
+        return head_score(self.head, embed_images(self.model, images))
 
 
 def clip(model_path: Path | None = None) -> CLIPReward:
@@ -113,8 +106,7 @@ def clip(model_path: Path | None = None) -> CLIPReward:
     Raises:
         FileNotFoundError, ValueError: see `find_files`, `load_pretrained`.
     """
-    folder = find_files(Source("clip", CLIP_REPOSITORY, MODEL, (*MODEL_FILES, *TOKENIZER_FILES)), model_path)
-    return CLIPReward(*_load("clip", CLIP_REPOSITORY, CLIP_REPOSITORY, folder))
+    return CLIPReward(*load_clip("clip", CLIP_REPOSITORY, CLIP_REPOSITORY, model_path))
 
 
 def pickscore(model_path: Path | None = None, normalized: bool = False) -> CLIPReward:
@@ -129,10 +121,8 @@ def pickscore(model_path: Path | None = None, normalized: bool = False) -> CLIPR
     Raises:
         FileNotFoundError, ValueError: see `find_files`, `load_pretrained`.
     """
-    repository = "yuvalkirstain/PickScore_v1"
-    name = "pickscore/26" if normalized else "pickscore"
-    folder = find_files(Source(name, repository, MODEL, (*MODEL_FILES, *TOKENIZER_FILES)), model_path)
-    model, tokens = _load(name, repository, "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", folder)
+    name, tokenizer = "pickscore/26" if normalized else "pickscore", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+    model, tokens = load_clip(name, "yuvalkirstain/PickScore_v1", tokenizer, model_path)
     return CLIPReward(model, tokens, factor=model.logit_scale.exp().item() / (PICKSCORE_DIVISOR if normalized else 1))
 
 
@@ -157,13 +147,13 @@ def aesthetic(model_path: Path | None = None) -> AestheticReward:
     weights = load_checkpoint(source, folder / name)
     head = aesthetic_head(model.config.projection_dim)
     # The reference's head is a Sequential named `layers` with dropout between its layers.
-    places = (0, 2, 4, 6, 7)
-    names = {f"layers.{place}.{kind}": f"{index}.{kind}" for index, place in enumerate(places) for kind in KINDS}
+    names = {
+        f"layers.{place}.{kind}": f"{index}.{kind}"
+        for index, place in enumerate((0, 2, 4, 6, 7))
+        for kind in ("weight", "bias")
+    }
     load_weights(source, head, {names.get(key, key): value for key, value in weights.items()})
     return AestheticReward(model, head)
-
-
-KINDS = ("weight", "bias")
 
 
 def aesthetic_head(width: int) -> nn.Sequential:
@@ -203,11 +193,31 @@ def clip_tokens(source: Source, folder: Path, config: CLIPConfig) -> Tokens:
     return Tokens(source.reward, tokenizer, config.text_config.max_position_embeddings)
 
 
-def _unit(embedding: Tensor) -> Tensor:
+def unit(embedding: Tensor) -> Tensor:
+    """The embedding `(..., D)` divided by its 2-norm, at least in float32."""
     return F.normalize(embedding.to(torch.promote_types(embedding.dtype, torch.float32)), dim=-1)
 
 
-def _load(reward: str, repository: str, tokenizer_repository: str, folder: Path) -> tuple[CLIPModel, Tokens]:
-    source = Source(reward, repository, MODEL)
+def embed_images(model: CLIPVisionModelWithProjection, images: Tensor) -> Tensor:
+    """Embeddings (B, D) of images (B, 3, H, W) in [0, 1], of 2-norm 1, differentiable in the images."""
+    pixels = clip_pixels(images, model.visual_projection.weight, model.config.image_size, crop_short)
+    return unit(model(pixel_values=pixels).image_embeds)
+
+
+def head_score(head: nn.Sequential, embedding: Tensor) -> Tensor:
+    """What the linear layers of `aesthetic_head` make of embeddings (B, D), in their dtype: (B,)."""
+    # The layers' products reach 10: in half precision a score would be off by 0.05.
+    with torch.autocast(embedding.device.type, enabled=False):
+        for layer in head:
+            embedding = F.linear(embedding, layer.weight.to(embedding), layer.bias.to(embedding))
+    return embedding.squeeze(-1)
+
+
+def load_clip(
+    reward: str, repository: str, tokenizer_repository: str, model_path: Path | None
+) -> tuple[CLIPModel, Tokens]:
+    """CLIP from a repository or `model_path`, and its tokens, if need be by the tokenizer of another repository."""
+    source = Source(reward, repository, MODEL, (*MODEL_FILES, *TOKENIZER_FILES))
+    folder = find_files(source, model_path)
     model = load_pretrained(source, CLIPModel.from_pretrained, folder, use_safetensors=True)
     return model, clip_tokens(Source(reward, tokenizer_repository, VOCABULARY, TOKENIZER_FILES), folder, model.config)

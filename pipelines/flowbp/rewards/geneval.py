@@ -32,16 +32,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from transformers import (
-    CLIPModel,
-    CLIPTokenizer,
-    Mask2FormerForUniversalSegmentation,
-    Mask2FormerImageProcessorPil,
-)
+from transformers import CLIPModel, Mask2FormerForUniversalSegmentation, Mask2FormerImageProcessorPil
 
 from ..extras import require
-from .clip import CLIP_REPOSITORY, MODEL, VOCABULARY, clip_pixels, crop_short
-from .loading import MODEL_FILES, TOKENIZER_FILES, Source, find_files, find_tokenizer, load_pretrained
+from .clip import CLIP_REPOSITORY, MODEL, clip_pixels, crop_short, load_clip
+from .loading import MODEL_FILES, Source, find_files, load_pretrained
 from .preprocessing import to_pil_images
 from .tokens import Tokens
 
@@ -370,14 +365,10 @@ def geneval(metadata_path: Path | None = None, model_path: Path | None = None) -
     metadata = read_metadata(metadata_path)
     source = Source("geneval", "facebook/mask2former-swin-small-coco-instance", MODEL, MODEL_FILES)
     detector_folder = find_files(source, None if model_path is None else Path(model_path) / "detector")
-    clip_source = Source("geneval", CLIP_REPOSITORY, MODEL, (*MODEL_FILES, *TOKENIZER_FILES))
-    clip_folder = find_files(clip_source, None if model_path is None else Path(model_path) / "clip")
-    vocabulary = Source("geneval", CLIP_REPOSITORY, VOCABULARY, TOKENIZER_FILES)
-    tokenizer = load_pretrained(vocabulary, CLIPTokenizer.from_pretrained, find_tokenizer(vocabulary, clip_folder))
+    clip_folder = None if model_path is None else Path(model_path) / "clip"
+    clip, tokens = load_clip("geneval", CLIP_REPOSITORY, CLIP_REPOSITORY, clip_folder)
     detector = load_pretrained(
         source, Mask2FormerForUniversalSegmentation.from_pretrained, detector_folder, use_safetensors=True
     )
-    clip = load_pretrained(clip_source, CLIPModel.from_pretrained, clip_folder, use_safetensors=True)
-    tokens = Tokens("geneval", tokenizer, clip.config.text_config.max_position_embeddings)
     # The class's own sizes, 800 to 1333 pixels, are the reference's, whatever the repository's file says.
     return GenEval(detector, Mask2FormerImageProcessorPil(), clip, tokens, metadata)

@@ -7,13 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPVisionModelWithProjection
 
 from ..table_images import rgb
-from .clip import CLIP_REPOSITORY, MODEL, clip_pixels, crop_short
+from .clip import CLIP_REPOSITORY, MODEL, embed_images
 from .loading import MODEL_FILES, Source, find_files, load_pretrained
 from .preprocessing import check_images, resize
 
@@ -50,11 +49,6 @@ class SimilarityReward(nn.Module):
         super().__init__()
         self.model = model.requires_grad_(False).eval()
 
-    def _embedding(self, images: Tensor) -> Tensor:
-        pixels = clip_pixels(images, self.model.visual_projection.weight, self.model.config.image_size, crop_short)
-        embedding = self.model(pixel_values=pixels).image_embeds
-        return F.normalize(embedding.to(torch.promote_types(embedding.dtype, torch.float32)), dim=-1)
-
     def forward(
         self,
         images: Tensor,
@@ -76,12 +70,10 @@ class SimilarityReward(nn.Module):
         """
         check_images(images, prompts)
         kept = torch.stack([self._kept(each, images) for each in mask or [None] * len(images)])
-        sources = torch.cat(
-            [resize(read_image(each)[None].to(images.device), *images.shape[2:]) for each in source_image]
-        )
+        sources = torch.cat([_resized(each, images) for each in source_image])
         with torch.no_grad():
-            expected = self._embedding(0.5 + kept * (sources - 0.5))
-        return (self._embedding(0.5 + kept * (images - 0.5)) * expected).sum(-1)
+            expected = embed_images(self.model, 0.5 + kept * (sources - 0.5))
+        return (embed_images(self.model, 0.5 + kept * (images - 0.5)) * expected).sum(-1)
 
     def _kept(self, mask: ColumnImage | None, images: Tensor) -> Tensor:
         if mask is None:

@@ -191,11 +191,7 @@ class Backbone:
                 module.train()
 
     def call(self, height: int, width: int) -> dict[str, Any]:
-        """Arguments of every call of the pipeline, in training, evaluation and validation, for images of a size.
-
-        Args:
-            height, width: in pixels.
-        """
+        """Arguments of every call of the pipeline, in training, evaluation and validation; the size is in pixels."""
         raise NotImplementedError
 
     # The result.

@@ -25,12 +25,7 @@ from .state import TrainingError, TrainingState
 
 @dataclass(eq=False)
 class Checkpointer:
-    """Writes checkpoints of a run that is new or resumed.
-
-    Args:
-        state, evaluation: what a checkpoint holds.
-        signals: that end the run.
-    """
+    """Writes checkpoints of a run that is new or resumed."""
 
     config: TrainingConfig
     accelerator: Accelerator

@@ -100,10 +100,6 @@ def _read(path: Path, limit: float = math.inf) -> bytes:
 def check_finite(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Refuse to save tensors that are not finite; for what writes them by other means than `save_tensors`.
 
-    Args:
-        path: of the file, for the message.
-        tensors: by name.
-
     Raises:
         CheckpointError: naming the tensor with NaN or infinite values.
     """

@@ -88,11 +88,7 @@ def one_call(
     """Record, score and sweep one call of the pipeline.
 
     Args:
-        update: its number.
-        size: of the images.
-        records: of its samples.
         places: of the samples in the update.
-        meter: of the update.
     """
     config = run.config
     # Calls and processes share a surrogate, so that they do equal work; every sample has its own noise.

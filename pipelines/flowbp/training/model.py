@@ -28,11 +28,7 @@ def launched_precision() -> str:
 
 
 def missing_components(config: Mapping[str, Any]) -> dict[str, None]:
-    """Components that a pipeline was saved without, as the arguments `from_pretrained` wants for them.
-
-    Args:
-        config: of `DiffusionPipeline.load_config`.
-    """
+    """Components that a pipeline was saved without, as the arguments `from_pretrained` wants for them."""
     return {name: None for name, spec in config.items() if spec == [None, None]}
 
 

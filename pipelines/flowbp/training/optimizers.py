@@ -99,12 +99,7 @@ OPTIMIZERS = {
 
 
 def make_optimizer(config: "TrainingConfig", parameters: Sequence[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimizer of a run.
-
-    Args:
-        config: settled.
-        parameters: that are trained.
-    """
+    """The optimizer of a run."""
     options = {
         "lr": config.learning_rate,
         "betas": (config.adam_beta1, config.adam_beta2),
@@ -126,11 +121,6 @@ def make_optimizer(config: "TrainingConfig", parameters: Sequence[torch.nn.Param
 
 def check_optimizer(config: "TrainingConfig", is_sharded: bool, device: str = "cpu") -> None:
     """Try the optimizer of a run, before a model is loaded.
-
-    Args:
-        config: settled.
-        is_sharded: parameters are shards (FSDP2).
-        device: type of the device that they are on.
 
     Raises:
         ValueError: where its library is missing or refuses an option, and for shards or a device that it does not
@@ -160,12 +150,7 @@ def check_optimizer(config: "TrainingConfig", is_sharded: bool, device: str = "c
 def optimizer_tensors(
     optimizer: torch.optim.Optimizer, parameters: Sequence[torch.nn.Parameter]
 ) -> dict[str, torch.Tensor]:
-    """The tensors of an optimizer's state as `INDEX.NAME`, with Python's integers as int64; sharded ones as they are.
-
-    Args:
-        optimizer: of one parameter group.
-        parameters: that it was made for.
-    """
+    """The tensors of an optimizer's state as `INDEX.NAME`, Python's integers as int64, sharded ones as they are."""
     # Not from `state_dict`: bitsandbytes nests tensors there.
     return {
         f"{index}.{name}": torch.as_tensor(value)
@@ -175,12 +160,7 @@ def optimizer_tensors(
 
 
 def optimizer_numbers(optimizer: torch.optim.Optimizer, name: str) -> dict[str, float]:
-    """What else its steps change, as JSON has it.
-
-    Args:
-        optimizer: of one parameter group.
-        name: in `OPTIMIZERS`.
-    """
+    """What else its steps change, as JSON has it."""
     return {number: optimizer.param_groups[0][number] for number in OPTIMIZERS[name].numbers}
 
 

@@ -26,11 +26,7 @@ CHECKPOINTS = re.compile(rf"(?:checkpoint-[0-9]+|best|{TRANSFORMER_FOLDER})(?:\.
 
 
 class OutputFolder:
-    """A run's folder, from its claim to its release; by the main process.
-
-    Args:
-        path: `--output_dir`.
-    """
+    """A run's folder, from its claim to its release; by the main process."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

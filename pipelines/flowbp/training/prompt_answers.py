@@ -191,12 +191,7 @@ def count_values(slots: Slots) -> int:
 
 
 class KeptAnswers:
-    """Answers on disk, a file for each question.
-
-    Args:
-        folder: of the files.
-        device: of the answers that are read.
-    """
+    """Answers on disk, a file for each question."""
 
     def __init__(self, folder: Path, device: torch.device) -> None:
         self.folder, self.device = folder, device

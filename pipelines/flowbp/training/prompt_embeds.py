@@ -198,12 +198,6 @@ def fill_cache(
 ) -> None:
     """Encode all records once, see `fill_once`.
 
-    Args:
-        folder: of `cache_folder`.
-        records: without repetitions.
-        make_encoder: loads what encodes them.
-        say: gets a line on what is done.
-
     Raises:
         OSError: where the disk has less room than the embeddings need.
     """

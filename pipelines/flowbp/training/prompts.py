@@ -137,11 +137,6 @@ def columns_of(records: Sequence[Record]) -> dict[str, list[Any]]:
 def texts_of(records: Sequence[Record], column: str, source: str) -> dict[str, str]:
     """What another column says of each prompt, such as the text that an image of it must show.
 
-    Args:
-        records: of `load_records`.
-        column: their other column, of text.
-        source: where they are from, for messages.
-
     Returns:
         Prompt -> text, without surrounding white space.
 

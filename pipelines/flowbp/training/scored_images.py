@@ -51,11 +51,6 @@ class ScoredImages:
     def draw(self, purpose: str, records: Sequence[Record], count: int) -> Drawn:
         """`count` images of each record, always from the same noise. Collective.
 
-        Args:
-            purpose: "evaluation" or "validation".
-            records: whose images are drawn.
-            count: images of each.
-
         Raises:
             DrawingStopped: a signal came.
         """
@@ -72,9 +67,8 @@ class ScoredImages:
         """Log means of scores and measurements, and a strip of the images.
 
         Args:
-            purpose, records, count: as `draw` took them.
-            update: number of the update, 0 for the base model.
-            drawn: of `draw`.
+            purpose, records, count: as `draw` took them, "evaluation" or "validation" for the first.
+            update: its number, 0 for the base model.
         """
         scores = {name: [score for score in values if math.isfinite(score)] for name, values in drawn.scores.items()}
         means = {f"{purpose}/{name}": sum(values) / len(values) for name, values in scores.items() if values}
@@ -83,13 +77,13 @@ class ScoredImages:
                 means[f"{purpose}/{name}"] = value
         self.reports.scalars(means, update)
         if self.accelerator.is_main_process:
-            prompts = [record.prompt for record in records for _ in range(count)]
-            columns = min(len(prompts), count * max(1, 8 // count))
+            shown = [record for record in records for _ in range(count)]
+            columns = min(len(shown), count * max(1, 8 // count))
             title = f"{purpose.capitalize()} " + (f"after update {update}" if update else "of the base model")
             from ..judging.figures import validation_strip
 
-            shown = [record for record in records for _ in range(count)]
             sources = sources_of(shown, self.config.call_columns)
+            prompts = [record.prompt for record in shown]
             strip = validation_strip(drawn.images, prompts, drawn.scores, columns, title, sources)
             self.reports.images(purpose, strip, update)
 

@@ -171,10 +171,6 @@ def check_settings(
 ) -> tuple[Method, list[Record], Backbone, InitLora | None]:
     """Check what can be known without loading a model or writing anything.
 
-    Args:
-        config: settled.
-        backbone_class: of the model.
-
     Returns:
         The method, the records of the training, the backbone, and the LoRA that the run starts from. The backbone's
         config has that LoRA's rank and scale.

@@ -37,9 +37,6 @@ def compute_lora_in_base_dtype(transformer: torch.nn.Module) -> None:
     peft casts the input to the LoRA's dtype; here the LoRA's weights are cast to the input's, which is what a LoRA
     computes that is loaded in the base's dtype. Weights, their gradients and the optimizer stay float32. LoRAs of
     other layers, and DoRA, whose norms of weights need float32, stay as peft has them.
-
-    Args:
-        transformer: with its adapters.
     """
     for layer in transformer.modules():
         if not isinstance(layer, LoraLayer):
@@ -78,9 +75,6 @@ def block_classes(transformer: torch.nn.Module, wanted: Sequence[str] = ()) -> s
 def compile_blocks(transformer: torch.nn.Module) -> None:
     """Compile a transformer's repeated blocks in place, so that its parameters keep their names.
 
-    Args:
-        transformer: with its adapters.
-
     Raises:
         ValueError: where diffusers does not say which blocks are repeated.
     """
@@ -96,9 +90,6 @@ def compile_blocks(transformer: torch.nn.Module) -> None:
 
 def check_attention_backend(name: str) -> None:
     """Refuse an attention backend that cannot train, or that is not installed.
-
-    Args:
-        name: as diffusers has it.
 
     Raises:
         ValueError: with the choices.

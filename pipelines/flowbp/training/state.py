@@ -47,10 +47,6 @@ class Step:
 class TrainingState:
     """What an update changes.
 
-    Args:
-        trained: of the transformer.
-        records: of the training.
-
     Attributes:
         update: updates that are done.
         skipped: those of them that changed nothing because something was not finite.
@@ -104,9 +100,6 @@ class TrainingState:
 
     def step(self, outs: Sequence[BackwardOutput]) -> Step:
         """Clip the gradients and step, or skip the update where any process found something not finite. Collective.
-
-        Args:
-            outs: of this process' micro-batches.
 
         Raises:
             TrainingError: where the step made the weights themselves not finite.

@@ -59,10 +59,6 @@ class StateFiles(ABC):
     def read(self, folder: Path, numbers: Mapping[str, float]) -> None:
         """Continue from the files of a checkpoint. Collective.
 
-        Args:
-            folder: of the checkpoint.
-            numbers: of `optimizer_numbers`.
-
         Raises:
             CheckpointError: for tensors that do not fit.
         """

@@ -16,12 +16,7 @@ from .state import TrainingState
 
 
 class Validation:
-    """Draws one image of each validation record.
-
-    Args:
-        state: whose weights are shown.
-        images: draws them.
-    """
+    """Draws one image of each validation record."""
 
     def __init__(self, state: TrainingState, images: ScoredImages) -> None:
         self.state = state
