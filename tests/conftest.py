@@ -8,7 +8,7 @@ A test that connects to anything but loopback, itself or in a Python process tha
 
 import os
 import tempfile
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -52,15 +52,42 @@ def _same_start() -> Iterator[None]:
     assert was_enabled, "the test left gradients off"
 
 
-# For the tests of the script for Stable Diffusion 3, of which there are several files.
+# For the tests of scripts.
 
 
-@pytest.fixture(scope="session")
-def script() -> ModuleType:
-    """The script as a module."""
+@pytest.fixture(scope="module")
+def script(request: pytest.FixtureRequest) -> ModuleType:
+    """The script that the test module's `NAME` is of, as a module; by default, that for Stable Diffusion 3."""
     from training_scripts import load_script
 
-    return load_script("train_flowbp_sd3")
+    return load_script(getattr(request.module, "NAME", "train_flowbp_sd3"))
+
+
+@pytest.fixture(scope="module")
+def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a model, made when it is first asked for.
+
+    The test module's `MODELS` has by name what builds the pipeline, alone or as the first of several.
+    """
+    root = tmp_path_factory.mktemp("models")
+
+    def folder_of(name: str) -> Path:
+        if not (root / name).exists():
+            model = request.module.MODELS[name]
+            (model[0] if isinstance(model, tuple) else model)().save_pretrained(root / name)
+        return root / name
+
+    return folder_of
+
+
+@pytest.fixture(scope="module")
+def no_dataset_bars() -> Iterator[None]:
+    """Without the bar that datasets shows while it reads a file for the first time: refusals are one line."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    yield
+    datasets.enable_progress_bars()
 
 
 @pytest.fixture(scope="session")

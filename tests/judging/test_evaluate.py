@@ -8,12 +8,11 @@ import math
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-import datasets
 import pyarrow.parquet
 import pytest
 import torch
@@ -33,7 +32,6 @@ from training_scripts import (
     command_line,
     environment,
     load_pipeline,
-    load_script,
     on_cpus,
     run_program,
     script_path,
@@ -52,17 +50,7 @@ PROMPTS = ('the text "42"', 'a "7" in red', 'blue "k9"')
 RESULTS = ("scores.parquet", "table.md", "table.json", "table.csv", "report.html", "grid.png")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _quiet() -> Iterator[None]:
-    """Without the bar that datasets shows while it reads a file for the first time: refusals are one line."""
-    datasets.disable_progress_bars()
-    yield
-    datasets.enable_progress_bars()
-
-
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    return load_script(NAME)
+pytestmark = pytest.mark.usefixtures("no_dataset_bars")
 
 
 @pytest.fixture(scope="module")

@@ -138,19 +138,6 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     return start
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The tiny model of a script, made when it is first asked for."""
-    root = tmp_path_factory.mktemp("models")
-
-    def folder_of(name: str) -> Path:
-        if not (root / name).exists():
-            MODELS[name]().save_pretrained(root / name)
-        return root / name
-
-    return folder_of
-
-
 @pytest.fixture
 def arguments_of(saved: Callable[[str], Path], tmp_path: Path) -> Callable[[str], dict[str, Any]]:
     """A script's arguments; the model is a copy that a test may change."""

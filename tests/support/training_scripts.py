@@ -83,6 +83,12 @@ def write_prompts(folder: Path) -> Path:
     return path
 
 
+def arguments_of_run(model: Path, folder: Path, **changes: Any) -> dict[str, Any]:
+    """Arguments of a run of two updates on `PROMPTS`, with its output in `folder / "run"`."""
+    paths = {"pretrained_model_name_or_path": model, "prompts": write_prompts(folder), "output_dir": folder / "run"}
+    return {**SHARED_ARGUMENTS, **paths, **changes}
+
+
 def command_line(arguments: dict[str, Any], **changes: Any) -> list[str]:
     """Options as words; True is a flag, None leaves an option out, a list is several values."""
     words = []

@@ -7,26 +7,24 @@ What only one script has is tested with that script.
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 import torch
 from safetensors.torch import save_file
 from tiny_pipelines import tiny_flux_pipeline, tiny_klein_pipeline
 from tiny_sd3 import tiny_sd3_pipeline
 from training_scripts import (
-    SHARED_ARGUMENTS,
     accelerate_launch,
+    arguments_of_run,
     check_refusal,
     command_line,
     environment,
     error_of,
     run_program,
     script_path,
-    write_prompts,
 )
 from warm_python import warm
 
@@ -45,12 +43,7 @@ OTHERS = {
 TIME_LIMIT = 20  # seconds
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _quiet() -> Iterator[None]:
-    """Without the bar that datasets shows while it reads a file for the first time: refusals are one line."""
-    datasets.disable_progress_bars()
-    yield
-    datasets.enable_progress_bars()
+pytestmark = pytest.mark.usefixtures("no_dataset_bars")
 
 
 @pytest.fixture(scope="module")
@@ -78,13 +71,7 @@ def arguments_of(configs: Callable[[str], Path], tmp_path: Path) -> Callable[[st
         size: dict[str, Any] = {"resolution": 8, "max_sequence_length": 16}
         if name == "train_flowbp":
             size = {"height": 8, "width": 8, "pipeline_arguments": {"max_sequence_length": 16}}
-        return {
-            **SHARED_ARGUMENTS,
-            "pretrained_model_name_or_path": configs(name),
-            "prompts": write_prompts(tmp_path),
-            "output_dir": tmp_path / "run",
-            **size,
-        }
+        return arguments_of_run(configs(name), tmp_path, **size)
 
     return make
 

@@ -19,6 +19,7 @@ from tiny_pipelines import tiny_flux_pipeline, tiny_klein_pipeline
 from tiny_sd3 import MAX_SEQUENCE_LENGTH, tiny_sd3_pipeline
 from training_scripts import (
     SHARED_ARGUMENTS,
+    arguments_of_run,
     command_line,
     log_of,
     lora_of,
@@ -182,16 +183,8 @@ run_script(lambda: load_script("train_flowbp_sd3").main([*sys.argv[1:], "--check
 def test_processes_agree_on_an_overdue_checkpoint(tmp_path: Path) -> None:
     tiny_sd3_pipeline(torch.float32).save_pretrained(tmp_path / "model")
     (tmp_path / "one_overdue.py").write_text(ONE_OVERDUE, encoding="utf-8")
-    arguments = {
-        **SHARED_ARGUMENTS,
-        "pretrained_model_name_or_path": tmp_path / "model",
-        "prompts": write_prompts(tmp_path),
-        "output_dir": tmp_path / "run",
-        "resolution": 8,
-        "max_sequence_length": MAX_SEQUENCE_LENGTH,
-        "method": "draft-k",
-        "train_batch_size": 1,
-    }
+    size = {"resolution": 8, "max_sequence_length": MAX_SEQUENCE_LENGTH}
+    arguments = arguments_of_run(tmp_path / "model", tmp_path, **size, method="draft-k", train_batch_size=1)
     run_program(torchrun(tmp_path / "one_overdue.py", *command_line(arguments)), on_cpus())
     assert sorted(path.name for path in (tmp_path / "run").glob("wrote-*")) == [
         "wrote-checkpoint-1",

@@ -85,11 +85,6 @@ def arguments(models: dict[str, Path], tmp_path: Path) -> dict[str, Any]:
     return arguments_of(BACKBONES["sd3"], models["sd3"], tmp_path)
 
 
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    return load_script("train_flowbp_sd3")
-
-
 def run(processes: int, *words: Any, check: bool = True, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run a program of ours in several processes."""
     return run_program(torchrun(*words, processes=processes), on_cpus(**variables), check)

@@ -23,6 +23,7 @@ from trained_backbones import FLUX, FLUX2, SD3, TrainedBackbone
 from training_scripts import (
     LORA_FILE,
     SHARED_ARGUMENTS,
+    arguments_of_run,
     backbone_of,
     check_round_trip,
     images_of,
@@ -126,18 +127,9 @@ def configure(saved: Callable[[TrainedBackbone], Path], tmp_path: Path) -> Calla
 
     def make(backbone: TrainedBackbone, lora: Path | None, **changes: Any) -> TrainingConfig:
         call = {name: value for name, value in backbone.call.items() if name != "negative_prompt"}
-        values = {
-            **SHARED_ARGUMENTS,
-            "pretrained_model_name_or_path": saved(backbone),
-            "prompts": write_prompts(tmp_path),
-            "output_dir": tmp_path / "run",
-            "method": "draft-k",
-            "checkpointing_steps": 1,
-            **call,
-            "rank": None,
-            "lora_alpha": None,
-        }
-        return TrainingConfig(**{**values, "init_lora": lora, **changes})
+        start = {"init_lora": lora, "rank": None, "lora_alpha": None}
+        values = {"method": "draft-k", "checkpointing_steps": 1, **call, **start, **changes}
+        return TrainingConfig(**arguments_of_run(saved(backbone), tmp_path, **values))
 
     return make
 

@@ -141,24 +141,6 @@ def table(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The folder of a model of `MODELS`, made when it is first asked for."""
-    root = tmp_path_factory.mktemp("models")
-
-    def folder_of(name: str) -> Path:
-        if not (root / name).exists():
-            MODELS[name][0]().save_pretrained(root / name)
-        return root / name
-
-    return folder_of
-
-
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    return load_script(NAME)
-
-
 @pytest.fixture
 def arguments_of(saved: Callable[[str], Path], table: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
     """The script's arguments for a model of `MODELS`."""

@@ -19,7 +19,13 @@ from families.oracle import call_arguments
 from peft import LoraConfig, get_peft_model_state_dict
 from tiny_pipelines import tiny_flux_pipeline
 from tiny_sd3 import MAX_SEQUENCE_LENGTH, tiny_sd3_pipeline
-from training_scripts import SHARED_ARGUMENTS, check_refusal, command_line, load_script, lora_of, write_prompts
+from training_scripts import (
+    arguments_of_run,
+    check_refusal,
+    command_line,
+    load_script,
+    lora_of,
+)
 from updates_by_hand import make_config
 
 from flowbp import FlowBPCallback, get_method
@@ -179,15 +185,8 @@ def test_the_lora_s_dtype_by_default(tmp_path: Path) -> None:
 def arguments(tmp_path: Path) -> dict[str, Any]:
     """Of the script of SD3."""
     tiny_sd3_pipeline(torch.float32).save_pretrained(tmp_path / "model")
-    return {
-        **SHARED_ARGUMENTS,
-        "pretrained_model_name_or_path": tmp_path / "model",
-        "prompts": write_prompts(tmp_path),
-        "output_dir": tmp_path / "run",
-        "resolution": 8,
-        "max_sequence_length": MAX_SEQUENCE_LENGTH,
-        "validation_steps": 100,
-    }
+    size = {"resolution": 8, "max_sequence_length": MAX_SEQUENCE_LENGTH}
+    return arguments_of_run(tmp_path / "model", tmp_path, **size, validation_steps=100)
 
 
 @pytest.fixture

@@ -25,15 +25,13 @@ from tiny_pipelines import (
 )
 from training_scripts import (
     PROMPTS,
-    SHARED_ARGUMENTS,
+    arguments_of_run,
     backbone_of,
     check_refusal,
     command_line,
-    load_script,
     lora_of,
     parse_config,
     same,
-    write_prompts,
 )
 from transformers import PreTrainedModel
 
@@ -70,36 +68,11 @@ MODELS: dict[str, tuple[Callable[[], DiffusionPipeline], dict[str, Any]]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    return load_script(NAME)
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    root = tmp_path_factory.mktemp("models")
-
-    def folder_of(name: str) -> Path:
-        if not (root / name).exists():
-            MODELS[name][0]().save_pretrained(root / name)
-        return root / name
-
-    return folder_of
-
-
 @pytest.fixture
 def arguments_of(saved: Callable[[str], Path], tmp_path: Path) -> Callable[[str], dict[str, Any]]:
     def make(name: str) -> dict[str, Any]:
-        return {
-            **SHARED_ARGUMENTS,
-            "pretrained_model_name_or_path": saved(name),
-            "prompts": write_prompts(tmp_path),
-            "output_dir": tmp_path / "run",
-            "prompt_embeds_dir": tmp_path / "cache",
-            "height": 8,
-            "width": 8,
-            **MODELS[name][1],
-        }
+        own = {"prompt_embeds_dir": tmp_path / "cache", "height": 8, "width": 8, **MODELS[name][1]}
+        return arguments_of_run(saved(name), tmp_path, **own)
 
     return make
 

@@ -25,8 +25,8 @@ from tiny_pipelines import (
 from toy_reward import Motion, make_reward
 from training_scripts import (
     METHOD_OPTIONS,
-    SHARED_ARGUMENTS,
     accelerate_launch,
+    arguments_of_run,
     backbone_of,
     check_dry_run,
     check_refusal,
@@ -42,7 +42,6 @@ from training_scripts import (
     run_program,
     same,
     watch_pictures,
-    write_prompts,
 )
 from watched_updates import check_float32_over_bfloat16, watch_updates
 
@@ -82,38 +81,15 @@ MODELS: dict[str, tuple[Callable[[], DiffusionPipeline], dict[str, Any]]] = {
 OPTIONS = ("height", "width", "num_frames", "guidance_scale")
 
 
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    return load_script(NAME)
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The folder of a model of `MODELS`, made when it is first asked for."""
-    root = tmp_path_factory.mktemp("models")
-
-    def folder_of(name: str) -> Path:
-        if not (root / name).exists():
-            MODELS[name][0]().save_pretrained(root / name)
-        return root / name
-
-    return folder_of
-
-
 @pytest.fixture
 def arguments_of(saved: Callable[[str], Path], tmp_path: Path) -> Callable[[str], dict[str, Any]]:
     """The script's arguments for a model of `MODELS`."""
 
     def make(name: str) -> dict[str, Any]:
         call = MODELS[name][1]
-        return {
-            **SHARED_ARGUMENTS,
-            "pretrained_model_name_or_path": saved(name),
-            "prompts": write_prompts(tmp_path),
-            "output_dir": tmp_path / "run",
-            **{option: call.get(option) for option in OPTIONS},
-            "pipeline_arguments": {option: value for option, value in call.items() if option not in OPTIONS},
-        }
+        options = {option: call.get(option) for option in OPTIONS}
+        others = {option: value for option, value in call.items() if option not in OPTIONS}
+        return arguments_of_run(saved(name), tmp_path, **options, pipeline_arguments=others)
 
     return make
 

@@ -22,8 +22,8 @@ from training_scripts import (
     ALPHA,
     METHOD_OPTIONS,
     RANK,
-    SHARED_ARGUMENTS,
     accelerate_launch,
+    arguments_of_run,
     backbone_of,
     check_dry_run,
     check_refusal,
@@ -41,7 +41,6 @@ from training_scripts import (
     run_program,
     same,
     watch_pictures,
-    write_prompts,
 )
 from warm_python import warm
 from watched_updates import check_float32_over_bfloat16, watch_updates
@@ -77,15 +76,8 @@ def model(backbone: TrainedBackbone, tmp_path_factory: pytest.TempPathFactory) -
 @pytest.fixture
 def arguments(backbone: TrainedBackbone, model: Path, tmp_path: Path) -> dict[str, Any]:
     """Of a run of two updates, to be changed."""
-    return {
-        **SHARED_ARGUMENTS,
-        "pretrained_model_name_or_path": model,
-        "prompts": write_prompts(tmp_path),
-        "output_dir": tmp_path / "run",
-        "resolution": backbone.call["height"],
-        "max_sequence_length": backbone.call["max_sequence_length"],
-        **backbone.options,
-    }
+    size = {"resolution": backbone.call["height"], "max_sequence_length": backbone.call["max_sequence_length"]}
+    return arguments_of_run(model, tmp_path, **size, **backbone.options)
 
 
 # Two updates with every method.

@@ -13,14 +13,20 @@ import torch
 from diffusers import DiffusionPipeline
 from tiny_pipelines import tiny_flux_pipeline, tiny_klein_pipeline, tiny_wan_pipeline, tiny_z_image_pipeline
 from tiny_sd3 import MAX_SEQUENCE_LENGTH, tiny_sd3_pipeline
-from training_scripts import SHARED_ARGUMENTS, command_line, load_script, lora_of, same, write_prompts
+from training_scripts import (
+    arguments_of_run,
+    command_line,
+    load_script,
+    lora_of,
+    same,
+)
 
 import flowbp.callback
 from flowbp.training.script import run_script
 
 WAN_SIZE = {"height": 16, "width": 16, "num_frames": 5}
 # What builds the model, the script, and the options that it needs.
-RUNS: dict[str, tuple[Callable[[], DiffusionPipeline], str, dict[str, Any]]] = {
+MODELS: dict[str, tuple[Callable[[], DiffusionPipeline], str, dict[str, Any]]] = {
     "SD3": (
         lambda: tiny_sd3_pipeline(torch.float32),
         "train_flowbp_sd3",
@@ -46,31 +52,12 @@ RUNS: dict[str, tuple[Callable[[], DiffusionPipeline], str, dict[str, Any]]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The folder of a model of `RUNS`, made when it is first asked for."""
-    root = tmp_path_factory.mktemp("models")
-
-    def folder_of(name: str) -> Path:
-        if not (root / name).exists():
-            RUNS[name][0]().save_pretrained(root / name)
-        return root / name
-
-    return folder_of
-
-
 @pytest.fixture
 def arguments_of(saved: Callable[[str], Path], tmp_path: Path) -> Callable[[str], dict[str, Any]]:
-    """A script's arguments for a model of `RUNS`."""
+    """A script's arguments for a model of `MODELS`."""
 
     def make(name: str) -> dict[str, Any]:
-        return {
-            **SHARED_ARGUMENTS,
-            "pretrained_model_name_or_path": saved(name),
-            "prompts": write_prompts(tmp_path),
-            "output_dir": tmp_path / "run",
-            **RUNS[name][2],
-        }
+        return arguments_of_run(saved(name), tmp_path, **MODELS[name][2])
 
     return make
 
@@ -93,9 +80,9 @@ def broken_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flowbp.callback, "sweep", broken)
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", MODELS)
 def test_the_runs_own_call_is_compared(arguments_of: Arguments, capsys: pytest.CaptureFixture[str], name: str) -> None:
-    load_script(RUNS[name][1]).main(command_line(arguments_of(name), verify=True, dry_run=True))
+    load_script(MODELS[name][1]).main(command_line(arguments_of(name), verify=True, dry_run=True))
     lines = [line for line in capsys.readouterr().out.splitlines() if "stock call" in line]
     # With gradients through both branches of guidance, and through the conditional one as in the run.
     assert len(lines) == 2 and all("3 steps, float32" in line and "within the bound" in line for line in lines)
@@ -120,19 +107,19 @@ def test_it_changes_nothing(arguments_of: Arguments, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("broken_sweep")
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", MODELS)
 def test_a_difference_stops_the_run_with_one_line(
     arguments_of: Arguments, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     words = command_line(arguments_of(name), verify=True)
-    script = load_script(RUNS[name][1])
-    monkeypatch.setattr(sys, "argv", [RUNS[name][1] + ".py", *words])
+    script = load_script(MODELS[name][1])
+    monkeypatch.setattr(sys, "argv", [MODELS[name][1] + ".py", *words])
     left: list[Any] = []
     monkeypatch.setattr("flowbp.training.script.exit_process", left.append)
     capsys.readouterr()
     run_script(lambda: script.main(words))
     (message,) = left
-    assert message.startswith(f"{RUNS[name][1]}.py: error: --verify: ") and "\n" not in message, message
+    assert message.startswith(f"{MODELS[name][1]}.py: error: --verify: ") and "\n" not in message, message
     assert "OUT OF THE BOUND (full) 1e-03; train with another call or dtype" in message, message
     assert "stock call" not in capsys.readouterr().out
     assert not (arguments_of(name)["output_dir"] / "log.jsonl").exists()
