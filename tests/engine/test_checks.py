@@ -69,6 +69,7 @@ from violations import (
     relative_difference,
     run,
     run_anchored,
+    scheduled_by,
     sd3,
     sd3_call,
     stepping,
@@ -105,6 +106,7 @@ NO_GRAPH = "does not require grad and does not have a grad_fn"
 LEADS_ELSEWHERE = "graph leads to tensors of an earlier call"
 
 SD3 = sd3()
+CPU = torch.device("cpu")
 
 Act = Callable[[], Any]
 
@@ -230,10 +232,6 @@ def records(make: Callable[[], Any]) -> Act:
     return act
 
 
-def without_transformer(pipe: Any) -> None:
-    pipe.register_modules(transformer=None)
-
-
 def updated_under_inference_mode() -> None:
     with torch.inference_mode():
         pipe = sd3()()
@@ -244,18 +242,6 @@ def updated_under_inference_mode() -> None:
 def offloads_components(pipe: Any) -> None:
     pipe._components_manager = ComponentsManager()
     pipe._components_manager._auto_offload_enabled = True
-
-
-def offloads_models(pipe: Any) -> None:
-    pipe.enable_model_cpu_offload(device="cpu")
-
-
-def offloads_groups(pipe: Any) -> None:
-    pipe.transformer.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
-
-
-def offloads_parameters(pipe: Any) -> None:
-    accelerate.cpu_offload(pipe.transformer, "cpu")
 
 
 def caches_blocks(pipe: Any) -> None:
@@ -322,10 +308,6 @@ def called_twice() -> None:
     callback.backward(along_a_direction(pipe, images[0]))
 
 
-def without_sigmas(pipe: Any) -> None:
-    pipe.scheduler = DDIMScheduler()
-
-
 class Keeps(JointAttnProcessor2_0):
     """Adds what the second call computed to all that follow; an object among the arguments keeps it."""
 
@@ -340,12 +322,16 @@ class Keeps(JointAttnProcessor2_0):
         return (hidden, *words) if words else hidden
 
 
-def keeping(pipe: Any) -> None:
-    pipe.transformer.set_attn_processor({name: Keeps() for name in pipe.transformer.attn_processors})
+def keeping() -> Act:
+    """With `Keeps`, and an object for it among the arguments."""
 
+    def change(pipe: Any) -> None:
+        pipe.transformer.set_attn_processor({name: Keeps() for name in pipe.transformer.attn_processors})
 
-def call_with_cache(pipe: Any) -> dict[str, Any]:
-    return sd3_call(pipe, joint_attention_kwargs={"cache": SimpleNamespace(kept={})})
+    def call(pipe: Any) -> dict[str, Any]:
+        return sd3_call(pipe, joint_attention_kwargs={"cache": SimpleNamespace(kept={})})
+
+    return stock(change, call=call, method="draft-k")
 
 
 class TextUnderInferenceMode(PlainLoop):
@@ -447,10 +433,6 @@ class Momentum(Float64Scheduler):
         return super().step(1.5 * model_output - 0.5 * before, *args, **kwargs)
 
 
-def with_momentum(pipe: Any) -> None:
-    pipe.scheduler = Momentum.from_config(pipe.scheduler.config)
-
-
 class DetachedVelocity(PlainLoop):
     """All but the first."""
 
@@ -483,10 +465,6 @@ def called_outside_of_its_block() -> None:
 def stopped(pipe: Any, step: int, timestep: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     pipe._interrupt = step >= 2
     return inputs
-
-
-def stopped_call(pipe: Any) -> dict[str, Any]:
-    return sd3_call(pipe, callback_on_step_end=stopped)
 
 
 def mean(images: torch.Tensor, prompts: Any = None) -> torch.Tensor:
@@ -651,16 +629,32 @@ SCENARIOS: dict[str, list[Scenario]] = {
         ),
     ],
     "check_components": [
-        Scenario("expected a scheduler and a component", stock(without_transformer), "no attribute 'config'")
+        Scenario(
+            "expected a scheduler and a component",
+            stock(lambda pipe: pipe.register_modules(transformer=None)),
+            "no attribute 'config'",
+        )
     ],
     "check_inference_weights": [
         Scenario("weights were made under", updated_under_inference_mode, "do not track version counter")
     ],
     "check_offloading": [
         Scenario("components manager", stock(offloads_components), RIGHT),
-        Scenario("model CPU offload", stock(offloads_models), "another forward", 1),
-        Scenario("group offloading", stock(offloads_groups), RIGHT, 2),
-        Scenario("sequential CPU offload", stock(offloads_parameters), "unknown device type", 3),
+        Scenario(
+            "model CPU offload", stock(lambda pipe: pipe.enable_model_cpu_offload(device="cpu")), "another forward", 1
+        ),
+        Scenario(
+            "group offloading",
+            stock(lambda pipe: pipe.transformer.enable_group_offload(CPU, offload_type="leaf_level")),
+            RIGHT,
+            2,
+        ),
+        Scenario(
+            "sequential CPU offload",
+            stock(lambda pipe: accelerate.cpu_offload(pipe.transformer, "cpu")),
+            "unknown device type",
+            3,
+        ),
     ],
     "check_cache": [Scenario("cache is on", stock(caches_blocks, build=build_flux, call=flux_call), "context is set")],
     "check_dropout": [
@@ -709,12 +703,16 @@ SCENARIOS: dict[str, list[Scenario]] = {
             "transformer input 0 at step 0 was made under",
         )
     ],
-    "check_has_sigmas": [Scenario("has no sigmas", looping(PlainLoop, without_sigmas), "no attribute 'sigmas'")],
+    "check_has_sigmas": [
+        Scenario(
+            "has no sigmas",
+            looping(PlainLoop, lambda pipe: setattr(pipe, "scheduler", DDIMScheduler())),
+            "no attribute 'sigmas'",
+        )
+    ],
     "check_one_loop": [Scenario("a second sampling loop", looping(TwoLoops), "made more than the 5 steps")],
     # The transformer's calls.
-    "check_arguments": [
-        Scenario("passes a SimpleNamespace", stock(keeping, call=call_with_cache, method="draft-k"), WRONG)
-    ],
+    "check_arguments": [Scenario("passes a SimpleNamespace", keeping(), WRONG)],
     "check_text_cache": [
         Scenario("was written into after", known("text cache detached in a later step"), WRONG),
     ],
@@ -767,7 +765,7 @@ SCENARIOS: dict[str, list[Scenario]] = {
     ],
     "check_place": [Scenario("made step 2 of its sigmas, expected step 0", begins_later, WRONG)],
     "check_number_of_steps": [Scenario("made more than the 5 steps", looping(LoopsAgain), WRONG)],
-    "check_euler": [Scenario("is not latents + (sigmas[i + 1]", looping(PlainLoop, with_momentum), WRONG)],
+    "check_euler": [Scenario("is not latents + (sigmas[i + 1]", looping(PlainLoop, scheduled_by(Momentum)), WRONG)],
     "check_lengths": [
         Scenario("moves tokens by other lengths", known("steps that lose a part of the gradient"), WRONG),
     ],
@@ -789,7 +787,11 @@ SCENARIOS: dict[str, list[Scenario]] = {
     "check_recorded_pipeline": [Scenario("outside of its record() block", called_outside_of_its_block, ACCEPTED)],
     # The sweep, before it begins.
     "check_complete": [
-        Scenario("Expected a complete rollout", stock(call=stopped_call), "'NoneType' has no len()"),
+        Scenario(
+            "Expected a complete rollout",
+            stock(call=lambda pipe: sd3_call(pipe, callback_on_step_end=stopped)),
+            "'NoneType' has no len()",
+        ),
         Scenario("Expected 2 pipeline calls", without_copies, ACCEPTED, 1),
     ],
     "check_scoring_arguments": [
@@ -1080,38 +1082,21 @@ def passing(*args: Any, **kwargs: Any) -> Any:
 
 
 FIRST_OF_ITS_KIND = kinds.first_of_its_kind
+
+
+def of_check(name: str, place: int = 0) -> Scenario:
+    """One of a check's scenarios."""
+    return SCENARIOS[name][place]
+
+
 # Function, what is put in its place, and what is not refused as it was.
 INSTRUMENTS: list[tuple[Callable[..., Any], Callable[..., Any], Scenario]] = [
-    (
-        marks.TrainedUses.__torch_function__,
-        no_mode,
-        Scenario("the trained parameter proj_out.weight", known("text times a weight's norm"), WRONG),
-    ),
-    (
-        marks.TrainedUses.note,
-        says(None),
-        Scenario("(a refiner, a control network", known("the transformer refines after the loop"), "(a refiner) off"),
-    ),
-    (
-        marks.Draws.__torch_function__,
-        no_mode,
-        Scenario("draws random numbers", known("mask from a generator of the layer's own"), WRONG),
-    ),
-    (
-        state.parts_that_run,
-        no_parts,
-        Scenario("runs without gradients inside", stock(without_gradients_inside), RIGHT),
-    ),
-    (
-        FIRST_OF_ITS_KIND,
-        reaching_nothing,
-        Scenario("was computed with when", known("time embedding cached by timestep", "draft-k"), WRONG),
-    ),
-    (
-        state.ModelState.change,
-        says(None),
-        Scenario("exchanged or switched", known("sets a LoRA's weight between record and backward"), WRONG),
-    ),
+    (marks.TrainedUses.__torch_function__, no_mode, of_check("check_unmarked")),
+    (marks.TrainedUses.note, says(None), of_check("check_unmarked", 2)),
+    (marks.Draws.__torch_function__, no_mode, of_check("check_draws")),
+    (state.parts_that_run, no_parts, of_check("check_runs_with_gradients")),
+    (FIRST_OF_ITS_KIND, reaching_nothing, of_check("check_reach")),
+    (state.ModelState.change, says(None), of_check("check_states")),
     (
         placed.Placed.in_place,
         passing,
@@ -1136,53 +1121,25 @@ INSTRUMENTS: list[tuple[Callable[..., Any], Callable[..., Any], Scenario]] = [
         says([torch.get_rng_state()]),
         Scenario("draws random numbers at step 0", stock(build=with_zeros(DropsAttention)), WRONG),
     ),
-    (
-        state.fingerprint,
-        says(None),
-        Scenario(
-            "behind autograd's back",
-            known("changes a LoRA's first matrix through .data between record and backward"),
-            WRONG,
-        ),
-    ),
-    (
-        graph.passes_gradient,
-        flag(False),
-        Scenario("outputs of earlier steps", known("unconditional branch of the step before"), WRONG),
-    ),
+    (state.fingerprint, says(None), of_check("check_values")),
+    (graph.passes_gradient, flag(False), of_check("check_roots")),
     (
         graph.passed_places,
         lambda tensor, leaf, seed: (torch.ones_like(leaf, dtype=torch.bool), torch.tensor(True)),
         Scenario("detached, scaled or", known("step callback hooks the latents' gradient"), WRONG),
     ),
     (recording.Rollout._is_untouched, says(True), Scenario("are not those that", looping(AltersLatents), WRONG)),
-    (values.agree, flag(True), Scenario("are not those that", looping(AddsNoise), RIGHT)),
-    (
-        values.holds_state,
-        says(False),
-        Scenario("passes a SimpleNamespace", stock(keeping, call=call_with_cache, method="draft-k"), WRONG),
-    ),
-    (
-        accounting.Accounting.step_ends,
-        says(None),
-        Scenario("neither the latents nor a timestep explain it", looping(WordsDrift), RIGHT),
-    ),
-    (recording.guidance_scales, says({}), Scenario("below 0", known("guidance scale of -2"), WRONG)),
+    (values.agree, flag(True), of_check("check_handed_on", 2)),
+    (values.holds_state, says(False), of_check("check_arguments")),
+    (accounting.Accounting.step_ends, says(None), of_check("check_drift")),
+    (recording.guidance_scales, says({}), of_check("check_guidance_sign")),
     (
         observers.removable_parameters,
         everything,
         Scenario("stays when its adapters are", known_anchored("trained bias beside the LoRA"), WRONG),
     ),
-    (
-        hooks.is_patched,
-        says(False),
-        Scenario("another record() block is open", overlapping, "left behind: StableDiffusion3Pipeline.__call__"),
-    ),
-    (
-        replay.deviations,
-        lambda new, old: torch.zeros(len(new)),
-        Scenario("does not reproduce", stock(before_backward=changes_a_norm), WRONG),
-    ),
+    (hooks.is_patched, says(False), of_check("check_overlap")),
+    (replay.deviations, lambda new, old: torch.zeros(len(new)), of_check("check_reproduced")),
     (
         state.ModelState.under_autocast,
         passing,

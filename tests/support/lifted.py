@@ -37,13 +37,14 @@ from violations import (
     PlainLoop,
     Violation,
     adding,
-    at_step,
     changed,
     checkpointed,
+    frozen,
     loop,
     loop_call,
+    scheduled_by,
     sd3,
-    stepping,
+    switching,
 )
 
 LIFTED: list[Violation] = []
@@ -117,14 +118,11 @@ class Halves(FeedForwardSkipHook):
         return self.fn_ref.original_forward(*args, **kwargs) / 2
 
 
-def sets_dropout(pipe: Any) -> None:
-    pipe.placed.dropout = 0.0
-
-
 class Identity:
     """An attention processor without attention scores."""
 
-    gain: float
+    def __init__(self, gain: float | torch.Tensor = 1.5) -> None:
+        self.gain = gain
 
     def __call__(self, attn: Any, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, **_: Any) -> Any:
         return attn.to_out[0](attn.to_v(hidden_states)) * self.gain, attn.to_add_out(encoder_hidden_states)
@@ -133,47 +131,31 @@ class Identity:
 class Perturbed(Weakened):
     """Guidance away from the transformer with another attention processor, as perturbed attention."""
 
+    processor: Callable[[], Identity] = Identity
+
     def weaken(self) -> None:
         part = self.transformer.transformer_blocks[0].attn
-        self.before, self.placed = part.processor, self.processor()
+        self.before, self.placed = part.processor, type(self).processor()
         part.processor = self.placed
 
     def strengthen(self) -> None:
         self.transformer.transformer_blocks[0].attn.processor = self.before
 
-    def processor(self) -> Any:
-        placed = Identity()
-        placed.gain = 1.5
-        return placed
-
 
 class PerturbedByTensor(Perturbed):
     """The processor holds a tensor, which it could write into."""
 
-    def processor(self) -> Any:
-        placed = Identity()
-        placed.gain = torch.tensor(1.5, dtype=torch.float64)
-        return placed
+    processor = staticmethod(lambda: Identity(torch.tensor(1.5, dtype=torch.float64)))
 
 
-def sets_gain(pipe: Any) -> None:
-    pipe.placed.gain = 0.5
+def places(hook: Callable[[], ModelHook]) -> Callable[[Any], None]:
+    """Places a hook on a layer, to stay."""
 
+    def change(pipe: Any) -> None:
+        part = pipe.transformer.transformer_blocks[0].ff
+        HookRegistry.check_if_exists_or_initialize(part).register_hook(hook(), "placed")
 
-def places_hook(pipe: Any) -> None:
-    part = pipe.transformer.transformer_blocks[0].ff
-    HookRegistry.check_if_exists_or_initialize(part).register_hook(FeedForwardSkipHook(1.0), "skip")
-
-
-def places_stateful_hook(pipe: Any) -> None:
-    part = pipe.transformer.transformer_blocks[0].ff
-    HookRegistry.check_if_exists_or_initialize(part).register_hook(Stores(), "store")
-
-
-def exchanges_plain_processors(pipe: Any) -> None:
-    placed = Identity()
-    placed.gain = 1.5
-    pipe.transformer.transformer_blocks[0].attn.processor = placed
+    return change
 
 
 rule_4 = adding(4, "hook|processor", LIFTED)
@@ -207,8 +189,13 @@ rule_4(
     options={"unconditional_gradient": False},
     detached=True,
 )
-rule_4("step callback skips a layer", sd3(), "right", call=stepping(at_step(SWITCH, places_hook)))
-rule_4("step callback perturbs attention", sd3(), "right", call=stepping(at_step(SWITCH, exchanges_plain_processors)))
+rule_4("step callback skips a layer", sd3(), "right", call=switching(places(lambda: FeedForwardSkipHook(1.0))))
+rule_4(
+    "step callback perturbs attention",
+    sd3(),
+    "right",
+    call=switching(lambda pipe: setattr(pipe.transformer.transformer_blocks[0].attn, "processor", Identity())),
+)
 # Look alike.
 rule_4(
     "part of a layer dropped in single calls",
@@ -218,11 +205,17 @@ rule_4(
 rule_4("hook for single calls that counts", with_hook(Fades), methods=("full", "flowbp-sparse", "draft-k"))
 rule_4("hook for single calls that stores", with_hook(Stores), methods=("full", "flowbp-sparse", "draft-k"))
 rule_4("hook for single calls of a class of the user's", with_hook(lambda: Halves(1.0)))
+rule_4("step callback places a hook that stores", sd3(), "either", call=switching(places(Stores)))
 rule_4(
-    "step callback places a hook that stores", sd3(), "either", call=stepping(at_step(SWITCH, places_stateful_hook))
+    "sets the number of a hook that was placed",
+    Weakened,
+    before_backward=lambda pipe: setattr(pipe.placed, "dropout", 0.0),
 )
-rule_4("sets the number of a hook that was placed", Weakened, before_backward=sets_dropout)
-rule_4("sets the number of a processor that was placed", Perturbed, before_backward=sets_gain)
+rule_4(
+    "sets the number of a processor that was placed",
+    Perturbed,
+    before_backward=lambda pipe: setattr(pipe.placed, "gain", 0.5),
+)
 rule_4("processor for single calls that holds a tensor", PerturbedByTensor)
 
 
@@ -243,12 +236,6 @@ def with_cached_reference(pipe: Any) -> dict[str, Any]:
     return {**referring, **SHORT, "generator": torch.Generator().manual_seed(1)}
 
 
-def trains_text_alone(pipe: Any) -> None:
-    """What only the call that fills the cache computes with."""
-    pipe.transformer.requires_grad_(False)
-    pipe.transformer.txt_in.requires_grad_(True)
-
-
 def deep_klein_kv() -> Any:
     """With two blocks of each kind, so that one may get the other's cache."""
     pipe = build_flux2_klein(Flux2KleinKVPipeline, is_distilled=True)
@@ -257,10 +244,6 @@ def deep_klein_kv() -> Any:
         for parameter in blocks[1].parameters():
             parameter.data = parameter.data.flip(0)
     return pipe
-
-
-def checkpointed_from_the_start(pipe: Any) -> None:
-    pipe.transformer.enable_gradient_checkpointing()
 
 
 @contextmanager
@@ -322,15 +305,6 @@ def calling_back(pipe: Any) -> dict[str, Any]:
     return {**with_cached_text(pipe), "callback_on_step_end": lambda *args: pipe.callback(*args)}
 
 
-def halves_keys(cache: Any) -> None:
-    cache.k.mul_(0.5)
-
-
-def detaches_keys(cache: Any) -> None:
-    """The values stay, and a part of the gradient goes."""
-    cache.k = cache.k.detach().clone()
-
-
 def brightens_by_keys(pipe: Any) -> AbstractContextManager[None]:
     """The images depend on what the cache holds."""
 
@@ -355,21 +329,22 @@ rule_3("cached text", must="right", methods=JUDGED, **QWEN)
 rule_3("cached reference image", must="right", methods=JUDGED, **KLEIN)
 rule_3(
     "cached text, its projection alone trained",
-    changed(build_qwen_image_21, trains_text_alone),
+    # What only the call that fills the cache computes with.
+    changed(build_qwen_image_21, frozen, lambda pipe: pipe.transformer.txt_in.requires_grad_(True)),
     "right",
     call=with_cached_text,
 )
 rule_3("cached text, recomputed in the backward pass", must="right", before_backward=checkpointed, **QWEN)
 rule_3(
     "cached text under checkpointing",
-    changed(build_qwen_image_21, checkpointed_from_the_start),
+    changed(build_qwen_image_21, checkpointed),
     "right",
     call=with_cached_text,
 )
 # Look alike.
 rule_3(
     "cached reference under checkpointing",
-    changed(deep_klein_kv, checkpointed_from_the_start),
+    changed(deep_klein_kv, checkpointed),
     cause="recomputes",
     call=with_cached_reference,
 )
@@ -385,14 +360,15 @@ rule_3("text cache of another prompt", cause="not filled in the first step", aro
 rule_3(
     "text cache written in a later step",
     cause="written into",
-    around=changing(halves_keys),
+    around=changing(lambda cache: cache.k.mul_(0.5)),
     build=build_qwen_image_21,
     call=calling_back,
 )
 rule_3(
     "text cache detached in a later step",
     cause="written into",
-    around=changing(detaches_keys),
+    # The values stay, and a part of the gradient goes.
+    around=changing(lambda cache: setattr(cache, "k", cache.k.detach().clone())),
     build=build_qwen_image_21,
     call=calling_back,
 )
@@ -458,11 +434,8 @@ class LosesGradients(FlowMatchEulerDiscreteScheduler):
         return super().step(0.9 * model_output + 0.1 * model_output.detach(), *args, **kwargs)
 
 
-def steps_with(scheduler: type[FlowMatchEulerDiscreteScheduler]) -> Callable[[], Any]:
-    def change(pipe: Any) -> None:
-        pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
-
-    return changed(build_ltx_condition, change)
+def ltx_with(scheduler: type[FlowMatchEulerDiscreteScheduler]) -> Callable[[], Any]:
+    return changed(build_ltx_condition, scheduled_by(scheduler))
 
 
 class WeighedGuidance(LTXConditionPipeline):
@@ -471,10 +444,6 @@ class WeighedGuidance(LTXConditionPipeline):
     @property
     def guidance_scale(self) -> torch.Tensor:
         return 1 + self.transformer.proj_out.weight.detach().norm()
-
-
-def weighed_guidance(pipe: Any) -> None:
-    pipe.__class__ = WeighedGuidance
 
 
 def dims_what_is_given(pipe: Any, step: int, timestep: Any, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -496,11 +465,11 @@ rule_8(
     **LTX,
 )
 rule_8("negative velocities", build_ltx_condition, "right", methods=("draft-k", "refl", "drtune"), call=given_frame(1))
-rule_8("token that is frozen after it moved", steps_with(FreezesAToken), "right", methods=MANY, call=given_frame(1))
+rule_8("token that is frozen after it moved", ltx_with(FreezesAToken), "right", methods=MANY, call=given_frame(1))
 # Look alike.
 rule_8("first frame given in part", build_ltx_condition, call=given_frame(4))
-rule_8("token that moves twice as far", steps_with(HurriesAToken), call=given_frame(1))
-rule_8("steps that lose a part of the gradient", steps_with(LosesGradients), call=given_frame(1))
+rule_8("token that moves twice as far", ltx_with(HurriesAToken), call=given_frame(1))
+rule_8("steps that lose a part of the gradient", ltx_with(LosesGradients), call=given_frame(1))
 rule_8("noise on the frame that is given", build_ltx_condition, cause="image_cond_noise_scale=0", call=given_frame(5))
 rule_8(
     "step callback alters what is given",
@@ -510,7 +479,7 @@ rule_8(
 )
 rule_8(
     "guidance of given tokens by a trained weight",
-    changed(build_ltx_condition, weighed_guidance),
+    changed(build_ltx_condition, lambda pipe: setattr(pipe, "__class__", WeighedGuidance)),
     cause="velocities of step 0 depend on the trained parameter proj_out.weight",
     call=given_frame(),
 )
@@ -536,12 +505,6 @@ class Detaches(PlainLoop):
         return super().velocity(latents, timestep).detach()
 
 
-def begins_at_zero(pipe: Any) -> None:
-    """All of its outputs are 0, whose gradient is not."""
-    torch.nn.init.zeros_(pipe.transformer.proj_out.weight)
-    torch.nn.init.zeros_(pipe.transformer.proj_out.bias)
-
-
 rule_1 = adding(1, "is not connected", LIFTED)
 rule_1("first velocity of 0", LeavesTheFirstStepOut, "right", methods=JUDGED)
 rule_1(
@@ -553,7 +516,11 @@ rule_1(
 )
 # Look alike.
 rule_1("detached velocity", Detaches)
-rule_1("detached velocity of 0", changed(loop(Detaches), begins_at_zero), call=loop_call)
+# All of its outputs are 0, whose gradient is not.
+begins_at_zero = changed(
+    loop(Detaches), lambda pipe: [value.data.zero_() for value in pipe.transformer.proj_out.parameters()]
+)
+rule_1("detached velocity of 0", begins_at_zero, call=loop_call)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -581,7 +548,7 @@ class Pastes(PlainLoop):
 
 
 def pasting(pasted: Callable[[Pastes, torch.Tensor, int], torch.Tensor]) -> type[Pastes]:
-    """Inpainting that does something else after a step."""
+    """Inpainting that does something else after a step. `pipe.mask` is 1 where latents are kept."""
     return type("ChangedPastes", (Pastes,), {"pasted": pasted})
 
 
@@ -589,25 +556,9 @@ def pastes_only(*steps: int) -> type[Pastes]:
     return pasting(lambda pipe, latents, number: Pastes.pasted(pipe, latents, number) if number in steps else latents)
 
 
-def pastes_softly(pipe: Pastes, latents: torch.Tensor, number: int) -> torch.Tensor:
-    return pipe.mask * latents + (1 - pipe.mask) * (0.5 * latents + 0.5 * pipe.source)
-
-
 def pastes_elsewhere_later(pipe: Pastes, latents: torch.Tensor, number: int) -> torch.Tensor:
     pipe.mask = pipe.mask.flip(-1) if number == SWITCH else pipe.mask
     return Pastes.pasted(pipe, latents, number)
-
-
-def pastes_everywhere_once(pipe: Pastes, latents: torch.Tensor, number: int) -> torch.Tensor:
-    return pipe.source.clone() if number == SWITCH else Pastes.pasted(pipe, latents, number)
-
-
-def pastes_earlier_latents(pipe: Pastes, latents: torch.Tensor, number: int) -> torch.Tensor:
-    return pipe.mask * latents + (1 - pipe.mask) * pipe.seen[max(0, number - 1)]
-
-
-def pastes_what_is_trained(pipe: Pastes, latents: torch.Tensor, number: int) -> torch.Tensor:
-    return pipe.mask * latents + (1 - pipe.mask) * pipe.transformer.proj_out.weight.detach().norm()
 
 
 def lets_gradients_through(pipe: Pastes, latents: torch.Tensor, number: int) -> torch.Tensor:
@@ -618,10 +569,6 @@ def lets_gradients_through(pipe: Pastes, latents: torch.Tensor, number: int) -> 
 def moves_gradients(pipe: Pastes, latents: torch.Tensor, number: int) -> torch.Tensor:
     """Its values are those of inpainting."""
     return Pastes.pasted(pipe, latents, number) + pipe.mask * (latents - latents.detach()).flip(2)
-
-
-def detaches_a_part(pipe: Pastes, latents: torch.Tensor, number: int) -> torch.Tensor:
-    return pipe.mask * latents + (1 - pipe.mask) * latents.detach()
 
 
 class ComputesBeforePasting(Pastes):
@@ -681,17 +628,31 @@ rule_1("source pasted after the last step alone", pastes_only(STEPS - 1), "right
 # Look alike.
 OTHER_PLACES = "writes to other places of the latents before step"
 SEEN_BEFORE = "a gradient reaches latents over which"
-rule_1("source pasted by a soft mask", pasting(pastes_softly))
+rule_1(
+    "source pasted by a soft mask",
+    pasting(lambda pipe, x, _: pipe.mask * x + (1 - pipe.mask) * (0.5 * x + 0.5 * pipe.source)),
+)
 rule_1("source pasted with a part of the gradient", pasting(lets_gradients_through))
 rule_1("source pasted with gradients of other places", pasting(moves_gradients))
 rule_1("source pasted by a mask that changes", pasting(pastes_elsewhere_later), cause=OTHER_PLACES)
 rule_1("source pasted at first", pastes_only(0, 1), cause=OTHER_PLACES)
 rule_1("source pasted later", pastes_only(*range(1, STEPS)), cause=OTHER_PLACES)
-rule_1("source pasted everywhere once", pasting(pastes_everywhere_once))
+rule_1(
+    "source pasted everywhere once",
+    pasting(lambda pipe, x, step: pipe.source.clone() if step == SWITCH else Pastes.pasted(pipe, x, step)),
+)
 rule_1("source pasted, but after the last step", pastes_only(*range(STEPS - 1)), cause=SEEN_BEFORE, methods=MANY)
 rule_1("transformer before the source is pasted", ComputesBeforePasting, cause=SEEN_BEFORE, methods=JUDGED)
-rule_1("earlier latents pasted", pasting(pastes_earlier_latents), cause="depend on latents of earlier steps")
+rule_1(
+    "earlier latents pasted",
+    pasting(lambda pipe, x, step: pipe.mask * x + (1 - pipe.mask) * pipe.seen[max(0, step - 1)]),
+    cause="depend on latents of earlier steps",
+)
 rule_1("scheduler with earlier latents", MovesOtherLatents, cause="step 2 depend on latents of earlier steps")
-rule_1("trained weight pasted", pasting(pastes_what_is_trained), cause="depend on the trained parameter")
-rule_1("latents detached in part", pasting(detaches_a_part))
+rule_1(
+    "trained weight pasted",
+    pasting(lambda pipe, x, _: pipe.mask * x + (1 - pipe.mask) * pipe.transformer.proj_out.weight.detach().norm()),
+    cause="depend on the trained parameter",
+)
+rule_1("latents detached in part", pasting(lambda pipe, x, _: pipe.mask * x + (1 - pipe.mask) * x.detach()))
 rule_1("latents scaled before the source is pasted", pasting(lambda *args: 0.9 * Pastes.pasted(*args)))

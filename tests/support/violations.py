@@ -127,6 +127,18 @@ def along_a_direction(pipe: Any, images: torch.Tensor) -> torch.Tensor:
     return (images.double() * direction).flatten(1).sum(1)
 
 
+def trained_with(name: str) -> Callable[[Any], dict[str, torch.Tensor]]:
+    """The transformers' trained parameters, and those of another attribute of the pipeline: a module or a number."""
+
+    def trained(pipe: Any) -> dict[str, torch.Tensor]:
+        more = getattr(pipe, name)
+        named = more.named_parameters() if isinstance(more, torch.nn.Module) else [("", more)]
+        own = {f"{name}.{key}": value for key, value in named if value.requires_grad}
+        return {**transformer_parameters(pipe), **own}
+
+    return trained
+
+
 def minus_mean(pipe: Any, rewards: torch.Tensor) -> torch.Tensor:
     return -rewards.mean()
 
@@ -580,6 +592,11 @@ def as_class(pipeline_class: type, **changes: Any) -> Callable[[], Any]:
     return build
 
 
+def scheduled_by(scheduler: type[Any]) -> Callable[[Any], None]:
+    """A change of the scheduler's class."""
+    return lambda pipe: setattr(pipe, "scheduler", scheduler.from_config(pipe.scheduler.config))
+
+
 def fresh_lora(pipe: Any) -> None:
     """The LoRA as it is before training: its second matrix is zero, so it does not change any output."""
     for name, parameter in pipe.transformer.named_parameters():
@@ -668,23 +685,23 @@ class Zeros(torch.nn.Module):
         return hidden
 
 
-def with_zeros(layer: type[Zeros] = Zeros) -> Callable[[], Any]:
-    """Builds the stock pipeline with `layer` in place of the text projection, alone trained."""
+def replaced(part: str, make: Callable[[torch.nn.Module], torch.nn.Module]) -> Callable[[Any], None]:
+    """A change that puts `make(module)` in the place of a part of the transformer."""
 
     def change(pipe: Any) -> None:
-        pipe.transformer.requires_grad_(False)
-        pipe.transformer.context_embedder = layer(pipe.transformer.context_embedder)
-
-    return changed(sd3(), change)
-
-
-def replaced_text_projection(make: Callable[[torch.nn.Module], torch.nn.Module]) -> Callable[[Any], None]:
-    """A change that wraps the text projection inside the transformer."""
-
-    def change(pipe: Any) -> None:
-        pipe.transformer.context_embedder = make(pipe.transformer.context_embedder)
+        owner, _, name = part.rpartition(".")
+        module = pipe.transformer.get_submodule(owner)
+        setattr(module, name, make(getattr(module, name)))
 
     return change
+
+
+replaced_text_projection = functools.partial(replaced, "context_embedder")
+
+
+def with_zeros(layer: type[Zeros] = Zeros) -> Callable[[], Any]:
+    """Builds the stock pipeline with `layer` in place of the text projection, alone trained."""
+    return changed(sd3(), frozen, replaced_text_projection(layer))
 
 
 class _Doubled(torch.autograd.Function):
@@ -737,6 +754,11 @@ def at_step(number: int, change: Callable[[Any], None]) -> Callable[[Any], StepC
         return callback
 
     return make
+
+
+def switching(change: Callable[[Any], None], **changes: Any) -> Call:
+    """A call whose step callback does something to the pipeline after the step `SWITCH`."""
+    return stepping(at_step(SWITCH, change), **changes)
 
 
 def at_the_end(change: Callable[[Any, list[torch.Tensor]], torch.Tensor]) -> Callable[[Any], StepCallback]:
@@ -829,12 +851,8 @@ class ShiftsTimesteps(GainOfItsOwn):
         return PlainLoop.velocity(self, latents, timestep * self.gain)
 
 
-def own_gain(pipe: Any) -> None:
-    pipe.gain = torch.nn.Parameter(torch.tensor(0.9, dtype=torch.float64))
-
-
-def with_own_gain(pipe: Any) -> dict[str, torch.Tensor]:
-    return {**transformer_parameters(pipe), "gain": pipe.gain}
+def own_gain(pipe: Any, value: float = 0.9) -> None:
+    pipe.gain = torch.nn.Parameter(torch.tensor(value, dtype=torch.float64))
 
 
 class MomentumInPlace(PlainLoop):
@@ -1007,43 +1025,11 @@ def rewards_the_way(pipe: Any, images: torch.Tensor) -> torch.Tensor:
     return along_a_direction(pipe, images) + 0.2 * along_a_direction(pipe, pipe.kept[2])
 
 
-def exchanges_transformer(pipe: Any) -> None:
-    pipe.transformer = pipe.second
-
-
-def second_transformer(pipe: Any) -> None:
-    """A copy that is trained, too."""
-    pipe.second = copy.deepcopy(pipe.transformer)
-
-
-def with_second_transformer(pipe: Any) -> dict[str, torch.Tensor]:
-    second = {f"second.{name}": value for name, value in pipe.second.named_parameters()}
-    return {**transformer_parameters(pipe), **second}
-
-
-def halves_gradients(pipe: Any, latents: torch.Tensor) -> None:
-    if latents.requires_grad:
-        latents.register_hook(lambda gradient: 0.5 * gradient)
-
-
 def moving_average(pipe: Any, seen: list[torch.Tensor]) -> torch.Tensor:
     average = seen[0]
     for latents in seen[1:]:
         average = 0.3 * average + 0.7 * latents
     return average
-
-
-def learnable_guidance(pipe: Any) -> None:
-    pipe.learned_scale = torch.nn.Parameter(torch.tensor(GUIDANCE, dtype=torch.float64))
-
-
-def with_learned_scale(pipe: Any) -> dict[str, torch.Tensor]:
-    return {**transformer_parameters(pipe), "scale": pipe.learned_scale}
-
-
-def weight_penalty(pipe: Any, rewards: torch.Tensor) -> torch.Tensor:
-    """An objective with weight decay in it."""
-    return -rewards.mean() + sum(parameter.square().sum() for parameter in transformer_parameters(pipe).values())
 
 
 ROOT = "latents|earlier step|outside of|endpoint|velocit"
@@ -1100,13 +1086,13 @@ for each, shape in ((GainOfItsOwn, "velocities"), (GainOnTheImages, "images"), (
         changed(loop(each), own_gain),
         call=loop_call,
         cause="gradient|trained|outside",
-        trained=with_own_gain,
+        trained=trained_with("gain"),
     )
 rule_1(
     "learned guidance scale",
-    changed(sd3(), learnable_guidance),
-    call=lambda pipe: sd3_call(pipe, guidance_scale=pipe.learned_scale),
-    trained=with_learned_scale,
+    changed(sd3(), functools.partial(own_gain, value=GUIDANCE)),
+    call=lambda pipe: sd3_call(pipe, guidance_scale=pipe.gain),
+    trained=trained_with("gain"),
     cause="gradient|trained|guidance",
 )
 rule_1("momentum in a buffer written in place", MomentumInPlace, cause="earlier step|memory", methods=MANY)
@@ -1117,7 +1103,7 @@ rule_1(
     "step callback hooks the latents' gradient",
     sd3(),
     "either",
-    call=stepping(looking(halves_gradients)),
+    call=stepping(looking(lambda pipe, x: x.requires_grad and x.register_hook(lambda gradient: 0.5 * gradient))),
     methods=MANY,
     cause="hook",
 )
@@ -1145,11 +1131,12 @@ rule_1(
 )
 rule_1(
     "step callback exchanges the transformer",
-    changed(sd3(), second_transformer),
+    # By a copy that is trained, too.
+    changed(sd3(), lambda pipe: setattr(pipe, "second", copy.deepcopy(pipe.transformer))),
     "either",
     cause="transformer",
-    call=stepping(at_step(1, exchanges_transformer)),
-    trained=with_second_transformer,
+    call=stepping(at_step(1, lambda pipe: setattr(pipe, "transformer", pipe.second))),
+    trained=trained_with("second"),
 )
 for each, where in (
     (UsesFeatures, "velocity"),
@@ -1161,7 +1148,8 @@ rule_1(
     "objective with a penalty on trained weights",
     sd3(),
     "either",
-    objective=weight_penalty,
+    # Weight decay.
+    objective=lambda pipe, r: -r.mean() + sum(p.square().sum() for p in transformer_parameters(pipe).values()),
     cause="parameter|trained|weights|endpoint",
 )
 rule_1("calls the transformer under checkpoint", CheckpointsItsCalls, "either", cause="checkpoint")
@@ -1219,32 +1207,30 @@ def times_norm_of_all(pipe: Any, words: torch.Tensor) -> torch.Tensor:
     return words * torch.stack(torch._foreach_norm(list(pipe.transformer.parameters()))).norm() / 30
 
 
+def times_vector_of_all(pipe: Any, words: torch.Tensor) -> torch.Tensor:
+    return words * torch.nn.utils.parameters_to_vector(pipe.transformer.parameters()).square().mean().sqrt()
+
+
+def through_functional_call(pipe: Any, words: torch.Tensor) -> torch.Tensor:
+    """A part of the transformer with its parameters as arguments."""
+    part = pipe.transformer.context_embedder
+    return torch.func.functional_call(part, dict(part.named_parameters()), (words,)).repeat(1, 1, 2)
+
+
+def through_lora_by_hand(pipe: Any, words: torch.Tensor) -> torch.Tensor:
+    to_q = pipe.transformer.transformer_blocks[0].attn.to_q
+    delta = to_q.lora_B["default"].weight @ to_q.lora_A["default"].weight
+    return words + torch.nn.functional.linear(words.unflatten(-1, (-1, 16)), delta).flatten(-2)
+
+
+def slice_times_norm(pipe: Any, words: torch.Tensor) -> torch.Tensor:
+    """Writes into a part of the text in place."""
+    words = words.clone()
+    words[:, :3].mul_(pipe.transformer.proj_out.weight.norm() / 3)
+    return words
+
+
 preparing = functools.partial(with_part, "prepared")
-
-
-class TextTimesVectorOfAll(PlainLoop):
-    def prepared(self, words: torch.Tensor) -> torch.Tensor:
-        vector = torch.nn.utils.parameters_to_vector(self.transformer.parameters())
-        return words * vector.square().mean().sqrt()
-
-
-class TextThroughFunctionalCall(PlainLoop):
-    """Calls a part of the transformer with its parameters as arguments."""
-
-    def prepared(self, words: torch.Tensor) -> torch.Tensor:
-        part = self.transformer.context_embedder
-        return torch.func.functional_call(part, dict(part.named_parameters()), (words,)).repeat(1, 1, 2)
-
-
-class TextThroughLoraByHand(PlainLoop):
-    def prepared(self, words: torch.Tensor) -> torch.Tensor:
-        to_q = self.transformer.transformer_blocks[0].attn.to_q
-        delta = to_q.lora_B["default"].weight @ to_q.lora_A["default"].weight
-        return words + torch.nn.functional.linear(words.unflatten(-1, (-1, 16)), delta).flatten(-2)
-
-
-def old_view(pipe: Any) -> None:
-    pipe.view = 1.0 * pipe.transformer.context_embedder.weight.t()
 
 
 def tied_prior(pipe: Any) -> None:
@@ -1253,19 +1239,9 @@ def tied_prior(pipe: Any) -> None:
     pipe.prior = prior
 
 
-class TextScaledThroughAView(PlainLoop):
-    """Writes into a part of the text in place."""
-
-    def prepared(self, words: torch.Tensor) -> torch.Tensor:
-        words = words.clone()
-        words[:, :3].mul_(self.transformer.proj_out.weight.norm() / 3)
-        return words
-
-
-class TextThroughNumpy(PlainLoop):
-    def prepared(self, words: torch.Tensor) -> torch.Tensor:
-        weight = self.transformer.context_embedder.weight.detach().numpy()
-        return torch.from_numpy(words.numpy() @ weight.T).repeat(1, 1, 2)
+def through_numpy(pipe: Any, words: torch.Tensor) -> torch.Tensor:
+    weight = pipe.transformer.context_embedder.weight.detach().numpy()
+    return torch.from_numpy(words.numpy() @ weight.T).repeat(1, 1, 2)
 
 
 class VelocityTimesWeightNorm(PlainLoop):
@@ -1284,50 +1260,29 @@ class NoiseThroughPatchEmbedding(PlainLoop):
         return latents + 0.2 * self.transformer.pos_embed(latents).mean()
 
 
-class ReadsDtypes(PlainLoop):
-    """Takes dtype, device and shape of a parameter, in every way that people write."""
-
-    def prepared(self, words: torch.Tensor) -> torch.Tensor:
-        weight = self.transformer.proj_out.weight
-        words = words.to(weight.dtype).to(weight.device).to(weight).type_as(weight)
-        dtype = torch.result_type(words, weight)
-        return words.to(torch.promote_types(dtype, weight.dtype)) * (weight.numel() / weight.shape.numel())
-
-
-class MakesTensorsLike(PlainLoop):
-    """Makes tensors of a parameter's dtype, shape and device."""
-
-    def prepared(self, words: torch.Tensor) -> torch.Tensor:
-        weight = self.transformer.proj_out.weight
-        zeros = torch.zeros_like(weight).sum() + weight.new_zeros(1) + torch.empty_like(weight).fill_(0).sum()
-        return words + zeros + torch.full_like(weight, 0.1)[0, 0] + weight.new_tensor([0.1]) + weight.new_ones(1)
-
-
-def partly_trained_vae(pipe: Any) -> None:
-    pipe.vae.decoder.conv_out.requires_grad_(True)
-
-
-def partly_trained_text_encoder(pipe: Any) -> None:
-    """Textual inversion trains token embeddings alone."""
-    pipe.text_encoder.get_input_embeddings().requires_grad_(True)
-
-
 def text_encoder_lora(pipe: Any) -> None:
     pipe.text_encoder.add_adapter(LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj", "v_proj"]))
     pipe.text_encoder.to(torch.float64)
 
 
+def reads_dtypes(pipe: Any, words: torch.Tensor) -> torch.Tensor:
+    """Takes dtype, device and shape of a parameter, in every way that people write."""
+    weight = pipe.transformer.proj_out.weight
+    words = words.to(weight.dtype).to(weight.device).to(weight).type_as(weight)
+    dtype = torch.result_type(words, weight)
+    return words.to(torch.promote_types(dtype, weight.dtype)) * (weight.numel() / weight.shape.numel())
+
+
+def makes_tensors_like(pipe: Any, words: torch.Tensor) -> torch.Tensor:
+    """Makes tensors of a parameter's dtype, shape and device."""
+    weight = pipe.transformer.proj_out.weight
+    zeros = torch.zeros_like(weight).sum() + weight.new_zeros(1) + torch.empty_like(weight).fill_(0).sum()
+    return words + zeros + torch.full_like(weight, 0.1)[0, 0] + weight.new_tensor([0.1]) + weight.new_ones(1)
+
+
 def everything_at_its_default(pipe: Any) -> None:
     for name in ("vae", "text_encoder", "text_encoder_2"):
         getattr(pipe, name).requires_grad_(True)
-
-
-def with_component(component: str) -> Callable[[Any], dict[str, torch.Tensor]]:
-    def trained(pipe: Any) -> dict[str, torch.Tensor]:
-        of_component = getattr(pipe, component).named_parameters()
-        return {**transformer_parameters(pipe), **{name: value for name, value in of_component if value.requires_grad}}
-
-    return trained
 
 
 def user_embeddings(pipe: Any) -> None:
@@ -1354,10 +1309,6 @@ def requiring(name: str) -> Callable[[Any], None]:
         pipe.user[name].requires_grad_(True)
 
     return change
-
-
-def with_user_s(name: str) -> Callable[[Any], dict[str, torch.Tensor]]:
-    return lambda pipe: {**transformer_parameters(pipe), name: pipe.user[name]}
 
 
 def embeddings_from_a_trained_part(pipe: Any) -> None:
@@ -1466,7 +1417,7 @@ rule_2(
 )
 for each, name, component in (
     (text_encoder_lora, "text encoder with a trainable LoRA", "text_encoder"),
-    (partly_trained_vae, "VAE that is trainable in part", "vae"),
+    (lambda pipe: pipe.vae.decoder.conv_out.requires_grad_(True), "VAE that is trainable in part", "vae"),
 ):
     rule_2(
         name,
@@ -1474,7 +1425,7 @@ for each, name, component in (
         cause=component,
         methods=ALL,
         refused_by=ALL[1:],
-        trained=with_component(component),
+        trained=trained_with(component),
         is_table=True,
     )
 for name in ("prompt_embeds", "latents", "pooled_prompt_embeds", "negative_prompt_embeds"):
@@ -1485,14 +1436,15 @@ for name in ("prompt_embeds", "latents", "pooled_prompt_embeds", "negative_promp
         call=call_with_user_s,
         methods=("full", "flowbp-sparse", "draft-lv"),
         refused_by=("flowbp-sparse", "draft-lv"),
-        trained=with_user_s(name),
+        trained=lambda pipe, name=name: {**transformer_parameters(pipe), name: pipe.user[name]},
         is_table=name in ("prompt_embeds", "latents"),
     )
 rule_2(
     "textual inversion beside the transformer",
-    changed(sd3(lora_rank=2), partly_trained_text_encoder),
+    # It trains token embeddings alone.
+    changed(sd3(lora_rank=2), lambda pipe: pipe.text_encoder.get_input_embeddings().requires_grad_(True)),
     cause="text_encoder",
-    trained=with_component("text_encoder"),
+    trained=trained_with("text_encoder"),
 )
 rule_2(
     "user's embeddings come from a trained part",
@@ -1504,16 +1456,19 @@ for each, name in (
     (preparing(through_weight), "text through a weight before the loop"),
     (preparing(lambda pipe, words: words * pipe.transformer.proj_out.weight.norm() / 3), "text times a weight's norm"),
     (preparing(times_norm_of_all), "text times the norm of all weights, found at once"),
-    (TextTimesVectorOfAll, "text times the size of all weights as a vector"),
-    (TextThroughFunctionalCall, "text through a part with its parameters as arguments"),
+    (preparing(times_vector_of_all), "text times the size of all weights as a vector"),
+    (preparing(through_functional_call), "text through a part with its parameters as arguments"),
     (NoiseThroughPatchEmbedding, "noise through the patch embedding"),
-    (TextScaledThroughAView, "a slice of the text times a weight's norm, in place"),
+    (preparing(slice_times_norm), "a slice of the text times a weight's norm, in place"),
 ):
     rule_2(name, each)
-rule_2("text through a LoRA's product by hand", loop(TextThroughLoraByHand, lora_rank=2), call=loop_call)
+rule_2("text through a LoRA's product by hand", loop(preparing(through_lora_by_hand), lora_rank=2), call=loop_call)
 rule_2(
     "text through a view of a weight that was made before",
-    changed(loop(preparing(lambda pipe, words: (words @ pipe.view).repeat(1, 1, 2))), old_view),
+    changed(
+        loop(preparing(lambda pipe, words: (words @ pipe.view).repeat(1, 1, 2))),
+        lambda pipe: setattr(pipe, "view", 1.0 * pipe.transformer.context_embedder.weight.t()),
+    ),
     cause=ELSEWHERE + "|gradient",
     call=loop_call,
 )
@@ -1527,13 +1482,13 @@ rule_2(
     changed(loop(preparing(lambda pipe, words: pipe.gain * words)), own_gain),
     cause=ELSEWHERE + "|gradient",
     call=loop_call,
-    trained=with_own_gain,
+    trained=trained_with("gain"),
 )
 rule_2("step callback adds a trained bias to the last latents", sd3(), call=stepping(at_the_end(adds_trained_bias)))
 rule_2("reward asks the transformer", sd3(), "either", cause="reward|" + ELSEWHERE, reward=transformer_reward)
 # Autograd's own answer is that these carry no gradient.
 for each, name in (
-    (TextThroughNumpy, "text through a weight as a numpy array"),
+    (preparing(through_numpy), "text through a weight as a numpy array"),
     (
         preparing(lambda pipe, words: words * pipe.transformer.proj_out.weight.data.norm() / 3),
         "text times the norm of a weight's data",
@@ -1548,8 +1503,8 @@ rule_2(
     "right",
     methods=MANY,
 )
-rule_2("reads dtypes, shapes and devices of weights", ReadsDtypes, "right")
-rule_2("makes tensors like a weight", MakesTensorsLike, "right")
+rule_2("reads dtypes, shapes and devices of weights", preparing(reads_dtypes), "right")
+rule_2("makes tensors like a weight", preparing(makes_tensors_like), "right")
 for look, name in (
     (logs_norms, "logs norms of weights"),
     (counts_parameters, "counts parameters"),
@@ -1565,17 +1520,12 @@ rule_2(
 )
 
 
-def overwrites_embeddings(pipe: Any) -> None:
-    for value in pipe.user.values():
-        value.mul_(-1)
-
-
 rule_2(
     "user overwrites the embeddings after recording",
     changed(sd3(), user_embeddings),
     "right",
     call=call_with_user_s,
-    before_backward=overwrites_embeddings,
+    before_backward=lambda pipe: [value.mul_(-1) for value in pipe.user.values()],
 )
 
 
@@ -1642,14 +1592,6 @@ class KeptAtEverySecondCall(Wrapped):
             self.kept = {"words": words, "residual": hidden - hidden_states}
             return words, hidden
         return self.kept["words"], hidden_states + self.kept["residual"]
-
-
-def cached_times(pipe: Any) -> None:
-    pipe.transformer.time_text_embed = KeptByTimestep(pipe.transformer.time_text_embed)
-
-
-def cached_block(pipe: Any) -> None:
-    pipe.transformer.transformer_blocks[0] = KeptAtEverySecondCall(pipe.transformer.transformer_blocks[0])
 
 
 def last_call_kept(pipe: Any) -> None:
@@ -1728,20 +1670,13 @@ class KeptUntilLatentsChange(Wrapped):
         return self.kept["output"]
 
 
-def embedding_kept(pipe: Any) -> None:
-    pipe.transformer.pos_embed = KeptUntilLatentsChange(pipe.transformer.pos_embed)
-
-
-def weight_norm(pipe: Any) -> None:
-    pipe.transformer.proj_out = parametrizations.weight_norm(pipe.transformer.proj_out)
-
-
 def checkpointed(pipe: Any) -> None:
     pipe.transformer.enable_gradient_checkpointing()
 
 
 SAME = "cache|stored|kept|computation|trained part|does not reproduce|gradient|switched after"
 rule_3 = adding(3, SAME)
+normalised = changed(sd3(), replaced("proj_out", parametrizations.weight_norm))
 SKIPPING = {"skip_guidance_layers": [1], "skip_layer_guidance_start": -0.1, "skip_layer_guidance_stop": 0.5}
 
 rule_3(
@@ -1751,8 +1686,12 @@ rule_3(
     refused_by=ALL[1:],
     is_table=True,
 )
-rule_3("time embedding cached by timestep", changed(sd3(), cached_times), methods=MANY)
-rule_3("residual of a block reused at every second step", changed(sd3(), cached_block), methods=MANY)
+rule_3("time embedding cached by timestep", changed(sd3(), replaced("time_text_embed", KeptByTimestep)), methods=MANY)
+rule_3(
+    "residual of a block reused at every second step",
+    changed(sd3(), replaced("transformer_blocks.0", KeptAtEverySecondCall)),
+    methods=MANY,
+)
 rule_3("whole transformer remembers its last call", changed(sd3(), last_call_kept), "either", methods=MANY)
 rule_3("keys and values of the text cached", changed(build_wan, cached_text_keys), call=wan_call)
 rule_3("merged weight of an own adapter kept", with_zeros(KeptMerge))
@@ -1768,13 +1707,13 @@ rule_3(
 rule_3("cast of a weight kept", changed(sd3(), replaced_text_projection(KeptCast)), "either", tolerance=1e-7)
 rule_3(
     "patch embedding kept from branch to branch",
-    changed(loop(KeptBetweenBranches), embedding_kept),
+    changed(loop(KeptBetweenBranches), replaced("pos_embed", KeptUntilLatentsChange)),
     "either",
     call=loop_call,
 )
 rule_3(
     "patch embedding kept from branch to branch, conditional branch alone",
-    changed(loop(KeptBetweenBranches), embedding_kept),
+    changed(loop(KeptBetweenBranches), replaced("pos_embed", KeptUntilLatentsChange)),
     "either",
     call=loop_call,
     options={"unconditional_gradient": False},
@@ -1782,7 +1721,7 @@ rule_3(
 )
 rule_3(
     "weight normalisation cached from record to backward",
-    changed(sd3(), weight_norm),
+    normalised,
     "either",
     around=lambda pipe: parametrize.cached(),
 )
@@ -1813,20 +1752,16 @@ rule_3("skip-layer guidance", sd3(), "right", call=lambda pipe: sd3_call(pipe, *
 rule_3("gradient checkpointing", changed(sd3(), checkpointed), "right", methods=MANY)
 rule_3(
     "weight normalisation cached around record only",
-    changed(sd3(), weight_norm),
+    normalised,
     "right",
     around_record=lambda pipe: parametrize.cached(),
 )
-rule_3("weight normalisation", changed(sd3(), weight_norm), "right")
+rule_3("weight normalisation", normalised, "right")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Rule 4: a replay is made in the same state
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def doubling_inputs(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-    return args, {**kwargs, "hidden_states": _Doubled.apply(kwargs["hidden_states"])}
 
 
 class DoublesOutputs(ModelHook):
@@ -1836,28 +1771,8 @@ class DoublesOutputs(ModelHook):
         return doubling(module, (), output)
 
 
-def hooked_transformer(pipe: Any) -> None:
-    pipe.transformer.register_forward_hook(doubling)
-
-
-def hooked_inputs(pipe: Any) -> None:
-    pipe.transformer.register_forward_pre_hook(doubling_inputs, with_kwargs=True)
-
-
-def hooked_backward(pipe: Any) -> None:
-    pipe.transformer.register_full_backward_hook(lambda module, inputs, outputs: tuple(2 * each for each in inputs))
-
-
-def hooked_by_accelerate(pipe: Any) -> None:
-    add_hook_to_module(pipe.transformer, DoublesOutputs())
-
-
 def hooked_part(pipe: Any) -> None:
     pipe.handle = pipe.transformer.transformer_blocks[1].attn.to_q.register_forward_hook(doubling)
-
-
-def unhooked(pipe: Any) -> None:
-    pipe.handle.remove()
 
 
 def masked_gradients(pipe: Any) -> None:
@@ -1890,10 +1805,6 @@ def second_adapter(pipe: Any) -> None:
     pipe.transformer.set_adapters(["default", "second"], [1.0, 0.0])
 
 
-def all_loras(pipe: Any) -> dict[str, torch.Tensor]:
-    return {name: value for name, value in pipe.transformer.named_parameters() if "lora_" in name}
-
-
 def fuses_lora(pipe: Any) -> None:
     pipe.fuse_lora()
 
@@ -1902,20 +1813,8 @@ def disables(pipe: Any) -> None:
     pipe.transformer.disable_adapters()
 
 
-def deletes(pipe: Any) -> None:
-    pipe.transformer.delete_adapters("default")
-
-
 def trains(pipe: Any) -> None:
     pipe.transformer.train()
-
-
-def evaluates(pipe: Any) -> None:
-    pipe.transformer.eval()
-
-
-def fuses_projections(pipe: Any) -> None:
-    pipe.transformer.fuse_qkv_projections()
 
 
 def rewrites_first_matrices(pipe: Any) -> None:
@@ -1961,14 +1860,7 @@ class BufferScaled(Zeros):
 
 
 def own_scale(value: float) -> Callable[[Any], None]:
-    def change(pipe: Any) -> None:
-        pipe.transformer.context_embedder.scale = value
-
-    return change
-
-
-def own_buffer(pipe: Any) -> None:
-    pipe.transformer.context_embedder.scale.fill_(0.25)
+    return lambda pipe: setattr(pipe.transformer.context_embedder, "scale", value)
 
 
 class DrawsAside(Zeros):
@@ -2000,19 +1892,9 @@ class CountsCalls(Zeros):
         return hidden
 
 
-def exchanges_part(pipe: Any) -> None:
-    """Another adapter of the same class, with weights of its own."""
-    pipe.transformer.context_embedder = pipe.second
-
-
 def second_part(pipe: Any) -> None:
     pipe.second = Zeros(pipe.transformer.context_embedder.base)
     pipe.second.first.data.mul_(-3)
-
-
-def with_second_part(pipe: Any) -> dict[str, torch.Tensor]:
-    own = [("second.first", pipe.second.first), ("second.second", pipe.second.second)]
-    return {**transformer_parameters(pipe), **dict(own)}
 
 
 def exchanges_processor_weights(pipe: Any) -> None:
@@ -2023,26 +1905,16 @@ def exchanges_processor_weights(pipe: Any) -> None:
         attn.set_processor(other)
 
 
-def global_hook(pipe: Any) -> None:
-    first = pipe.transformer.proj_out
-
-    def hook(module: torch.nn.Module, inputs: Any, output: Any) -> Any:
-        return doubling(module, inputs, output) if module is first else None
-
-    pipe.handle = torch.nn.modules.module.register_module_forward_hook(hook)
-
-
 @contextmanager
 def globally_hooked(pipe: Any) -> Iterator[None]:
-    global_hook(pipe)
+    def hook(module: torch.nn.Module, inputs: Any, output: Any) -> Any:
+        return doubling(module, inputs, output) if module is pipe.transformer.proj_out else None
+
+    handle = torch.nn.modules.module.register_module_forward_hook(hook)
     try:
         yield
     finally:
-        pipe.handle.remove()
-
-
-def lowers_scale_argument(pipe: Any) -> None:
-    pipe._joint_attention_kwargs["scale"] = 0.25
+        handle.remove()
 
 
 class ComputesInBFloat16(PlainLoop):
@@ -2124,26 +1996,24 @@ def ip_adapter_call(pipe: Any) -> dict[str, Any]:
     return sd3_call(pipe, ip_adapter_image_embeds=image, callback_on_step_end=MultiPipelineCallbacks([cutoff]))
 
 
-def float32_lora() -> Any:
-    return tiny_sd3_pipeline(torch.float32, lora_rank=2)
-
-
-def bf16(pipe: Any) -> AbstractContextManager[Any]:
-    return torch.autocast("cpu", torch.bfloat16)
-
-
 STATE = "adapter|scal|merge|fuse|state|changed|exchanged|hook|processor|does not reproduce|between record and backward"
 rule_4 = adding(4, STATE)
 RANDOM = "random|dropout|training mode|eval"
 
-for build_hook, name in (
-    (hooked_transformer, "forward hook that scales the gradient"),
-    (hooked_inputs, "forward pre-hook that scales the inputs' gradient"),
-    (hooked_backward, "full backward hook that scales the inputs' gradient"),
-    (hooked_by_accelerate, "hook of accelerate that scales the gradient"),
-    (hooked_part, "forward hook on a part that scales the gradient"),
-):
-    rule_4(f"user's {name}", changed(sd3(), build_hook), "right", is_table=build_hook is hooked_transformer)
+HOOKS: dict[str, Callable[[Any], Any]] = {
+    "forward hook that scales the gradient": lambda pipe: pipe.transformer.register_forward_hook(doubling),
+    "forward pre-hook that scales the inputs' gradient": lambda pipe: pipe.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: (args, {**kwargs, "hidden_states": _Doubled.apply(kwargs["hidden_states"])}),
+        with_kwargs=True,
+    ),
+    "full backward hook that scales the inputs' gradient": lambda pipe: pipe.transformer.register_full_backward_hook(
+        lambda module, inputs, outputs: tuple(2 * each for each in inputs)
+    ),
+    "hook of accelerate that scales the gradient": lambda pipe: add_hook_to_module(pipe.transformer, DoublesOutputs()),
+    "forward hook on a part that scales the gradient": hooked_part,
+}
+for name, hook in HOOKS.items():
+    rule_4(f"user's {name}", changed(sd3(), hook), "right", is_table=name == "forward hook that scales the gradient")
 rule_4("user's masks on gradients", changed(sd3(), masked_gradients), "right")
 rule_4(
     "optimizer steps within the backward pass", changed(sd3(), optimizer_in_backward), cause="optimizer|hook|changed"
@@ -2152,7 +2022,7 @@ rule_4(
     "step callback sets a LoRA's weight from 1 to 0",
     fresh,
     "either",
-    call=stepping(at_step(SWITCH, weighs(0.0))),
+    call=switching(weighs(0.0)),
     methods=JUDGED,
     is_table=True,
 )
@@ -2160,22 +2030,22 @@ rule_4(
     "step callback fades from one LoRA to another",
     changed(fresh, second_adapter),
     "either",
-    call=stepping(at_step(SWITCH, weighs(0.0, 1.0))),
-    trained=all_loras,
+    call=switching(weighs(0.0, 1.0)),
+    trained=lambda pipe: {key: value for key, value in pipe.transformer.named_parameters() if "lora_" in key},
 )
 for change, name in (
     (weighs(0.5), "sets a LoRA's weight"),
     (disables, "disables the LoRA"),
     (fuses_lora, "fuses the LoRA"),
-    (deletes, "deletes the LoRA"),
+    (lambda pipe: pipe.transformer.delete_adapters("default"), "deletes the LoRA"),
     (second_adapter, "adds a second LoRA"),
     (rewrites_first_matrices, "changes a LoRA's first matrix through .data"),
     (replaces_parameters, "puts new parameters in place of the LoRA's"),
-    (fuses_projections, "fuses the projections"),
+    (lambda pipe: pipe.transformer.fuse_qkv_projections(), "fuses the projections"),
 ):
     rule_4(f"{name} between record and backward", fresh, "either", before_backward=change)
 for change, name in ((fuses_lora, "fuses the LoRA"), (disables, "disables the LoRA")):
-    rule_4(f"step callback {name}", fresh, "either", call=stepping(at_step(SWITCH, change)))
+    rule_4(f"step callback {name}", fresh, "either", call=switching(change))
 for config, name in (
     (LoraConfig(r=2, lora_dropout=0.5, target_modules=ATTENTION), "LoRA with lora_dropout"),
     (LoHaConfig(r=2, rank_dropout=0.5, target_modules=ATTENTION), "LoHa with rank_dropout"),
@@ -2202,7 +2072,7 @@ rule_4(
     changed(fresh, trains),
     "either",
     cause="mode",
-    before_backward=evaluates,
+    before_backward=lambda pipe: pipe.transformer.eval(),
 )
 rule_4(
     "LoHa in training mode without dropout, which draws numbers",
@@ -2232,26 +2102,29 @@ rule_4(
     changed(with_zeros(), second_part),
     "either",
     cause=STATE + "|part",
-    call=stepping(at_step(SWITCH, exchanges_part)),
-    trained=with_second_part,
+    # Another adapter of the same class.
+    call=switching(lambda pipe: setattr(pipe.transformer, "context_embedder", pipe.second)),
+    trained=trained_with("second"),
 )
 rule_4(
     "step callback exchanges attention processors' weights",
     changed(sd3(), with_branches),
     "either",
     cause=STATE + "|part",
-    call=stepping(at_step(SWITCH, exchanges_processor_weights)),
+    call=switching(exchanges_processor_weights),
 )
 rule_4("global hook that scales gradients around record only", sd3(), "either", around_record=globally_hooked)
 rule_4(
     "step callback changes the LoRA scale among the arguments",
     fresh,
     "either",
-    call=stepping(at_step(SWITCH, lowers_scale_argument), joint_attention_kwargs={"scale": 0.5}),
+    call=switching(
+        lambda pipe: pipe._joint_attention_kwargs.update(scale=0.25), joint_attention_kwargs={"scale": 0.5}
+    ),
 )
 rule_4("own layer that is random in evaluation mode", with_zeros(AlwaysNoisy), cause=RANDOM)
 for call, before, name in (
-    (stepping(at_step(SWITCH, own_scale(0.0))), nothing, "step callback changes an own layer's scale"),
+    (switching(own_scale(0.0)), nothing, "step callback changes an own layer's scale"),
     (sd3_call, own_scale(3.0), "changes an own layer's scale between record and backward"),
 ):
     rule_4(name, with_zeros(), "either", cause=STATE + "|attribute", call=call, before_backward=before)
@@ -2260,20 +2133,20 @@ rule_4(
     with_zeros(BufferScaled),
     "either",
     cause=STATE + "|buffer",
-    call=stepping(at_step(SWITCH, own_buffer)),
+    call=switching(lambda pipe: pipe.transformer.context_embedder.scale.fill_(0.25)),
 )
 rule_4(
     "step callback scales an attention processor's branch",
     changed(sd3(), with_branches),
     "either",
-    call=stepping(at_step(SWITCH, branch_scale(0.0))),
+    call=switching(branch_scale(0.0)),
     methods=MANY,
 )
 rule_4(
     "step callback exchanges attention processors for others of the same class",
     changed(sd3(), with_branches),
     "either",
-    call=stepping(at_step(SWITCH, exchanges_processors)),
+    call=switching(exchanges_processors),
 )
 rule_4(
     "diffusers' callback that cuts an IP-adapter's scale to 0",
@@ -2285,19 +2158,24 @@ rule_4(
     "removes a hook that scales gradients between record and backward",
     changed(sd3(), hooked_part),
     "either",
-    before_backward=unhooked,
+    before_backward=lambda pipe: pipe.handle.remove(),
 )
 rule_4(
     "step callback removes a hook that scales gradients",
     changed(sd3(), hooked_part),
     "either",
-    call=stepping(at_step(SWITCH, unhooked)),
+    call=switching(lambda pipe: pipe.handle.remove()),
 )
-rule_4(
-    "step callback puts up a hook that scales gradients", sd3(), "either", call=stepping(at_step(SWITCH, hooked_part))
-)
+rule_4("step callback puts up a hook that scales gradients", sd3(), "either", call=switching(hooked_part))
 for name, where in (("record", "around_record"), ("backward", "around_backward")):
-    rule_4(f"autocast around {name} only", float32_lora, "either", cause="autocast", tolerance=0.1, **{where: bf16})
+    rule_4(
+        f"autocast around {name} only",
+        lambda: tiny_sd3_pipeline(torch.float32, lora_rank=2),
+        "either",
+        cause="autocast",
+        tolerance=0.1,
+        **{where: lambda pipe: torch.autocast("cpu", torch.bfloat16)},
+    )
 rule_4(
     "kernels of attention chosen around record only",
     sd3(),
@@ -2390,11 +2268,6 @@ def calls_transformer_in_a_thread(pipe: Any, latents: torch.Tensor) -> None:
     thread.start()
     thread.join()
     assert torch.equal(found[0], pipe.references[0]), "another output than without recording"
-
-
-def goes_back(pipe: Any) -> None:
-    """The next step has the sigmas of this one again."""
-    pipe.scheduler._step_index -= 1
 
 
 def trains_otherwise(pipe: Any) -> None:
@@ -2506,7 +2379,10 @@ rule_5(
     call=stepping(looking(calls_transformer_in_a_thread)),
 )
 rule_5(
-    "step callback sets the scheduler back a step", sd3(), cause="step|scheduler", call=stepping(at_step(1, goes_back))
+    "step callback sets the scheduler back a step",  # the next step has the sigmas of this one again
+    sd3(),
+    cause="step|scheduler",
+    call=stepping(at_step(1, lambda pipe: setattr(pipe.scheduler, "_step_index", pipe.scheduler._step_index - 1))),
 )
 rule_5("another pipeline drafts the noise", DraftsItsNoise, "either", prepare=with_references)
 rule_5("another pipeline's code drafts the noise", DraftsWithGradients, prepare=with_references)
@@ -2564,16 +2440,10 @@ def guided(scale: Any) -> Call:
 
 
 def sets_scale(scale: float) -> Callable[[Any], None]:
-    def change(pipe: Any) -> None:
-        pipe._guidance_scale = scale
-
-    return change
+    return lambda pipe: setattr(pipe, "_guidance_scale", scale)
 
 
-def fades_guidance(pipe: Any, latents: torch.Tensor) -> None:
-    pipe._guidance_scale -= 0.5
-
-
+fading = stepping(looking(lambda pipe, latents: setattr(pipe, "_guidance_scale", pipe._guidance_scale - 0.5)))
 rule_6 = adding(6, "guidance|unconditional")
 # Gradients through the conditional branch alone.
 conditional = functools.partial(rule_6, options={"unconditional_gradient": False}, detached=True)
@@ -2590,7 +2460,7 @@ conditional(
     guided_always,
     call=guided(torch.tensor([GUIDANCE, -2.0], dtype=torch.float64).view(2, 1, 1, 1)),
 )
-conditional("step callback turns guidance negative", guided_always, call=stepping(at_step(SWITCH, sets_scale(-2.0))))
+conditional("step callback turns guidance negative", guided_always, call=switching(sets_scale(-2.0)))
 conditional(
     "step callback hides that guidance was negative",
     guided_always,
@@ -2622,7 +2492,7 @@ rule_6(
 conditional("guidance scale of 3.5, conditional branch alone", guided_always, "right", methods=MANY)
 conditional("scale is set after the rollout", guided_always, "right", in_block=sets_scale(-2.0))
 rule_6("guidance scale of -2, both branches", guided_always, "right", call=guided(-2.0))
-rule_6("step callback fades guidance", sd3(), "right", call=stepping(looking(fades_guidance)))
+rule_6("step callback fades guidance", sd3(), "right", call=fading)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2837,12 +2707,8 @@ class ScalesGradients(Float64Scheduler):
         return super().step(_Doubled.apply(model_output), *args, **kwargs)
 
 
-def scaling_scheduler(pipe: Any) -> None:
-    pipe.scheduler = ScalesGradients.from_config(pipe.scheduler.config)
-
-
 UNSEEN = [
-    Violation("scheduler that scales gradients", 8, changed(sd3(), scaling_scheduler)),
+    Violation("scheduler that scales gradients", 8, changed(sd3(), scheduled_by(ScalesGradients))),
     Violation("scale in a closure that the call sets", 8, changed(as_class(KnowsItIsCalled), scale_in_a_closure)),
     Violation(
         "gradient's factor in a closure that the call sets",
