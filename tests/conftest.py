@@ -9,6 +9,7 @@ A test that connects to anything but loopback, itself or in a Python process tha
 import os
 import tempfile
 from collections.abc import Callable, Generator, Iterator
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -88,6 +89,22 @@ def no_dataset_bars() -> Iterator[None]:
     datasets.disable_progress_bars()
     yield
     datasets.enable_progress_bars()
+
+
+@pytest.fixture
+def error_of(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[[str, list[str]], str]:
+    """`training_scripts.error_of`."""
+    import training_scripts
+
+    return partial(training_scripts.error_of, monkeypatch=monkeypatch, capsys=capsys)
+
+
+@pytest.fixture
+def check_refusal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., None]:
+    """`training_scripts.check_refusal`."""
+    import training_scripts
+
+    return partial(training_scripts.check_refusal, monkeypatch=monkeypatch, capsys=capsys)
 
 
 @pytest.fixture(scope="session")

@@ -28,7 +28,7 @@ from tiny_sd3 import MAX_SEQUENCE_LENGTH, add_random_lora, save_random_lora, tin
 from toy_reward import Motion, make_reward
 from training_scripts import (
     ROOT,
-    check_refusal,
+    CheckRefusal,
     command_line,
     environment,
     load_pipeline,
@@ -535,13 +535,9 @@ def test_rewards_get_the_columns_of_the_table(
     ],
 )
 def test_what_makes_no_sense_is_refused_before_a_model_is_loaded(
-    arguments: dict[str, Any],
-    changes: dict[str, Any],
-    message: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    arguments: dict[str, Any], changes: dict[str, Any], message: str, check_refusal: CheckRefusal
 ) -> None:
-    check_refusal(NAME, {**arguments, **changes}, message, monkeypatch, capsys)
+    check_refusal(NAME, {**arguments, **changes}, message)
 
 
 def test_a_folder_in_use_or_of_other_settings_and_a_lora_of_another_model_are_refused(
@@ -675,8 +671,7 @@ def test_transformers_that_are_refused(
     tmp_path: Path,
     damage: Callable[[Path], object],
     message: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    check_refusal: CheckRefusal,
 ) -> None:
     damage(save_transformer(tmp_path / "a"))
-    check_refusal(NAME, {**arguments, "transformer": [tmp_path / "a"]}, message, monkeypatch, capsys)
+    check_refusal(NAME, {**arguments, "transformer": [tmp_path / "a"]}, message)

@@ -251,6 +251,11 @@ def check_round_trip(
     assert (trained - base).abs().max() > 1e-3
 
 
+# What the fixtures of these names are; `conftest.py` gives the functions below their last two arguments.
+ErrorOf = Callable[[str, list[str]], str]
+CheckRefusal = Callable[[str, dict[str, Any], str], None]
+
+
 def _no_model(*_: Any, **__: Any) -> None:
     pytest.fail("a model was loaded")
 

@@ -17,12 +17,12 @@ from safetensors.torch import save_file
 from tiny_pipelines import tiny_flux_pipeline, tiny_klein_pipeline
 from tiny_sd3 import tiny_sd3_pipeline
 from training_scripts import (
+    CheckRefusal,
+    ErrorOf,
     accelerate_launch,
     arguments_of_run,
-    check_refusal,
     command_line,
     environment,
-    error_of,
     run_program,
     script_path,
 )
@@ -157,39 +157,30 @@ SIZE = {name: {"resolution": 10} for name in MODELS} | {"train_flowbp": {"height
 @pytest.mark.parametrize("script", MODELS)
 @pytest.mark.parametrize("case", BAD)
 def test_a_bad_command_line_is_one_line_before_any_model(
-    arguments_of: Callable[[str], dict[str, Any]],
-    folder: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    case: str,
-    script: str,
+    arguments_of: Callable[[str], dict[str, Any]], folder: Path, case: str, script: str, check_refusal: CheckRefusal
 ):
     changes, message = BAD[case]
-    check_refusal(script, {**arguments_of(script), **changes}, message, monkeypatch, capsys)
+    check_refusal(script, {**arguments_of(script), **changes}, message)
 
 
 @pytest.mark.parametrize("script", MODELS)
 def test_a_size_that_the_model_cannot_have(
-    arguments_of: Callable[[str], dict[str, Any]],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    script: str,
+    arguments_of: Callable[[str], dict[str, Any]], script: str, check_refusal: CheckRefusal
 ):
     (option,) = SIZE[script]
     message = f"--{option} must be a multiple of 4 for this model, got 10; use 8"
-    check_refusal(script, {**arguments_of(script), **SIZE[script]}, message, monkeypatch, capsys)
+    check_refusal(script, {**arguments_of(script), **SIZE[script]}, message)
 
 
 @pytest.mark.parametrize("script", OTHERS)
 def test_a_model_of_another_pipeline(
     arguments_of: Callable[[str], dict[str, Any]],
     configs: Callable[[str], Path],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
     script: str,
+    check_refusal: CheckRefusal,
 ):
     changes = {"pretrained_model_name_or_path": configs(OTHERS[script])}
-    check_refusal(script, {**arguments_of(script), **changes}, "Pipeline", monkeypatch, capsys)
+    check_refusal(script, {**arguments_of(script), **changes}, "Pipeline")
 
 
 @pytest.mark.parametrize("script", MODELS)
@@ -210,14 +201,9 @@ def test_an_output_folder_that_cannot_be(
     assert str(output) in printed and (folder / "file").read_bytes() == b"x"
 
 
-def refusal_of(
-    script: str,
-    arguments: dict[str, Any],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> str:
+def refusal_of(script: str, arguments: dict[str, Any], error_of: ErrorOf) -> str:
     """The one line of a refusal, where the output folder is what is wrong."""
-    printed = error_of(script, command_line(arguments), monkeypatch, capsys)
+    printed = error_of(script, command_line(arguments))
     assert len(printed.splitlines()) == 1 and printed.startswith(f"{script}.py: error: ")
     return printed
 
@@ -267,11 +253,8 @@ def test_a_bad_command_line_by_accelerate_launch(arguments_of: Callable[[str], d
 
 @pytest.mark.parametrize("script", MODELS)
 def test_a_good_command_line_gets_as_far_as_the_weights(
-    arguments_of: Callable[[str], dict[str, Any]],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    script: str,
+    arguments_of: Callable[[str], dict[str, Any]], script: str, error_of: ErrorOf
 ):
     """Else the tests above could pass by refusing everything."""
     with pytest.raises(pytest.fail.Exception, match="a model was loaded"):
-        error_of(script, command_line(arguments_of(script)), monkeypatch, capsys)
+        error_of(script, command_line(arguments_of(script)))

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from trained_backbones import BACKBONES, TrainedBackbone
 from training_scripts import (
     SHARED_ARGUMENTS,
-    check_refusal,
+    CheckRefusal,
     command_line,
     images_of,
     load_pipeline,
@@ -288,13 +288,9 @@ def test_damage_is_found(trained: Path, tmp_path: Path, damage: Any, message: st
     ],
 )
 def test_what_does_not_go_with_full_fine_tuning(
-    arguments: dict[str, Any],
-    changes: dict[str, Any],
-    message: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    arguments: dict[str, Any], changes: dict[str, Any], message: str, check_refusal: CheckRefusal
 ) -> None:
-    check_refusal("train_flowbp_sd3", {**arguments, **changes}, message, monkeypatch, capsys)
+    check_refusal("train_flowbp_sd3", {**arguments, **changes}, message)
 
 
 def test_several_processes_without_fsdp2_are_refused(arguments: dict[str, Any]) -> None:

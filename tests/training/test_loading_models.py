@@ -16,7 +16,7 @@ from diffusers import DiffusionPipeline
 from loopback_hub import Repository, loopback_hub
 from tiny_pipelines import tiny_flux_pipeline, tiny_klein_pipeline
 from tiny_sd3 import save_random_lora, tiny_sd3_pipeline
-from training_scripts import SHARED_ARGUMENTS, backbone_of, check_refusal, command_line, load_script, parse_config
+from training_scripts import SHARED_ARGUMENTS, CheckRefusal, backbone_of, command_line, load_script, parse_config
 
 from flowbp.training.model import missing_components
 from flowbp.training.saved_pipeline import SavedPipeline
@@ -253,17 +253,15 @@ def broken(model: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("case", DAMAGES)
 def test_damaged_models_are_told_in_one_line_before_anything_is_loaded(
-    case: str, broken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    case: str, broken: Path, tmp_path: Path, check_refusal: CheckRefusal
 ):
     damage, message = DAMAGES[case]
     damage(broken)
-    check_refusal("train_flowbp_sd3", arguments_of(broken, tmp_path), message, monkeypatch, capsys)
+    check_refusal("train_flowbp_sd3", arguments_of(broken, tmp_path), message)
 
 
 @pytest.mark.parametrize("name", ["train_flowbp", "evaluate_flowbp"])
-def test_so_do_the_other_scripts(
-    name: str, broken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
+def test_so_do_the_other_scripts(name: str, broken: Path, tmp_path: Path, check_refusal: CheckRefusal):
     damage, message = DAMAGES["truncated"]
     damage(broken)
     arguments = arguments_of(broken, tmp_path)
@@ -271,7 +269,7 @@ def test_so_do_the_other_scripts(
         lora = save_random_lora(tiny_sd3_pipeline(torch.float32), tmp_path / "lora", seed=0)
         known = ("pretrained_model_name_or_path", "prompts", "output_dir", "resolution")
         arguments = {key: arguments[key] for key in known} | {"lora": [lora], "rewards": "toy_reward:make_reward"}
-    check_refusal(name, arguments, message, monkeypatch, capsys)
+    check_refusal(name, arguments, message)
 
 
 def test_shards_are_counted(sharded: Path, tmp_path: Path):
@@ -310,12 +308,7 @@ def test_a_variant_that_no_component_has_is_refused(model: Path):
 )
 @pytest.mark.parametrize("where", ["file", "folder", "address"])
 def test_single_files_are_to_be_converted(
-    name: str,
-    own: str,
-    where: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    name: str, own: str, where: str, tmp_path: Path, check_refusal: CheckRefusal
 ):
     file = tmp_path / "models" / "sd3.5_medium.safetensors"
     file.parent.mkdir()
@@ -324,7 +317,7 @@ def test_single_files_are_to_be_converted(
     model = {"file": file, "folder": file.parent, "address": address}[where]
     told = address if where == "address" else file
     message = f'convert it once: {own}.from_single_file("{told}").save_pretrained("FOLDER"), and give FOLDER.'
-    check_refusal(name, arguments_of(model, tmp_path), message, monkeypatch, capsys)
+    check_refusal(name, arguments_of(model, tmp_path), message)
 
 
 @pytest.mark.parametrize(

@@ -30,8 +30,8 @@ from training_scripts import (
     PROMPTS,
     ROOT,
     SHARED_ARGUMENTS,
+    ErrorOf,
     command_line,
-    error_of,
     log_of,
     lora_of,
     parse_config,
@@ -432,16 +432,11 @@ def test_no_secret_is_told_when_a_run_fails(
     ["rank", "method", "config", "prompts", "reward", "resume_from_checkpoint", "pretrained_model_name_or_path"],
 )
 def test_no_secret_is_told_when_a_value_is_refused(
-    shared: dict[str, Any],
-    tmp_path: Path,
-    secrets_set: None,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    option: str,
+    shared: dict[str, Any], tmp_path: Path, secrets_set: None, option: str, error_of: ErrorOf
 ):
     value = f"{tmp_path}/{PATH_TOKEN}/model" if option.startswith("pretrained") else PATH_TOKEN
     words = command_line(shared, **{"output_dir": tmp_path / "run", option: value})
-    printed = error_of(NAME, words, monkeypatch, capsys)
+    printed = error_of(NAME, words)
     assert leaks(tmp_path, printed) == []
     # It is the value that is refused.
     assert "[redacted]" in printed and len(printed.splitlines()) == 1

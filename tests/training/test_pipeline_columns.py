@@ -34,7 +34,7 @@ from tiny_sd3 import tiny_sd3_pipeline
 from training_scripts import (
     PROMPTS,
     SHARED_ARGUMENTS,
-    check_refusal,
+    CheckRefusal,
     check_round_trip,
     check_run,
     command_line,
@@ -367,16 +367,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize(("changes", "message"), REFUSED.values(), ids=REFUSED)
 def test_what_does_not_fit_is_refused_before_a_model_is_loaded(
-    arguments_of: Arguments,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    changes: dict[str, Any],
-    message: str,
+    arguments_of: Arguments, tmp_path: Path, changes: dict[str, Any], message: str, check_refusal: CheckRefusal
 ):
     if "eval_prompts" in changes:
         changes = {**changes, "eval_prompts": write_prompts(tmp_path)}
-    check_refusal(NAME, arguments_of("Kontext", **changes), message, monkeypatch, capsys)
+    check_refusal(NAME, arguments_of("Kontext", **changes), message)
 
 
 def test_a_changed_source_is_another_run(table: Path):

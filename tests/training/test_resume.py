@@ -34,10 +34,10 @@ from resume_harness import (
 from tiny_pipelines import tiny_flux_pipeline, tiny_klein_pipeline, tiny_wan_pipeline
 from training_scripts import (
     PROMPTS,
+    ErrorOf,
     accelerate_launch,
     command_line,
     environment,
-    error_of,
     load_script,
     log_of,
     on_cpus,
@@ -472,13 +472,7 @@ FILES = ("lora", "optimizer", "ema", "best", "pytorch_lora_weights")
 
 
 @pytest.mark.parametrize("file", [*(f"{name}.safetensors" for name in FILES), "state.json", "manifest.json"])
-def test_a_damaged_file_is_refused_by_name(
-    whole: Path,
-    arguments: dict[str, Any],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    file: str,
-):
+def test_a_damaged_file_is_refused_by_name(whole: Path, arguments: dict[str, Any], file: str, error_of: ErrorOf):
     files = {path.name for path in (whole / "checkpoint-3").iterdir()}
     assert files == {f"{name}.safetensors" for name in FILES} | {"state.json", "manifest.json"}
     checkpoint = arguments["output_dir"] / "checkpoint-3"
@@ -487,7 +481,7 @@ def test_a_damaged_file_is_refused_by_name(
         damage(checkpoint / file, kind)
         words = command_line(arguments, **EVERYTHING, resume_from_checkpoint="checkpoint-3")
         # Fails where a model is loaded.
-        printed = error_of(SD3, words, monkeypatch, capsys)
+        printed = error_of(SD3, words)
         assert len(printed.splitlines()) == 1 and printed.startswith(f"{SD3}.py: error: "), (kind, printed)
         assert str(checkpoint / file) in printed, (kind, printed)
         assert sorted(path.name for path in arguments["output_dir"].iterdir()) == ["checkpoint-3"]

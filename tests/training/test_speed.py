@@ -20,8 +20,8 @@ from peft import LoraConfig, get_peft_model_state_dict
 from tiny_pipelines import tiny_flux_pipeline
 from tiny_sd3 import MAX_SEQUENCE_LENGTH, tiny_sd3_pipeline
 from training_scripts import (
+    CheckRefusal,
     arguments_of_run,
-    check_refusal,
     command_line,
     load_script,
     lora_of,
@@ -233,12 +233,10 @@ def test_compiled_blocks_train_and_compile_no_more_after_the_third_update(
         assert max((compiled[name] - eager[name]).abs().max() for name in eager) < 1e-4
 
 
-def test_compiled_shards_are_refused(
-    arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_compiled_shards_are_refused(arguments: dict[str, Any], check_refusal: CheckRefusal) -> None:
     changes = {"compile_blocks": True, "train": "full", "rank": None, "lora_alpha": None}
     message = "--compile_blocks is not tested with shards"
-    check_refusal("train_flowbp_sd3", {**arguments, **changes}, message, monkeypatch, capsys)
+    check_refusal("train_flowbp_sd3", {**arguments, **changes}, message)
 
 
 def test_a_model_whose_blocks_are_not_known(tmp_path: Path) -> None:
@@ -256,13 +254,9 @@ def test_a_model_whose_blocks_are_not_known(tmp_path: Path) -> None:
     ],
 )
 def test_attention_backends_that_cannot_train(
-    name: str,
-    message: str,
-    arguments: dict[str, Any],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    name: str, message: str, arguments: dict[str, Any], check_refusal: CheckRefusal
 ) -> None:
-    check_refusal("train_flowbp_sd3", {**arguments, "attention_backend": name}, message, monkeypatch, capsys)
+    check_refusal("train_flowbp_sd3", {**arguments, "attention_backend": name}, message)
 
 
 def test_attention_backends_are_diffusers() -> None:

@@ -25,9 +25,9 @@ from tiny_pipelines import (
 )
 from training_scripts import (
     PROMPTS,
+    CheckRefusal,
     arguments_of_run,
     backbone_of,
-    check_refusal,
     command_line,
     lora_of,
     parse_config,
@@ -204,7 +204,7 @@ def test_a_pipeline_that_needs_its_text_encoders_is_refused_before_it_is_loaded(
 
 
 def test_a_pipeline_without_encode_prompt_is_refused(
-    arguments_of: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    arguments_of: Arguments, tmp_path: Path, check_refusal: CheckRefusal
 ):
     arguments = arguments_of("FLUX.1")
     index = json.loads((arguments["pretrained_model_name_or_path"] / "model_index.json").read_text())
@@ -213,7 +213,7 @@ def test_a_pipeline_without_encode_prompt_is_refused(
         json.dumps({**index, "_class_name": "JoyImageEditPlusPipeline"})
     )
     changes = {"pretrained_model_name_or_path": tmp_path / "other", "pipeline_arguments": {}, "offload": True}
-    check_refusal(NAME, {**arguments, **changes}, "JoyImageEditPlusPipeline has no encode_prompt", monkeypatch, capsys)
+    check_refusal(NAME, {**arguments, **changes}, "JoyImageEditPlusPipeline has no encode_prompt")
 
 
 # Answers.

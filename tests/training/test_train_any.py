@@ -25,11 +25,11 @@ from tiny_pipelines import (
 from toy_reward import Motion, make_reward
 from training_scripts import (
     METHOD_OPTIONS,
+    CheckRefusal,
     accelerate_launch,
     arguments_of_run,
     backbone_of,
     check_dry_run,
-    check_refusal,
     check_round_trip,
     check_run,
     command_line,
@@ -262,10 +262,10 @@ REFUSALS = {
 
 @pytest.mark.parametrize("case", REFUSALS)
 def test_a_bad_command_line_is_one_line_before_any_model(
-    arguments_of: Arguments, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], case: str
+    arguments_of: Arguments, case: str, check_refusal: CheckRefusal
 ):
     changes, message = REFUSALS[case]
-    check_refusal(NAME, {**arguments_of("FLUX.1"), **changes}, message, monkeypatch, capsys)
+    check_refusal(NAME, {**arguments_of("FLUX.1"), **changes}, message)
 
 
 @pytest.mark.parametrize(
@@ -287,20 +287,14 @@ def test_a_bad_command_line_is_one_line_before_any_model(
     ],
 )
 def test_a_model_that_does_not_fit_is_refused_before_it_is_loaded(
-    arguments_of: Arguments,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    component: str,
-    found: Any,
-    message: str,
+    arguments_of: Arguments, tmp_path: Path, component: str, found: Any, message: str, check_refusal: CheckRefusal
 ):
     arguments = arguments_of("FLUX.1")
     index = json.loads((arguments["pretrained_model_name_or_path"] / "model_index.json").read_text())
     other = tmp_path / "other"
     other.mkdir()
     (other / "model_index.json").write_text(json.dumps({**index, component: found}))
-    check_refusal(NAME, {**arguments, "pretrained_model_name_or_path": other}, message, monkeypatch, capsys)
+    check_refusal(NAME, {**arguments, "pretrained_model_name_or_path": other}, message)
 
 
 def test_an_unknown_layer_is_refused(script: ModuleType, arguments_of: Arguments):

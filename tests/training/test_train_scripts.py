@@ -22,11 +22,11 @@ from training_scripts import (
     ALPHA,
     METHOD_OPTIONS,
     RANK,
+    CheckRefusal,
     accelerate_launch,
     arguments_of_run,
     backbone_of,
     check_dry_run,
-    check_refusal,
     check_round_trip,
     check_run,
     command_line,
@@ -213,12 +213,11 @@ REFUSALS = [
 def test_a_bad_command_line_is_one_line_before_any_model(
     backbone: TrainedBackbone,
     arguments: dict[str, Any],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
     changes: dict[str, Any],
     message: str,
+    check_refusal: CheckRefusal,
 ):
-    check_refusal(backbone.script, {**arguments, **changes}, message, monkeypatch, capsys)
+    check_refusal(backbone.script, {**arguments, **changes}, message)
 
 
 # Options of one script.
