@@ -63,19 +63,10 @@ RUN = {
     "format": 3,
     "script": "train_flowbp_sd3.py",
     "command": [
-        "training/train_flowbp_sd3.py",
-        "--config",
-        "training/recipes/sd3_flowbp_lagrange.yaml",
-        "--reward",
-        "hpsv2.1",
-        "--reward_model_path",
-        "hpsv2.1=/home/alice/weights/hps",
-        "--prompts=/home/alice/my prompts.txt",
-        "--push_to_hub",
-        "--hub_model_id",
-        "alice/sd35-flowbp",
-        "--output_dir",
-        "/scratch/alice/sd35-flowbp",
+        *("training/train_flowbp_sd3.py", "--config", "training/recipes/sd3_flowbp_lagrange.yaml"),
+        *("--reward", "hpsv2.1", "--reward_model_path", "hpsv2.1=/home/alice/weights/hps"),
+        *("--prompts=/home/alice/my prompts.txt", "--push_to_hub", "--hub_model_id", "alice/sd35-flowbp"),
+        *("--output_dir", "/scratch/alice/sd35-flowbp"),
     ],
     "settings": {
         "pretrained_model_name_or_path": "stabilityai/stable-diffusion-3.5-medium",
@@ -194,15 +185,8 @@ def test_hostile_prompts(tmp_path: Path) -> None:
     (line,) = [line for line in card.text.splitlines() if line.startswith("- update 3, x\\|y: a ")]
     assert "key: \\[x\\]" in line and "&lt;b&gt;" in line
     headings = re.findall(r"^#+ (.*)$", card.text, re.MULTILINE)
-    assert headings == [
-        "sd35-flowbp",
-        "Rewards",
-        "Usage",
-        "Method and settings",
-        "Reproduce",
-        "Limitations and safety",
-        "Citation",
-    ]
+    titles = "Rewards", "Usage", "Method and settings", "Reproduce", "Limitations and safety", "Citation"
+    assert headings == ["sd35-flowbp", *titles]
 
 
 def test_a_hostile_prompt_in_the_commands(tmp_path: Path) -> None:
@@ -423,6 +407,18 @@ def test_images_or_videos(tmp_path: Path, name: str, asked: dict[str, Any], task
     assert "pipe.load_lora_weights('alice/sd35-flowbp')" in code
 
 
+def run_code(
+    folder: Path, pipe: DiffusionPipeline, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], **changes: Any
+) -> dict[str, Any]:
+    """What the code of a run's card defines, run as a user has it, but for the device. The base is in `base`."""
+    changes |= {"base_model": str(folder / "base"), "pipeline_class": type(pipe).__name__, "hub_model_id": None}
+    card = card_of(folder / "run", images_on_disk=False, settings=settings, **changes)
+    monkeypatch.chdir(folder)
+    found: dict[str, Any] = {}
+    exec(block(card, "python").replace('"cuda"', '"cpu"'), found)
+    return found
+
+
 @pytest.mark.parametrize(
     ("build", "component", "call"),
     [
@@ -451,17 +447,8 @@ def test_the_code_runs(
         transformer_lora_layers=get_peft_model_state_dict(transformer),
         **_collate_lora_metadata({"transformer": transformer}),
     )
-    card = card_of(
-        tmp_path / "run",
-        images_on_disk=False,
-        base_model=str(tmp_path / "base"),
-        pipeline_class=type(pipe).__name__,
-        settings=settings_of(lora_component=component, pipeline_arguments=call),
-        hub_model_id=None,
-    )
-    monkeypatch.chdir(tmp_path)
-    found: dict[str, Any] = {}
-    exec(block(card, "python").replace('"cuda"', '"cpu"'), found)
+    settings = settings_of(lora_component=component, pipeline_arguments=call)
+    found = run_code(tmp_path, pipe, monkeypatch, settings)
     loaded = getattr(found["pipe"], trained)
     (config,) = loaded.peft_config.values()
     assert (config.r, config.lora_alpha) == (3, 6)
@@ -516,18 +503,8 @@ def test_the_code_of_a_full_fine_tuning_runs(
         for parameter in transformer.parameters():
             parameter.add_(0.01)
     transformer.save_pretrained(tmp_path / "run" / "transformer")
-    card = card_of(
-        tmp_path / "run",
-        images_on_disk=False,
-        base_model=str(tmp_path / "base"),
-        pipeline_class=type(pipe).__name__,
-        transformer_class=type(transformer).__name__,
-        settings=settings_of(**FULL, lora_component=component, pipeline_arguments=call),
-        hub_model_id=None,
-    )
-    monkeypatch.chdir(tmp_path)
-    found: dict[str, Any] = {}
-    exec(block(card, "python").replace('"cuda"', '"cpu"'), found)
+    settings = settings_of(**FULL, lora_component=component, pipeline_arguments=call)
+    found = run_code(tmp_path, pipe, monkeypatch, settings, transformer_class=type(transformer).__name__)
     for name in {trained, "transformer"}:
         own, loaded = getattr(pipe, name).state_dict(), getattr(found["pipe"], name).state_dict()
         assert own.keys() == loaded.keys() and all(torch.equal(own[key].float(), loaded[key]) for key in own)

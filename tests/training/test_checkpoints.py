@@ -116,8 +116,15 @@ def test_a_whole_checkpoint(written: Path) -> None:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_missing(output_dir: Path, name: str) -> None:
-    (output_dir / "checkpoint-20" / name).unlink()
+@pytest.mark.parametrize("instead", ["nothing", "link", "pipe"])
+def test_something_else_in_place_of_a_file(output_dir: Path, tmp_path: Path, name: str, instead: str) -> None:
+    path = output_dir / "checkpoint-20" / name
+    path.rename(tmp_path / "elsewhere")
+    if instead == "link":
+        path.symlink_to(tmp_path / "elsewhere")
+        assert path.is_file()
+    elif instead == "pipe":
+        os.mkfifo(path)  # reading it would wait for ever
     assert_refused(output_dir, name)
 
 
@@ -221,23 +228,6 @@ def test_a_damaged_manifest_in_a_folder_of_an_absurd_time(tmp_path: Path, year: 
     assert checkpoints.find_checkpoint(tmp_path, "latest", told.append) == old and len(told) <= 1
     (new,) = write(tmp_path, 3)
     assert checkpoints.checkpoints(tmp_path)[-1] == new
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_a_link_in_place_of_a_file(output_dir: Path, tmp_path: Path, name: str) -> None:
-    path = output_dir / "checkpoint-20" / name
-    path.rename(tmp_path / "elsewhere")
-    path.symlink_to(tmp_path / "elsewhere")
-    assert path.is_file()
-    assert_refused(output_dir, name)
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_a_pipe_in_place_of_a_file(output_dir: Path, name: str) -> None:
-    path = output_dir / "checkpoint-20" / name
-    path.unlink()
-    os.mkfifo(path)  # reading it would wait for ever
-    assert_refused(output_dir, name)
 
 
 def test_an_additional_file_or_folder(output_dir: Path) -> None:
@@ -365,13 +355,8 @@ def test_links_are_not_followed_when_deleting(tmp_path: Path) -> None:
     (output_dir / "checkpoint-6.removed" / "link").symlink_to(outside)
     checkpoints.clean(output_dir)
     checkpoints.rotate(output_dir, 1)
-    assert names(output_dir) == {
-        "checkpoint-2",
-        "checkpoint-3.partial",
-        "checkpoint-4.removed",
-        "checkpoint-5",
-        "best.partial",
-    }
+    links = {"checkpoint-3.partial", "checkpoint-4.removed", "checkpoint-5", "best.partial"}
+    assert names(output_dir) == {"checkpoint-2", *links}
     write(output_dir, 3, 5)  # in place of links
     assert not (output_dir / "checkpoint-5").is_symlink()
     assert names(outside) == {"precious"}

@@ -54,7 +54,7 @@ from .images import (
     sana_parts,
 )
 from .paper import sd3_cases, sd3_parts
-from .videos import kandinsky_5_prompts, tiny_kandinsky_5
+from .videos import HUNYUAN_15_VAE, kandinsky_5_prompts, tiny_kandinsky_5
 
 
 def build_sd3(pipeline: type[DiffusionPipeline], **parts: Any) -> DiffusionPipeline:
@@ -108,15 +108,7 @@ def build_refiner() -> DiffusionPipeline:
         text_embed_dim=16,
         rope_axes_dim=(2, 2, 4),
     )
-    vae = AutoencoderKLHunyuanImageRefiner(
-        latent_channels=2,
-        block_out_channels=(16, 16),
-        layers_per_block=1,
-        spatial_compression_ratio=4,
-        temporal_compression_ratio=2,
-        downsample_match_channel=False,
-        upsample_match_channel=False,
-    )
+    vae = AutoencoderKLHunyuanImageRefiner(latent_channels=2, **HUNYUAN_15_VAE)
     return tiny_pipeline(HunyuanImageRefinerPipeline, transformer=transformer, shift=4.0, vae=vae)
 
 

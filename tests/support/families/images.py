@@ -302,18 +302,13 @@ def hidream_evaluating_cases(pipe: DiffusionPipeline) -> list[Case]:
     return [Case("routed experts in evaluation mode", guided, refused="runs without gradients inside the transformer")]
 
 
+def tiny_prx(**config: Any) -> PRXTransformer2DModel:
+    sizes = {"patch_size": 2, "context_in_dim": 16, "hidden_size": 16, "num_heads": 2, "depth": 2, "axes_dim": [4, 4]}
+    return PRXTransformer2DModel(**sizes, mlp_ratio=2.0, **config)
+
+
 def build_prx() -> DiffusionPipeline:
-    transformer = PRXTransformer2DModel(
-        patch_size=2,
-        in_channels=4,
-        context_in_dim=16,
-        hidden_size=16,
-        mlp_ratio=2.0,
-        num_heads=2,
-        depth=2,
-        axes_dim=[4, 4],
-    )
-    return tiny_pipeline(PRXPipeline, transformer=transformer, shift=3.0, vae=tiny_vae(4))
+    return tiny_pipeline(PRXPipeline, transformer=tiny_prx(in_channels=4), shift=3.0, vae=tiny_vae(4))
 
 
 def prx_cases(pipe: DiffusionPipeline) -> list[Case]:
@@ -325,18 +320,7 @@ def prx_cases(pipe: DiffusionPipeline) -> list[Case]:
 
 
 def build_prx_pixel() -> DiffusionPipeline:
-    transformer = PRXTransformer2DModel(
-        patch_size=2,
-        in_channels=3,
-        context_in_dim=16,
-        hidden_size=16,
-        mlp_ratio=2.0,
-        num_heads=2,
-        depth=2,
-        axes_dim=[4, 4],
-        bottleneck_size=8,
-        resolution_embeds=True,
-    )
+    transformer = tiny_prx(in_channels=3, bottleneck_size=8, resolution_embeds=True)
     return tiny_pipeline(PRXPixelPipeline, transformer=transformer, shift=3.0)
 
 

@@ -189,6 +189,11 @@ def hunyuan_video_cases(pipe: DiffusionPipeline) -> list[Case]:
     return [Case("distilled guidance", arguments), Case("true guidance", {**arguments, **negative}, Part(1))]
 
 
+HUNYUAN_15_VAE = {"block_out_channels": (16, 16), "layers_per_block": 1}
+HUNYUAN_15_VAE |= {"spatial_compression_ratio": 4, "temporal_compression_ratio": 2}
+HUNYUAN_15_VAE |= {"downsample_match_channel": False, "upsample_match_channel": False}
+
+
 def build_hunyuan_video_15(
     pipeline: type[DiffusionPipeline] = HunyuanVideo15Pipeline,
     encoder: dict[str, Any] | None = None,
@@ -205,15 +210,7 @@ def build_hunyuan_video_15(
         target_size=16,
         task_type="t2v" if encoder is None else "i2v",
     )
-    vae = AutoencoderKLHunyuanVideo15(
-        latent_channels=4,
-        block_out_channels=(16, 16),
-        layers_per_block=1,
-        spatial_compression_ratio=4,
-        temporal_compression_ratio=2,
-        downsample_match_channel=False,
-        upsample_match_channel=False,
-    )
+    vae = AutoencoderKLHunyuanVideo15(latent_channels=4, **HUNYUAN_15_VAE)
     pipe = pipeline(
         text_encoder=None,
         tokenizer=None,
@@ -663,26 +660,17 @@ FAMILIES = [
     Family("Wan 2.2", "WanPipeline", "video", build_wan_22, wan_22_cases),
     Family("Wan 2.2 5B", "WanPipeline", "video", partial(build_wan, expand_timesteps=True), wan_cases),
     Family("HunyuanVideo", "HunyuanVideoPipeline", "video", build_hunyuan_video, hunyuan_video_cases),
-    Family(
-        "HunyuanVideo 1.5 without guidance",
-        "HunyuanVideo15Pipeline",
-        "video",
-        partial(build_hunyuan_video_15, guidance_scale=1.0),
-        hunyuan_video_15_case("no guidance"),
-    ),
-    Family(
-        "HunyuanVideo 1.5",
-        "HunyuanVideo15Pipeline",
-        "video",
-        partial(build_hunyuan_video_15, guidance_scale=6.0),
-        hunyuan_video_15_case("guidance", Part(1)),
-    ),
-    Family(
-        "HunyuanVideo 1.5, rescaled",
-        "HunyuanVideo15Pipeline",
-        "video",
-        partial(build_hunyuan_video_15, guidance_scale=6.0, guidance_rescale=0.7, stop=0.7),
-        hunyuan_video_15_case("rescaled guidance, off for the last steps", Part(1)),
+    *(
+        Family(name, "HunyuanVideo15Pipeline", "video", partial(build_hunyuan_video_15, **guidance), case)
+        for name, guidance, case in (
+            ("HunyuanVideo 1.5 without guidance", {"guidance_scale": 1.0}, hunyuan_video_15_case("no guidance")),
+            ("HunyuanVideo 1.5", {"guidance_scale": 6.0}, hunyuan_video_15_case("guidance", Part(1))),
+            (
+                "HunyuanVideo 1.5, rescaled",
+                {"guidance_scale": 6.0, "guidance_rescale": 0.7, "stop": 0.7},
+                hunyuan_video_15_case("rescaled guidance, off for the last steps", Part(1)),
+            ),
+        )
     ),
     Family("LTX-Video", "LTXPipeline", "video", partial(build_ltx, LTXPipeline), ltx_cases),
     Family("Mochi", "MochiPipeline", "video", build_mochi, mochi_cases),
