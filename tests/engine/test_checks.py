@@ -65,6 +65,7 @@ from violations import (
     loop,
     loop_call,
     lora,
+    masking,
     new_callback,
     relative_difference,
     run,
@@ -354,12 +355,10 @@ def scaled_and_checkpointed() -> str:
     return RIGHT if relative_difference(gradients(transformer_parameters(pipe)), wanted) < 1e-6 else WRONG
 
 
-class DropsAttention(Zeros):
+def drops_attention(layer: Zeros, hidden: torch.Tensor) -> torch.Tensor:
     """Draws inside of a kernel of attention."""
-
-    def masked(self, hidden: torch.Tensor) -> torch.Tensor:
-        ones = torch.ones_like(hidden)
-        return hidden * torch.nn.functional.scaled_dot_product_attention(ones, ones, ones, dropout_p=0.5)
+    ones = torch.ones_like(hidden)
+    return hidden * torch.nn.functional.scaled_dot_product_attention(ones, ones, ones, dropout_p=0.5)
 
 
 def in_a_thread(compute: Callable[[], torch.Tensor]) -> torch.Tensor:
@@ -746,7 +745,9 @@ SCENARIOS: dict[str, list[Scenario]] = {
         Scenario("drops 0.5 of its output", known("part of a layer dropped in single calls"), "draws random numbers")
     ],
     "check_draws": [Scenario("draws random numbers", known("mask from a generator of the layer's own"), WRONG)],
-    "check_random": [Scenario("draws random numbers at step 0", stock(build=with_zeros(DropsAttention)), RIGHT)],
+    "check_random": [
+        Scenario("draws random numbers at step 0", stock(build=with_zeros(masking(drops_attention))), RIGHT)
+    ],
     # The scheduler's steps.
     "check_loop_has_begun": [Scenario("before any transformer ran", looping(StepFirst), "has no attribute 'plan'")],
     "check_handed_on": [
@@ -1119,7 +1120,7 @@ INSTRUMENTS: list[tuple[Callable[..., Any], Callable[..., Any], Scenario]] = [
     (
         state.random_states,
         says([torch.get_rng_state()]),
-        Scenario("draws random numbers at step 0", stock(build=with_zeros(DropsAttention)), WRONG),
+        Scenario("draws random numbers at step 0", stock(build=with_zeros(masking(drops_attention))), WRONG),
     ),
     (state.fingerprint, says(None), of_check("check_values")),
     (graph.passes_gradient, flag(False), of_check("check_roots")),

@@ -699,6 +699,11 @@ def replaced(part: str, make: Callable[[torch.nn.Module], torch.nn.Module]) -> C
 replaced_text_projection = functools.partial(replaced, "context_embedder")
 
 
+def masking(masked: Callable[[Any, torch.Tensor], torch.Tensor]) -> type[Zeros]:
+    """Such a layer, with `masked(layer, hidden)` between its two matrices."""
+    return type("Masking", (Zeros,), {"masked": masked})
+
+
 def with_zeros(layer: type[Zeros] = Zeros) -> Callable[[], Any]:
     """Builds the stock pipeline with `layer` in place of the text projection, alone trained."""
     return changed(sd3(), frozen, replaced_text_projection(layer))
@@ -1166,24 +1171,12 @@ for each, name in (
     (PredictsTheSample, "turns outputs into estimates and back"),
 ):
     rule_1(name, each, "right", methods=("full", "draft-k", "flowbp-lagrange"))
-rule_1(
-    "step callback reverses the last latents' order",
-    sd3(),
-    "right",
-    call=stepping(at_the_end(lambda pipe, seen: seen[-1].flip(0))),
-)
-rule_1(
-    "step callback doubles the last latents in place",
-    sd3(),
-    "right",
-    call=stepping(at_the_end(lambda pipe, seen: seen[-1].mul_(2))),
-)
-rule_1(
-    "step callback retains the latents' gradients",
-    sd3(),
-    "right",
-    call=stepping(looking(lambda pipe, latents: latents.requires_grad and latents.retain_grad())),
-)
+for each, name in (
+    (at_the_end(lambda pipe, seen: seen[-1].flip(0)), "reverses the last latents' order"),
+    (at_the_end(lambda pipe, seen: seen[-1].mul_(2)), "doubles the last latents in place"),
+    (looking(lambda pipe, x: x.requires_grad and x.retain_grad()), "retains the latents' gradients"),
+):
+    rule_1(f"step callback {name}", sd3(), "right", call=stepping(each))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1832,20 +1825,6 @@ def replaces_parameters(pipe: Any) -> None:
                 setattr(module, name, torch.nn.Parameter(parameter.detach().clone()))
 
 
-class FunctionalDropout(Zeros):
-    """Dropout as a function, not as a module."""
-
-    def masked(self, hidden: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.dropout(hidden, 0.5, self.training)
-
-
-class AlwaysNoisy(Zeros):
-    """Random in evaluation mode too."""
-
-    def masked(self, hidden: torch.Tensor) -> torch.Tensor:
-        return hidden * torch.rand_like(hidden)
-
-
 class BufferScaled(Zeros):
     """Its scale is a buffer."""
 
@@ -2044,8 +2023,29 @@ for change, name in (
     (lambda pipe: pipe.transformer.fuse_qkv_projections(), "fuses the projections"),
 ):
     rule_4(f"{name} between record and backward", fresh, "either", before_backward=change)
-for change, name in ((fuses_lora, "fuses the LoRA"), (disables, "disables the LoRA")):
-    rule_4(f"step callback {name}", fresh, "either", call=switching(change))
+branched, hooked = changed(sd3(), with_branches), changed(sd3(), hooked_part)
+for name, build, change, cause in (
+    ("fuses the LoRA", fresh, fuses_lora, ""),
+    ("disables the LoRA", fresh, disables, ""),
+    ("exchanges attention processors' weights", branched, exchanges_processor_weights, "|part"),
+    ("exchanges attention processors for others of the same class", branched, exchanges_processors, ""),
+    ("changes an own layer's scale", with_zeros(), own_scale(0.0), "|attribute"),
+    (
+        "writes into an own layer's buffer",
+        with_zeros(BufferScaled),
+        lambda pipe: pipe.transformer.context_embedder.scale.fill_(0.25),
+        "|buffer",
+    ),
+    ("removes a hook that scales gradients", hooked, lambda pipe: pipe.handle.remove(), ""),
+    ("puts up a hook that scales gradients", sd3(), hooked_part, ""),
+):
+    rule_4(f"step callback {name}", build, "either", cause=STATE + cause, call=switching(change))
+for name, build, change, cause in (
+    ("evaluation mode", changed(fresh, trains), lambda pipe: pipe.transformer.eval(), "mode"),
+    ("changes an own layer's scale", with_zeros(), own_scale(3.0), STATE + "|attribute"),
+    ("removes a hook that scales gradients", hooked, lambda pipe: pipe.handle.remove(), STATE),
+):
+    rule_4(f"{name} between record and backward", build, "either", cause=cause, before_backward=change)
 for config, name in (
     (LoraConfig(r=2, lora_dropout=0.5, target_modules=ATTENTION), "LoRA with lora_dropout"),
     (LoHaConfig(r=2, rank_dropout=0.5, target_modules=ATTENTION), "LoHa with rank_dropout"),
@@ -2068,21 +2068,13 @@ rule_4(
     before_backward=trains,
 )
 rule_4(
-    "evaluation mode between record and backward",
-    changed(fresh, trains),
-    "either",
-    cause="mode",
-    before_backward=lambda pipe: pipe.transformer.eval(),
-)
-rule_4(
     "LoHa in training mode without dropout, which draws numbers",
     adapted(LoHaConfig(r=2, target_modules=ATTENTION), True),
     "either",
     cause=RANDOM,
 )
-rule_4(
-    "own layer with functional dropout in training mode", changed(with_zeros(FunctionalDropout), trains), cause=RANDOM
-)
+functional = masking(lambda layer, hidden: torch.nn.functional.dropout(hidden, 0.5, layer.training))
+rule_4("own layer with functional dropout in training mode", changed(with_zeros(functional), trains), cause=RANDOM)
 rule_4(
     "own layer that draws in a fork of the generator",
     with_zeros(DrawsAside),
@@ -2106,13 +2098,6 @@ rule_4(
     call=switching(lambda pipe: setattr(pipe.transformer, "context_embedder", pipe.second)),
     trained=trained_with("second"),
 )
-rule_4(
-    "step callback exchanges attention processors' weights",
-    changed(sd3(), with_branches),
-    "either",
-    cause=STATE + "|part",
-    call=switching(exchanges_processor_weights),
-)
 rule_4("global hook that scales gradients around record only", sd3(), "either", around_record=globally_hooked)
 rule_4(
     "step callback changes the LoRA scale among the arguments",
@@ -2122,31 +2107,14 @@ rule_4(
         lambda pipe: pipe._joint_attention_kwargs.update(scale=0.25), joint_attention_kwargs={"scale": 0.5}
     ),
 )
-rule_4("own layer that is random in evaluation mode", with_zeros(AlwaysNoisy), cause=RANDOM)
-for call, before, name in (
-    (switching(own_scale(0.0)), nothing, "step callback changes an own layer's scale"),
-    (sd3_call, own_scale(3.0), "changes an own layer's scale between record and backward"),
-):
-    rule_4(name, with_zeros(), "either", cause=STATE + "|attribute", call=call, before_backward=before)
-rule_4(
-    "step callback writes into an own layer's buffer",
-    with_zeros(BufferScaled),
-    "either",
-    cause=STATE + "|buffer",
-    call=switching(lambda pipe: pipe.transformer.context_embedder.scale.fill_(0.25)),
-)
+noisy = masking(lambda layer, hidden: hidden * torch.rand_like(hidden))
+rule_4("own layer that is random in evaluation mode", with_zeros(noisy), cause=RANDOM)
 rule_4(
     "step callback scales an attention processor's branch",
-    changed(sd3(), with_branches),
+    branched,
     "either",
     call=switching(branch_scale(0.0)),
     methods=MANY,
-)
-rule_4(
-    "step callback exchanges attention processors for others of the same class",
-    changed(sd3(), with_branches),
-    "either",
-    call=switching(exchanges_processors),
 )
 rule_4(
     "diffusers' callback that cuts an IP-adapter's scale to 0",
@@ -2154,19 +2122,6 @@ rule_4(
     "either",
     call=ip_adapter_call,
 )
-rule_4(
-    "removes a hook that scales gradients between record and backward",
-    changed(sd3(), hooked_part),
-    "either",
-    before_backward=lambda pipe: pipe.handle.remove(),
-)
-rule_4(
-    "step callback removes a hook that scales gradients",
-    changed(sd3(), hooked_part),
-    "either",
-    call=switching(lambda pipe: pipe.handle.remove()),
-)
-rule_4("step callback puts up a hook that scales gradients", sd3(), "either", call=switching(hooked_part))
 for name, where in (("record", "around_record"), ("backward", "around_backward")):
     rule_4(
         f"autocast around {name} only",
@@ -2209,7 +2164,7 @@ rule_4("global hook that scales gradients", sd3(), "right", around=globally_hook
 rule_4("activations kept on the CPU", sd3(), "right", around_backward=lambda pipe: torch.autograd.graph.save_on_cpu())
 rule_4("lora_dropout in evaluation mode", adapted(lora(lora_dropout=0.5)), "right")
 rule_4("weight-decomposed LoRA", adapted(LoraConfig(r=2, use_dora=True, target_modules=ATTENTION)), "right")
-rule_4("attention processors with a branch", changed(sd3(), with_branches), "right")
+rule_4("attention processors with a branch", branched, "right")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2677,18 +2632,6 @@ def gradient_in_a_closure(pipe: Any) -> None:
     pipe.transformer.transformer_blocks[0].ff.forward = lambda x: _Times.apply(forward(x), inside["factor"])
 
 
-class NumpyMask(Zeros):
-    def masked(self, hidden: torch.Tensor) -> torch.Tensor:
-        return hidden * torch.from_numpy(np.random.rand(*hidden.shape) > 0.5)
-
-
-class PythonDropout(Zeros):
-    """Leaves a sample out at random, by Python's own generator."""
-
-    def masked(self, hidden: torch.Tensor) -> torch.Tensor:
-        return hidden * torch.tensor([random.random() > 0.5 for _ in hidden]).view(-1, 1, 1)
-
-
 class OwnGenerator(Zeros):
     """Draws from a generator of its own."""
 
@@ -2715,8 +2658,16 @@ UNSEEN = [
         8,
         changed(as_class(KnowsItIsCalled), gradient_in_a_closure),
     ),
-    Violation("mask that numpy draws", 8, with_zeros(NumpyMask)),
-    Violation("dropout that Python draws", 8, with_zeros(PythonDropout)),
+    Violation(
+        "mask that numpy draws",
+        8,
+        with_zeros(masking(lambda layer, x: x * torch.from_numpy(np.random.rand(*x.shape) > 0.5))),
+    ),
+    Violation(
+        "dropout that Python draws",  # of samples
+        8,
+        with_zeros(masking(lambda layer, x: x * torch.tensor([random.random() > 0.5 for _ in x]).view(-1, 1, 1))),
+    ),
     Violation("mask from a generator of the layer's own", 8, with_zeros(OwnGenerator)),
 ]
 
