@@ -13,10 +13,9 @@ import pytest
 import torch
 from golden.make_hpsv3 import BYTES, CHAT_TEMPLATE, CONFIG, PROMPTS, QUESTION, SPECIAL, weight
 from safetensors.torch import load_file, save_file
-from tiny_rewards import GOLDEN, save_qwen_processor
+from tiny_rewards import GOLDEN, QWEN_2_5_VL, save_qwen_processor, save_qwen_vl
 from torch import Tensor
 from toy_reward import make_reward
-from transformers import AutoConfig, AutoModelForImageTextToText
 
 from flowbp.rewards import WeightedReward, judges, load_reward
 from flowbp.rewards import hpsv3 as hpsv3_module
@@ -66,24 +65,7 @@ def images(golden: dict[str, Tensor]) -> Tensor:
 def written_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny UnifiedReward: Qwen2.5-VL with random weights."""
     folder = tmp_path_factory.mktemp("unifiedreward")
-    vision = {
-        "depth": 2,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "out_hidden_size": 32,
-        "num_heads": 2,
-        "in_channels": 3,
-        "patch_size": 14,
-        "spatial_merge_size": 2,
-        "temporal_patch_size": 2,
-        "window_size": 112,
-        "fullatt_block_indexes": [1],
-    }
-    config = {**CONFIG, "model_type": "qwen2_5_vl", "vision_config": vision}
-    config["architectures"] = ["Qwen2_5_VLForConditionalGeneration"]
-    save_qwen_processor(folder, config)
-    torch.manual_seed(0)
-    AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder)).save_pretrained(folder)
+    save_qwen_vl(folder, QWEN_2_5_VL)
     return folder
 
 

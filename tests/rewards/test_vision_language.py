@@ -9,12 +9,10 @@ import pytest
 import torch
 from golden.make_hpsv3 import CONFIG, PROMPTS
 from PIL import Image
-from tiny_rewards import CLIP_CONFIG, save_qwen_processor
+from tiny_rewards import CLIP_CONFIG, QWEN_2_5_VL, QWEN_VISION, save_qwen_vl
 from torch import Tensor
 from toy_reward import make_reward
 from transformers import (
-    AutoConfig,
-    AutoModelForImageTextToText,
     CLIPVisionModelWithProjection,
     Qwen2VLImageProcessorPil,
 )
@@ -25,24 +23,13 @@ from flowbp.rewards.preprocessing import to_pil_images
 from flowbp.rewards.similarity import read_image
 from flowbp.rewards.vqa import EDIT_QUESTION, VQAReward, vqa
 
-VISION = {
-    "depth": 2,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "out_hidden_size": 32,
-    "num_heads": 2,
-    "in_channels": 3,
-    "spatial_merge_size": 2,
-    "temporal_patch_size": 2,
-}
-VISION_2_5 = {**VISION, "patch_size": 14, "window_size": 112, "fullatt_block_indexes": [1]}
-VISION_3 = {**VISION, "patch_size": 16, "num_position_embeddings": 64, "deepstack_visual_indexes": [0]}
+VISION_3 = {**QWEN_VISION, "patch_size": 16, "num_position_embeddings": 64, "deepstack_visual_indexes": [0]}
 TEXT_3 = {key: value for key, value in CONFIG.items() if key not in ("architectures", "model_type", "vision_config")}
 TEXT_3 |= {"model_type": "qwen3_vl_text", "head_dim": 16}
 TEXT_3["rope_scaling"] = {"rope_type": "default", "mrope_section": [2, 3, 3], "mrope_interleaved": True}
 CONFIGS: dict[str, dict[str, Any]] = {
     "qwen2_vl": CONFIG,
-    "qwen2_5_vl": {**CONFIG, "vision_config": VISION_2_5, "architectures": ["Qwen2_5_VLForConditionalGeneration"]},
+    "qwen2_5_vl": QWEN_2_5_VL,
     "qwen3_vl": {
         "architectures": ["Qwen3VLForConditionalGeneration"],
         "text_config": TEXT_3,
@@ -60,10 +47,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     found = {}
     for family, config in CONFIGS.items():
         found[family] = folder = tmp_path_factory.mktemp(family)
-        save_qwen_processor(folder, {**config, "model_type": family})
+        save_qwen_vl(folder, {**config, "model_type": family})
         Qwen2VLImageProcessorPil(patch_size=16 if family == "qwen3_vl" else 14).save_pretrained(folder)
-        torch.manual_seed(0)
-        AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder)).save_pretrained(folder)
     return found
 
 

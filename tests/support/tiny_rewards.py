@@ -8,9 +8,12 @@
 import json
 from pathlib import Path
 
-from golden.make_hpsv3 import CHAT_TEMPLATE, SPECIAL, byte_vocabulary
+import torch
+from golden.make_hpsv3 import CHAT_TEMPLATE, CONFIG, SPECIAL, byte_vocabulary
 from golden.make_imagereward import IMAGE_SIZE, TEXT, VISION, VOCABULARY
 from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
     BlipConfig,
     CLIPConfig,
     CLIPModel,
@@ -99,6 +102,23 @@ def save_qwen_processor(folder: Path, config: dict[str, object]) -> None:
     tokenizer.save_pretrained(folder)
     Qwen2VLImageProcessorPil().save_pretrained(folder)
     (folder / "config.json").write_text(json.dumps(config))
+
+
+QWEN_VISION = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 32, "num_heads": 2}
+QWEN_VISION |= {"in_channels": 3, "spatial_merge_size": 2, "temporal_patch_size": 2}
+QWEN_2_5_VL = {
+    **CONFIG,
+    "model_type": "qwen2_5_vl",
+    "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+    "vision_config": {**QWEN_VISION, "patch_size": 14, "window_size": 112, "fullatt_block_indexes": [1]},
+}
+
+
+def save_qwen_vl(folder: Path, config: dict[str, object]) -> None:
+    """A tiny model of Qwen2-VL's family with random weights."""
+    save_qwen_processor(folder, config)
+    torch.manual_seed(0)
+    AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder)).save_pretrained(folder)
 
 
 def tiny_blip_config() -> BlipConfig:
