@@ -27,7 +27,7 @@ from flowbp import FlowBPCallback
 from flowbp.training.prompt_sampler import PromptSampler, Record
 
 FOLDER = ROOT / "upstream" / "examples" / "research_projects" / "flowbp"
-BUILD = {"sd3": tiny_sd3_t5_pipeline, "flux": tiny_flux_pipeline, "flux2_klein": tiny_klein_pipeline}
+MODELS = {"sd3": tiny_sd3_t5_pipeline, "flux": tiny_flux_pipeline, "flux2_klein": tiny_klein_pipeline}
 OURS = {"sd3": "train_flowbp_sd3", "flux": "train_flowbp_flux", "flux2_klein": "train_flowbp_flux2"}
 LORA = "pytorch_lora_weights.safetensors"
 REQUIRED = {"pretrained_model_name_or_path": "m", "dataset_name": "d", "reward": "r"}
@@ -50,22 +50,9 @@ def upstream_script(name: str) -> ModuleType:
     return module
 
 
-@pytest.fixture(params=BUILD)
+@pytest.fixture(params=MODELS)
 def name(request: pytest.FixtureRequest) -> str:
     return request.param
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The folder of a tiny model by the script's name, to be read only."""
-    root = tmp_path_factory.mktemp("models")
-
-    def folder(name: str) -> Path:
-        if not (root / name).exists():
-            BUILD[name]().save_pretrained(root / name)
-        return root / name
-
-    return folder
 
 
 @pytest.fixture
@@ -76,7 +63,7 @@ def drawn() -> list[Image.Image]:
 
 @pytest.fixture
 def train(
-    models: Callable[[str], Path], drawn: list[Image.Image], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    saved: Callable[[str], Path], drawn: list[Image.Image], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., Path]:
     """Runs a script with `ARGUMENTS` and changes of them; -> its output folder."""
     # The tests of other scripts look at what is logged.
@@ -86,7 +73,7 @@ def train(
     (tmp_path / "prompts" / "prompts.txt").write_text("\n".join([*PROMPTS, "", *PROMPTS[:2]]))
 
     def run(name: str, output: str, **changes: Any) -> Path:
-        required = {"pretrained_model_name_or_path": models(name), "dataset_name": tmp_path / "prompts"}
+        required = {"pretrained_model_name_or_path": saved(name), "dataset_name": tmp_path / "prompts"}
         words = command_line({**ARGUMENTS, **required, "output_dir": tmp_path / output}, **changes)
         script = upstream_script(name)
         log_validation = script.log_validation
@@ -98,7 +85,7 @@ def train(
 
 
 def test_a_run_that_resumes_ends_with_the_same_lora_which_diffusers_loads(
-    name: str, train: Callable[..., Path], models: Callable[[str], Path], drawn: list[Image.Image]
+    name: str, train: Callable[..., Path], saved: Callable[[str], Path], drawn: list[Image.Image]
 ) -> None:
     limit, resumed = {"sd3": (2, "checkpoint-2"), "flux": (None, "checkpoint-1"), "flux2_klein": (2, "latest")}[name]
     shown = {"validation_prompt": PROMPTS[0], "num_validation_images": 1, "checkpointing_steps": 1}
@@ -115,7 +102,7 @@ def test_a_run_that_resumes_ends_with_the_same_lora_which_diffusers_loads(
     train(name, "run", max_train_steps=3, resume_from_checkpoint=resumed if resumed == "latest" else folder / resumed)
     assert same(load_file(folder / LORA), lora)
     # What users get is what the run has drawn in the end.
-    pipe, script = load_pipeline(models(name)), upstream_script(name)
+    pipe, script = load_pipeline(saved(name)), upstream_script(name)
     base, trained = (
         pipe(
             prompt=PROMPTS[0],
@@ -135,7 +122,7 @@ def test_a_run_that_resumes_ends_with_the_same_lora_which_diffusers_loads(
 def test_a_gradient_is_that_of_the_training_script(
     name: str,
     train: Callable[..., Path],
-    models: Callable[[str], Path],
+    saved: Callable[[str], Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -168,7 +155,7 @@ def test_a_gradient_is_that_of_the_training_script(
     order = iter(batches[:])
     monkeypatch.setattr(PromptSampler, "__next__", lambda self: [Record(*next(order))])
     own = {**ARGUMENTS, **sampling, **batch, "reward": "toy_reward:make_reward", "reward_clip": 0.9, "alpha": 0.4}
-    own |= {"pretrained_model_name_or_path": models(name), "prompts": tmp_path / "prompts" / "prompts.txt"}
+    own |= {"pretrained_model_name_or_path": saved(name), "prompts": tmp_path / "prompts" / "prompts.txt"}
     own |= {"max_train_steps": 2, "report_to": "none", "output_dir": tmp_path / "own", "num_validation_images": 1}
     load_script(OURS[name]).main(command_line(own))
     assert len(found) == len(theirs) == 2 and batches[:4] == batches[4:]
@@ -261,13 +248,13 @@ def test_edits_are_made_once(check: ModuleType) -> None:
 
 
 def test_the_code_of_the_page_trains_a_stock_pipeline(
-    models: Callable[[str], Path], check: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    saved: Callable[[str], Path], check: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = (check.HERE / check.PAGE).read_text(encoding="utf-8")
     (code,) = re.findall(r"```py\n(.*?)```", text, re.DOTALL)
     assert len(code.splitlines()) <= 40
     changes = {
-        '"stabilityai/stable-diffusion-3.5-medium"': repr(str(models("sd3"))),
+        '"stabilityai/stable-diffusion-3.5-medium"': repr(str(saved("sd3"))),
         "torch.bfloat16": "torch.float32",
         '"cuda"': '"cpu"',
         '"pickscore"': '"toy_reward:make_reward"',
