@@ -514,6 +514,7 @@ def test_rewards_get_the_columns_of_the_table(
         ({"reward_model_path": ["clip"]}, "expected NAME=FOLDER"),
         ({"reward_model_path": ["clip=here"]}, "expected model paths of none of its parts"),
         ({"lora": ["nowhere/at/all"]}, "no such file or folder"),
+        ({"transformer": ["user/nothing"]}, "the Hub cannot be reached (offline?); check the name"),
         ({"prompts": "none.txt"}, "no file 'none.txt'"),
         ({"prompt_column": "caption"}, "no column 'caption'"),
         ({"group_column": "colour"}, "no column 'colour'"),

@@ -17,7 +17,7 @@ from peft.utils import CONFIG_NAME
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load
 
-from ..rewards.loading import HUB_ERRORS
+from ..rewards.loading import HUB_ERRORS, hub_reason
 
 # peft takes names of layers for regular expressions. Matching those of an unknown author may take for ever.
 _LAYER = re.compile(r"\^?[\w.-]+")
@@ -75,7 +75,7 @@ def download_lora(source: str, option: str = "--lora") -> Path:
     except HUB_ERRORS as error:
         raise ValueError(
             f"{option} {source}: no such folder or file, and not found on the Hub or in its cache "
-            f"({type(error).__name__}); give a folder, a .safetensors file or a Hub id."
+            f"({hub_reason(error)}); give a folder, a .safetensors file or a Hub id."
         ) from error
     if name and not (folder / name).is_file():
         raise ValueError(f"{option} {source}: the repository {repository} has no file {name}; check its name.")

@@ -14,9 +14,9 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
 
+from ..rewards.loading import HUB_ERRORS, hub_reason
 from .models import EvaluatedModel, Line, check_names, name_and_sources, seed_labels
 
 FOLDER = "transformer"
@@ -58,8 +58,8 @@ def _folder(source: str) -> Path:
         names = ("config.json", "diffusion_pytorch_model*.safetensors", f"{WEIGHTS}.index.json")
         try:
             path = Path(snapshot_download(source, allow_patterns=[*names, *(f"{FOLDER}/{name}" for name in names)]))
-        except (OSError, ValueError, HfHubHTTPError) as error:
-            raise ValueError(f"{wrong}, and not found on the Hub or in its cache ({type(error).__name__}).") from error
+        except HUB_ERRORS as error:
+            raise ValueError(f"{wrong}, and the Hub does not give it: {hub_reason(error)}; check the name.") from error
     for folder in (path / FOLDER, path):
         if (folder / "config.json").is_file():
             return folder

@@ -89,8 +89,7 @@ def check_options(config: Any) -> None:
     """Convert the values of a config to the declared types, and check ranges and choices.
 
     For `__post_init__` of frozen dataclasses. A single value stands for a list of one, a mapping for words
-    `NAME=VALUE`, text for a path, and a leading
-    `~` of a path for the home folder.
+    `NAME=VALUE`, text for a path, and a leading `~` of a path for the home folder.
 
     Raises:
         ValueError: in one line that names the option.
