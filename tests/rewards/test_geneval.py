@@ -293,8 +293,6 @@ def test_images_to_scores(reward: GenEval) -> None:
     images = torch.rand(4, 3, 48, 56)
     correct = reward(images, prompts)
     assert correct.tolist() == [1, 0, 0, 1] and correct.dtype == torch.float32
-    scores = reward.scores(correct.tolist(), prompts)
-    assert scores == {"single_object": 1, "two_object": 0, "counting": 0, "overall": pytest.approx(1 / 3)}
     alone = [reward(images[i : i + 1], prompts[i : i + 1]).item() for i in range(4)]
     assert alone == correct.tolist()
     see_only(reward, "dog", -5.0)
@@ -306,23 +304,12 @@ def test_counting_uses_the_higher_threshold(reward: GenEval) -> None:
     assert reward.objects(noise(48, 48), counting=False) and not reward.objects(noise(48, 48), counting=True)
 
 
-def test_the_six_tasks_and_the_mean_over_them(reward: GenEval) -> None:
-    prompts = [entry["prompt"] for entry in METADATA] + [METADATA[0]["prompt"]]
-    scores = reward.scores([1, 0, 1, 1, 0, 0, 0], prompts)
-    assert tuple(scores) == (*TASKS, "overall")
-    assert list(scores.values()) == [0.5, 0, 1, 1, 0, 0, pytest.approx(2.5 / 6)]  # tasks weigh the same
-
-
 def test_bad_input(reward: GenEval) -> None:
     images = torch.rand(1, 3, 48, 48)
     with pytest.raises(ValueError, match=r"got 'a dog'; nearest: \['a photo of a dog'\]"):
         reward(images, ["a dog"])
     with pytest.raises(ValueError, match="images that require a gradient"):
         reward(images.requires_grad_(), ["a photo of a dog"])
-    with pytest.raises(ValueError, match="at least one"):
-        reward.scores([], [])
-    with pytest.raises(ValueError, match="expected one per prompt"):
-        reward.scores([1.0], [])
     detector = tiny_detector()
     detector.config.id2label = {0: "one"}
     with pytest.raises(ValueError, match="80 classes"):

@@ -70,10 +70,6 @@ def test_the_cache_is_found_offline(cache):
     snapshot = fill(repository / "snapshots" / COMMIT, "config.json", "model.safetensors")
     fill(repository / "refs").joinpath("main").write_text(COMMIT)
     assert find_files(SOURCE) == snapshot
-    pinned = Source("some-reward", "some/repository", SOURCE.required, revision=COMMIT)
-    assert find_files(pinned) == snapshot
-    message = refusal(Source("some-reward", "some/repository", SOURCE.required, revision="v2"))
-    assert "(revision v2)" in message
     (snapshot / "model.safetensors").unlink()
     assert f"model.safetensors not in {snapshot}" in refusal()
 

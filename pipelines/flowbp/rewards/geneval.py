@@ -276,26 +276,6 @@ class GenEval(nn.Module):
         objects = self.objects(image, counting=metadata["tag"] == "counting")
         return judge(metadata, objects, lambda name, found: self.name_colors(image, name, found))
 
-    def scores(self, correct: Sequence[float], prompts: Sequence[str]) -> dict[str, float]:
-        """Each task's share of correct images, and `overall`, the mean over tasks.
-
-        Args:
-            correct: what `forward` gave, for any number of images.
-            prompts: as many; tasks without a prompt are left out, and do not count in `overall`.
-
-        Raises:
-            ValueError: no or unequal numbers; a prompt that is not the benchmark's.
-        """
-        if len(correct) != len(prompts) or not prompts:
-            raise ValueError(
-                f"scores: expected one per prompt and at least one, got {len(correct)} and {len(prompts)}."
-            )
-        by_task: dict[str, list[float]] = {}
-        for value, prompt in zip(correct, prompts, strict=True):
-            by_task.setdefault(self._entry(prompt)["tag"], []).append(float(value))
-        scores = {task: sum(by_task[task]) / len(by_task[task]) for task in TASKS if task in by_task}
-        return {**scores, "overall": sum(scores.values()) / len(scores)}
-
     @torch.no_grad
     def objects(self, image: Image.Image, counting: bool) -> dict[str, list[Detection]]:
         """What the detector finds in an image, see `find_objects`."""

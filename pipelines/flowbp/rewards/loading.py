@@ -47,14 +47,12 @@ class Source:
         required: names of files that must be there. `model.safetensors` may be in shards, as transformers saves large
             models.
         patterns: glob patterns of further files to take if the repository has them.
-        revision: branch, tag or commit; None: the repository's main branch.
     """
 
     reward: str
     repo_id: str
     required: tuple[str, ...]
     patterns: tuple[str, ...] = ()
-    revision: str | None = None
 
     @property
     def page(self) -> str:
@@ -85,7 +83,6 @@ def find_files(source: Source, model_path: Path | None = None) -> Path:
             folder = Path(
                 snapshot_download(
                     source.repo_id,
-                    revision=source.revision,
                     allow_patterns=[*source.required, *source.patterns],
                     # huggingface_hub 1 asks for the files of a commit even offline.
                     local_files_only=constants.HF_HUB_OFFLINE,
@@ -206,8 +203,8 @@ def _expected(source: Source, folder: Path) -> list[str]:
 
 def _missing(source: Source, reason: str) -> FileNotFoundError:
     return FileNotFoundError(
-        f"reward {source.reward!r}: expected {', '.join(source.required)} of the repository {source.repo_id} "
-        f"(revision {source.revision or 'main'}), got: {reason}; licence and access: {source.page}; cache folder: "
+        f"reward {source.reward!r}: expected {', '.join(source.required)} of the repository {source.repo_id}, "
+        f"got: {reason}; licence and access: {source.page}; cache folder: "
         f"{constants.HF_HUB_CACHE}; remedy: run once with network (after `hf auth login` where that page asks to "
         f"accept terms), or give a local copy: --reward_model_path {source.reward}=FOLDER."
     )
