@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from loopback_hub import Repository, loopback_hub
 from tiny_pipelines import tiny_flux_pipeline, tiny_klein_pipeline
@@ -19,6 +20,7 @@ from tiny_sd3 import save_random_lora, tiny_sd3_pipeline
 from training_scripts import SHARED_ARGUMENTS, CheckRefusal, backbone_of, command_line, load_script, parse_config
 
 from flowbp.training.model import missing_components
+from flowbp.training.prompts import Record
 from flowbp.training.saved_pipeline import SavedPipeline
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -144,6 +146,18 @@ def test_all_files_are_of_the_commit_that_the_run_started_with(model: Path, cach
     assert saved.fetch() == snapshot and saved.commit == COMMIT
     assert SavedPipeline(DiffusionPipeline, MODEL).fetch() == other
     assert SavedPipeline(DiffusionPipeline, MODEL, revision=COMMIT).fetch() == snapshot
+
+
+def test_kept_embeddings_are_of_that_commit_too(sharded: Path, cache: Callable[[Path], Path], tmp_path: Path):
+    snapshot, script, records = cache(sharded), load_script("train_flowbp_sd3"), [Record("a")]
+    options = {"precompute_prompt_embeds": True, "prompt_embeds_dir": tmp_path / "embeds", "max_sequence_length": 2}
+    config = parse_config(script, command_line(arguments_of(MODEL, tmp_path, **options)))
+    backbone = backbone_of(script)(config)
+    other = Path(shutil.copytree(snapshot, snapshot.with_name("f" * 40)))
+    (snapshot.parents[1] / "refs" / "main").write_text(other.name)
+    for each in (backbone, backbone_of(script)(config)):
+        each.prompt_inputs(Accelerator(cpu=True), records)
+    assert len([path for path in (tmp_path / "embeds" / "user--model").iterdir() if path.is_dir()]) == 2
 
 
 # What does not load.

@@ -138,6 +138,7 @@ class Backbone:
             self.key,
             records,
             Record(self.config.negative_prompt or "") if self.is_guided else None,
+            self.saved.commit,
         )
 
     # The pipeline.

@@ -23,7 +23,6 @@ from diffusers import DiffusionPipeline
 from diffusers.hooks import apply_group_offloading
 from diffusers.training_utils import offload_models
 from filelock import FileLock, Timeout
-from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -134,12 +133,6 @@ class PromptEmbeds:
         return {name: torch.cat([each[name] for each in found]).to(self.device) for name in found[0]}
 
 
-def hub_commit(model: str, revision: str | None) -> str | None:
-    """The commit of a Hub model whose `model_index.json` is in the local cache; `None` for a folder."""
-    found = try_to_load_from_cache(model, "model_index.json", revision=revision) if not Path(model).is_dir() else None
-    return Path(found).parent.name if isinstance(found, str) else None
-
-
 def cache_folder(root: Path, model: str, keys: Sequence[str], settings: Mapping[str, Any]) -> Path:
     """Where the embeddings of these records belong: `root/<name of the model>/<hash>`.
 
@@ -164,9 +157,8 @@ def text_files(model: str) -> list[tuple[str, int, int]]:
     return sorted((f"{path.parent.name}/{path.name}", path.stat().st_size, path.stat().st_mtime_ns) for path in files)
 
 
-def cache_settings(config: TrainingConfig) -> dict[str, Any]:
-    """What embeddings depend on beside model and records, for `cache_folder`."""
-    model = config.pretrained_model_name_or_path
+def cache_settings(config: TrainingConfig, commit: str | None) -> dict[str, Any]:
+    """What embeddings depend on beside model and records, for `cache_folder`; `commit` as `SavedPipeline` has it."""
     return {
         "revision": config.revision,
         "variant": config.variant,
@@ -174,8 +166,8 @@ def cache_settings(config: TrainingConfig) -> dict[str, Any]:
         "max_sequence_length": config.max_sequence_length,
         "diffusers": diffusers.__version__,
         "transformers": transformers.__version__,
-        "files": text_files(model),
-        "commit": hub_commit(model, config.revision),
+        "files": text_files(config.pretrained_model_name_or_path),
+        "commit": commit,
         "prompts_per_file": PROMPTS_PER_FILE,
     }
 
@@ -282,6 +274,7 @@ def prepare_prompt_embeds(
     key: Callable[[Record], str],
     records: Sequence[Record],
     negative: Record | None,
+    commit: str | None = None,
 ) -> Callable[[Sequence[Record]], Embeds]:
     """What gives a batch's embeddings, by the argument names of the pipeline's call.
 
@@ -295,6 +288,7 @@ def prepare_prompt_embeds(
         records: of training, evaluation and validation.
         negative: of the unconditional branch, `None` without guidance. Its embeddings get the arguments' names with
             `negative_` in front.
+        commit: of the model on the Hub, `None` for a folder.
 
     Returns:
         `embeds(records) -> {argument: (B, ...)}`.
@@ -308,7 +302,7 @@ def prepare_prompt_embeds(
     if config.precompute_prompt_embeds:
         everything = {key(each): each for each in (*records, *([] if negative is None else [negative]))}
         root, model = config.prompt_embeds_dir.expanduser(), config.pretrained_model_name_or_path
-        folder = cache_folder(root, model, list(everything), cache_settings(config))
+        folder = cache_folder(root, model, list(everything), cache_settings(config, commit))
         with accelerator.local_main_process_first():
             fill_cache(folder, list(everything.values()), make_encoder, say=accelerator.print)
         source = PromptEmbeds(folder, list(everything), key, device)

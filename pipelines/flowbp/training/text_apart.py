@@ -164,7 +164,7 @@ class TextApart(Backbone):
         """What reads the answers that were kept, after they were."""
         config, own = self.config, self.pipeline_class.encode_prompt
         settings = {
-            **cache_settings(config),
+            **cache_settings(config, self.saved.commit),
             "class": self.pipeline_class.__name__,
             "index": json.dumps(self.index),
             "transformer": json.dumps(self.saved.config(self.transformer_name)),
