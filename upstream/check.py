@@ -221,23 +221,6 @@ class Checkout:
                 raise NotRun(f"it fails without these files too: {last}") from None
             raise failure
 
-    def compare_options(self) -> str:
-        """The table of upstream/README.md says which options are shared, and these have the same default."""
-        table = option_table()
-        for column, name in enumerate(SCRIPTS):
-            theirs, ours = options(self.path / UPSTREAM.format(name)), options(HERE / EXAMPLE / script_name(name))
-            for option in sorted(theirs | ours):
-                status = {(True, True): "shared", (False, True): "added", (True, False): "left out"}
-                expected = status[option in theirs, option in ours]
-                if (found := table.get(option, ("missing",) * 3)[column]) != expected:
-                    raise Failed(f"{name}: the table has {option} as {found}, expected {expected}")
-                # Required options have no default.
-                if expected == "shared" and "required" not in ours[option] and option != "--output_dir":
-                    left, right = ([of[option].get(key) for key in ("default", "action")] for of in (ours, theirs))
-                    if [each or "None" for each in left] != [each or "None" for each in right] and right[0] != "False":
-                        raise Failed(f"{name}: {option} has {left} here and {right} there")
-        return f"{len(table)} options are as the table of upstream/README.md says, shared ones with the same default"
-
     # Training.
 
     def words(self, name: str, output: Path, **changes: object) -> list[str]:
@@ -319,6 +302,24 @@ class Checkout:
         return f"relative difference {change / size:.1e} after two updates"
 
 
+def compare_options(checkout: Path) -> str:
+    """The table of upstream/README.md says which options are shared, and these have the same default."""
+    table = option_table()
+    for column, name in enumerate(SCRIPTS):
+        theirs, ours = options(checkout / UPSTREAM.format(name)), options(HERE / EXAMPLE / script_name(name))
+        for option in sorted(theirs | ours):
+            status = {(True, True): "shared", (False, True): "added", (True, False): "left out"}
+            expected = status[option in theirs, option in ours]
+            if (found := table.get(option, ("missing",) * 3)[column]) != expected:
+                raise Failed(f"{name}: the table has {option} as {found}, expected {expected}")
+            # Required options have no default.
+            if expected == "shared" and "required" not in ours[option] and option != "--output_dir":
+                left, right = ([of[option].get(key) for key in ("default", "action")] for of in (ours, theirs))
+                if [each or "None" for each in left] != [each or "None" for each in right] and right[0] != "False":
+                    raise Failed(f"{name}: {option} has {left} here and {right} there")
+    return f"{len(table)} options are as the table of upstream/README.md says, shared ones with the same default"
+
+
 def script_name(name: str) -> str:
     """The file of a script."""
     return f"train_flowbp_lora_{name}.py"
@@ -337,7 +338,7 @@ def main() -> None:
         checkout = Checkout(path, Path(folder))
         scripts = [EXAMPLE / script_name(name) for name in SCRIPTS]
         checkout.report("files and edits", checkout.apply)
-        checkout.report("options", checkout.compare_options)
+        checkout.report("options", lambda: compare_options(path))
         checkout.report("tools", checkout.install_tools)
         checkout.report("ruff check", lambda: checkout.tool("ruff", "check", *scripts))
         checkout.report("ruff format", lambda: checkout.tool("ruff", "format", "--check", *scripts))
