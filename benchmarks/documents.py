@@ -254,6 +254,36 @@ def cosines(report: Mapping[str, Any]) -> str:
     return _table(head, rows)
 
 
+def cosine_and_result(runs: Runs, report: Mapping[str, Any]) -> str:
+    """What the cosine of a method's gradient says about what the method achieves."""
+    states = report["states"]
+    names = runs.lines("updates")
+    reads = [_values(runs.of(name, "updates"), "read_v5").mean().item() for name in names]
+    cosines = {state: [found["lines"][name]["cosine"] for name in names] for state, found in states.items()}
+    rows = []
+    for number, (name, read) in enumerate(zip(names, reads, strict=True)):
+        rows.append([f"`{name}`", *(f"{each[number]:.2f}" for each in cosines.values()), f"{100 * read:.1f}"])
+    rows.append(
+        [
+            "rank correlation with the last column",
+            *(f"{_rank_correlation(each, reads):.2f}" for each in cosines.values()),
+            "",
+        ]
+    )
+    head = [
+        "method",
+        *(f"{state}: cosine" for state in states),
+        f"{runs.plan.size.updates} updates: held-out judge, %",
+    ]
+    return _table(head, rows)
+
+
+def _rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
+    """Spearman's: the correlation of the ranks."""
+    ranks = torch.tensor([first, second], dtype=torch.float64).argsort(dim=1).argsort(dim=1)
+    return torch.corrcoef(ranks.double())[0, 1].item()
+
+
 def gains(report: Mapping[str, Any]) -> str:
     """What the reward of other batches changes by after steps along each gradient."""
     states = report["states"]
@@ -305,6 +335,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "learning rates": lambda: learning_rates(_runs()),
     "ablations": lambda: ablations(_runs()),
     "cosines": lambda: cosines(_gradients()),
+    "cosine and result": lambda: cosine_and_result(_runs(), _gradients()),
     "gains": lambda: gains(_gradients()),
     "step norms": lambda: step_norms(_gradients()),
     "gaps": lambda: gaps(_gradients()),

@@ -319,14 +319,16 @@ def _random_states(devices: set[torch.device]) -> Callable[[], None]:
     for device in devices:
         if device.type not in ("cpu", "meta"):
             module = torch.get_device_module(device)
-            states.append((module, module.get_rng_state(device), device))
+            # Apple's MPS has one device, and takes no argument in the oldest torch that is allowed.
+            where = () if device.type == "mps" else (device,)
+            states.append((module, module.get_rng_state(*where), where))
 
     def restore() -> None:
         random.setstate(python)
         np.random.set_state(numpy)
         torch.set_rng_state(cpu)
-        for module, state, device in states:
-            module.set_rng_state(state, device)
+        for module, state, where in states:
+            module.set_rng_state(state, *where)
 
     return restore
 
