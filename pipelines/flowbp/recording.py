@@ -310,8 +310,8 @@ class Rollout:
         is_kept = is_active or fills(kwargs)
         # Copies are taken before the call, which may write into its inputs.
         attached, inputs = self._inputs.keep(leaves, self._sources()) if is_kept else ({}, [])
-        call = functools.partial(original, *args, **kwargs)
-        returned, state, kind = kinds.compute(self.recorder.name, self._step, module, (place, spec), is_kept, call)
+        made = functools.partial(original, *args, **kwargs)
+        returned, state, kind = kinds.compute(self.recorder.name, self._step, module, (place, spec), is_kept, made)
         result, outputs = cut(returned)
         call = Call(module, spec, inputs, attached, outputs, is_list_of_samples(returned, outputs), state, kind)
         self.accounting.call_made(self._step, call if fills(kwargs) else None, leaves, returned)

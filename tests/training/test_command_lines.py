@@ -188,16 +188,15 @@ def test_a_model_of_another_pipeline(
 def test_an_output_folder_that_cannot_be(
     arguments_of: Callable[[str], dict[str, Any]],
     folder: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
     script: str,
     where: str,
+    error_of: ErrorOf,
 ):
     # /proc has no room for folders, root's neither.
     output = {"a file": folder / "file", "below a file": folder / "file" / "run", "not for us": Path("/proc/run")}[
         where
     ]
-    printed = refusal_of(script, {**arguments_of(script), "output_dir": output}, monkeypatch, capsys)
+    printed = refusal_of(script, {**arguments_of(script), "output_dir": output}, error_of)
     assert str(output) in printed and (folder / "file").read_bytes() == b"x"
 
 
