@@ -329,7 +329,7 @@ class Plan:
         from torch import device
 
         with demo_runs.demo_run({**self.size.options, **SCALED[REFERENCE], "method": REFERENCE}) as run:
-            runs = {"reference": run, "line": self._with_line(run, ALL_LINES[name])}
+            runs = {"reference": run, "line": _with_line(run, ALL_LINES[name])}
             seconds: dict[str, list[float]] = {which: [] for which in runs}
             for _ in range(1 + self.size.rounds):
                 for which, each in runs.items():
@@ -359,10 +359,9 @@ class Plan:
             "stages": {key.removeprefix("seconds/"): _mean(log, key) * len(log) / total for key in sorted(stages)},
         }
 
-    def _with_line(self, run: Run, line: Line) -> Run:
-        return replace(
-            run, method=get_method(line.method, **line.options), config=replace(run.config, **dict(line.run))
-        )
+
+def _with_line(run: Run, line: Line) -> Run:
+    return replace(run, method=get_method(line.method, **line.options), config=replace(run.config, **dict(line.run)))
 
 
 def _mean(entries: list[dict[str, Any]], name: str) -> float | None:
