@@ -284,6 +284,13 @@ def test_the_code_to_use(tmp_path: Path) -> None:
     }
 
 
+def test_a_quantised_base_is_told(tmp_path: Path) -> None:
+    """The code loads another one than the training had."""
+    told = "had a quantised base"
+    assert told not in card_of(tmp_path / "a").text
+    assert told in card_of(tmp_path / "b", settings=settings_of(quantization_config_path="nf4.json")).text
+
+
 @pytest.mark.parametrize(
     ("asked", "first", "names"),
     [

@@ -34,7 +34,9 @@ SD3 = "train_flowbp_sd3"
 # A warning of transformers' at its import, and progress bars, are no lines of the scripts.
 NOISE = ("[transformers]", "updates:", "evaluation:", "validation:", "Loading ", "There are modules in")
 # What each run tells of itself when it begins: a title, then names with values below it.
-BANNER = re.compile(r"^(?=\S+ on \S+Pipeline \()|^  (reward|trained|optimizer|batch|prompts|updates|written to) ")
+BANNER = re.compile(
+    r"^(?=\S+ on \S+Pipeline \()|^  (device|reward|trained|optimizer|batch|prompts|updates|written to) "
+)
 
 
 def sd3_arguments(model: Path, prompts: Path, output_dir: Path) -> dict[str, Any]:

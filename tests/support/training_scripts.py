@@ -185,7 +185,7 @@ def check_dry_run(
     assert max(seconds) > 0 and abs(sum(seconds) - float(table["update"][0])) < 0.01 * len(table)
     # What the whole run will take.
     estimate = {line.split()[0]: line for line in lines[end + 2 :]}
-    assert list(estimate) == ["updates", "images", "in", "checkpoints", "at"], estimate
+    assert list(estimate) == ["device", "updates", "images", "in", "checkpoints", "at"], estimate
     assert sorted(folder.rglob("*")) == before and not arguments["output_dir"].exists()
 
 

@@ -153,8 +153,9 @@ def test_a_run_says_what_it_will_do(observed: tuple[Path, list[str], str], model
     folder, _, printed = observed
     lines = printed.splitlines()
     start = lines.index(f"FlowBP-Lagrange on StableDiffusion3Pipeline ({model})")
-    table = {line[2:].split("  ")[0].strip(): line for line in lines[start + 1 : start + 8]}
-    assert list(table) == ["reward", "trained", "optimizer", "batch", "prompts", "updates", "written to"]
+    table = {line[2:].split("  ")[0].strip(): line for line in lines[start + 1 : start + 9]}
+    assert list(table) == ["device", "reward", "trained", "optimizer", "batch", "prompts", "updates", "written to"]
+    assert table["device"].endswith("  cpu, mixed precision no")
     trained = sum(tensor.numel() for tensor in lora_of(folder).values())
     assert f"{trained:,} parameters in float32" in table["trained"] and "rank 3" in table["trained"]
     assert table["optimizer"].endswith("adamw, learning rate 0.01 (linear)")
@@ -311,6 +312,7 @@ def test_a_dry_run_estimates_the_whole_run(
     }
     assert seconds.pop("update") == sum(seconds.values()) and set(seconds.values()) <= {600.0, 1200.0}, seconds
     lines = {line.split()[0]: line for line in printed[printed.index("The whole run") :].splitlines()[1:]}
+    assert lines["device"].endswith("  cpu, mixed precision no")
     of_update = 3 * sum(seconds.values())
     assert f"100 x {of_update:.2f} s = {100 * of_update // 3600:.0f} h" in lines["updates"]
     # Evaluations of the base model, after updates 30, 60 and 90, and at the end: 4 images of both validation prompts.

@@ -306,7 +306,9 @@ class TrainingConfig:
     validation_prompt: tuple[str, ...] | None = _reports(
         None, "Prompts of the validation images. Default: the first prompts."
     )
-    num_validation_images: int = _reports(4, "Images of each, or how many of the first prompts.", range=COUNT)
+    num_validation_images: int = _reports(
+        4, "Images of each --validation_prompt; without it, how many of the prompts.", range=COUNT
+    )
     validation_steps: int = _reports(50, "Updates between validations.", range=COUNT)
     report_to: str = _reports("tensorboard", "An accelerate tracker, all, or none.")
     logging_dir: str = _reports("logs", "Folder of the tracker in --output_dir.", is_path=True)

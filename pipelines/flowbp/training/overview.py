@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from ..publishing.run_info import hardware
 from .console import duration, size, table
 from .optimizers import OPTIMIZERS
 from .setup import Run
@@ -28,6 +29,7 @@ def tell_plan(run: Run) -> None:
         judged += f" by {run.evaluation.judge}"
     resumed = f", of which {run.first_update} are done" if run.first_update else ""
     lines = [
+        ("device", _device(run)),
         ("reward", run.rewards.name),
         ("trained", f"{count:,} parameters in float32 ({count / whole:.1%}), {run.state.trained.describe(config)}"),
         ("optimizer", f"{config.optimizer}, learning rate {config.learning_rate:g} ({config.lr_scheduler})"),
@@ -93,6 +95,7 @@ def estimate(run: Run, meter: StageMeter) -> str:
     kept = count if config.checkpoints_total_limit is None else min(count, config.checkpoints_total_limit)
     lines = [
         "The whole run, estimated from this update (which is the first: it also checks every active step):",
+        f"  device       {_device(run)}",
         f"  updates      {left} x {of_update:.2f} s = {duration(left * of_update)}",
         f"  images       {images} x {of_image:.2f} s = {duration(of_images)}: {evaluations} evaluations of "
         f"{evaluated}, {validations} validations of {shown}, {2 * shown} at the end",
@@ -103,6 +106,10 @@ def estimate(run: Run, meter: StageMeter) -> str:
         f"in {config.output_dir}",
     ]
     return "\n".join(lines)
+
+
+def _device(run: Run) -> str:
+    return f"{hardware(run.accelerator.device, 1)['device']}, mixed precision {run.config.mixed_precision}"
 
 
 def _bytes_written(run: Run) -> tuple[int, int]:
