@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train a LoRA of FLUX.1 with the gradient of a reward.
 
-    accelerate launch training/train_flowbp_flux.py --config flux_flowbp_lagrange \
-        --reward hpsv2.1 --reward_clip 0.55 --prompts prompts.txt
+    accelerate launch training/train_flowbp_flux.py --config flux_24gb \
+        --prompts prompts.txt --eval_prompts held_out.txt
 
 From Python: `train(TrainingConfig(...), Flux)`. Every update draws a surrogate, records a rollout of the stock
 pipeline, scores its images, sweeps the surrogate's terms and steps the optimizer (`flowbp/training/loop.py`). The LoRA

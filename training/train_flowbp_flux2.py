@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train a LoRA of FLUX.2-Klein with the gradient of a reward.
 
-    accelerate launch training/train_flowbp_flux2.py --config flux2_flowbp_lagrange \
-        --reward hpsv2.1 --reward_clip 0.55 --prompts prompts.txt
+    accelerate launch training/train_flowbp_flux2.py --config flux2_24gb \
+        --prompts prompts.txt --eval_prompts held_out.txt
 
 The base model samples with guidance, two calls a step; the distilled one without, which the pipeline's config tells.
 
