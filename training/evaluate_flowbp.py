@@ -32,6 +32,7 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from tqdm.auto import tqdm
 
 from flowbp.extras import require
+from flowbp.files import sha256
 from flowbp.inference import BaseForLast, call_arguments, saved_class
 from flowbp.judging.evaluation_folder import EvaluationFolder
 from flowbp.judging.images import are_finite, to_pil
@@ -45,6 +46,7 @@ from flowbp.rewards.loading import parse_model_paths
 from flowbp.rewards.ocr import quoted_text
 from flowbp.training.command_line import add_options, make_config, make_parser, parse_args_with_config
 from flowbp.training.distributed import check_number_of_processes
+from flowbp.training.fingerprint import digests_of_code
 from flowbp.training.model import WEIGHT_DTYPES, freeze, launched_precision, missing_components
 from flowbp.training.options import COUNT, FINITE, NOT_NEGATIVE, POSITIVE, check_options, option
 from flowbp.training.output_folder import OutputFolder
@@ -248,6 +250,7 @@ class Plan:
         return {
             "model": config.pretrained_model_name_or_path,
             "revision": config.revision,
+            **({} if self.saved.commit is None else {"commit": self.saved.commit}),
             "variant": config.variant,
             "dtype": config.mixed_precision,
             "lora_component": config.lora_component,
@@ -261,6 +264,7 @@ class Plan:
             "seed": config.seed,
             "batch_size": config.batch_size,
             "rewards": self.rewards,
+            **({"reward_code": code} if (code := digests_of_code(self.rewards)) else {}),
             "reward_frames": config.reward_frames,
             "reward_model_path": list(config.reward_model_path),
             "device": device.type,
@@ -286,8 +290,7 @@ def make_plan(config: EvaluationConfig) -> Plan:
     names = [line.name for line in lines]
     if config.against not in names:
         raise ValueError(f"--against {config.against}: expected a line of the tables; choose from {', '.join(names)}.")
-    download_loras([model for line in lines for model in line.models])
-    return plan_lines(config, lines)
+    return plan_lines(config, [with_digests(line) for line in lines])
 
 
 def plan_lines(config: EvaluationConfig, lines: list[Line]) -> Plan:
@@ -352,10 +355,17 @@ def geneval_tasks(path: str, prompts: Sequence[str]) -> dict[str, str]:
     return {prompt: tasks[prompt] for prompt in sorted(prompts, key=lambda prompt: TASKS.index(tasks[prompt]))}
 
 
-def download_loras(models: Sequence[EvaluatedModel]) -> None:
-    """Bring LoRAs of the Hub to its cache."""
-    for lora in {model.lora for model in models if model.lora is not None and model.digest is None}:
-        check_lora_file(lora, download_lora(lora))
+def with_digests(line: Line) -> Line:
+    """A line whose LoRAs of the Hub are in its cache, and known by their content too: the Hub may get others."""
+
+    def found(model: EvaluatedModel) -> EvaluatedModel:
+        if model.lora is None or model.digest is not None:
+            return model
+        file = download_lora(model.lora)
+        check_lora_file(model.lora, file)
+        return replace(model, digest=sha256(file))
+
+    return replace(line, models=tuple(map(found, line.models)))
 
 
 def make_accelerator() -> Accelerator:

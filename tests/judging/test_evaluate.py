@@ -9,6 +9,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -33,6 +34,7 @@ from training_scripts import (
     environment,
     load_pipeline,
     on_cpus,
+    put_into_cache,
     run_program,
     script_path,
     torchrun,
@@ -562,6 +564,39 @@ def test_a_folder_in_use_or_of_other_settings_and_a_lora_of_another_model_are_re
     save_file(encoder, tmp_path / "other" / LORA_WEIGHT_NAME_SAFE)
     with pytest.raises(ValueError, match="--lora .*other: (does not fit|has no layer)"):
         script.main(command_line(arguments, **few, lora=[tmp_path / "other"]))
+
+
+def test_what_changes_behind_a_name_is_another_evaluation(
+    script: ModuleType,
+    models: dict[str, Path],
+    arguments: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A repository of the Hub, or the file of a reward; scores of both kinds would be in one table."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.syspath_prepend(tmp_path)
+    reward = tmp_path / "own_reward.py"
+    reward.write_text("from toy_reward import make_reward\ndef make_own():\n    return make_reward()\n")
+    names = {"pretrained_model_name_or_path": "user/base", "lora": "user/lora", "rewards": "own_reward:make_own"}
+
+    def seen() -> dict[str, Any]:
+        plan = script.make_plan(script.parse_config(command_line(arguments, **names)))
+        return {**plan.settings(torch.device("cpu")), "models": [asdict(model) for model in plan.models]}
+
+    put_into_cache(tmp_path / "hub", "base", models["base"], "0" * 40)
+    put_into_cache(tmp_path / "hub", "lora", models["one"], "0" * 40)
+    before = seen()
+    assert seen() == before
+    for change, differing in (
+        (lambda: put_into_cache(tmp_path / "hub", "base", models["base"], "1" * 40), "commit"),
+        (lambda: put_into_cache(tmp_path / "hub", "lora", models["two"], "1" * 40), "models"),
+        (lambda: reward.write_text(reward.read_text() + "# changed\n"), "reward_code"),
+    ):
+        change()
+        now = seen()
+        assert {name for name in now if now[name] != before[name]} == {differing}
+        before = now
 
 
 # The demo.

@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from tiny_sd3 import add_random_lora, draw, save_random_lora, tiny_sd3_pipeline
+from training_scripts import put_into_cache
 
 from flowbp.judging.lora_files import check_lora_file
 from flowbp.judging.loras import load_loras
@@ -42,12 +43,9 @@ def test_layers_that_nothing_takes_are_counted(lora: State, tmp_path: Path):
 
 @pytest.mark.parametrize("source", ["user/lora", f"user/lora/{LORA_FILE}", f"user/lora/none/{LORA_FILE}"])
 def test_a_lora_in_the_cache_loads_offline(lora: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str):
-    commit = "0123456789abcdef0123456789abcdef01234567"
-    repository = tmp_path / "models--user--lora"
-    (repository / "snapshots" / commit).mkdir(parents=True)
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text(commit)
-    save_file(lora, repository / "snapshots" / commit / LORA_FILE)
+    (tmp_path / "lora").mkdir()
+    save_file(lora, tmp_path / "lora" / LORA_FILE)
+    put_into_cache(tmp_path, "lora", tmp_path / "lora", "0123456789abcdef0123456789abcdef01234567")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     pipe = tiny_sd3_pipeline(torch.float32)
     if "none" in source:

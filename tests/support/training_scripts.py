@@ -9,6 +9,7 @@ import importlib.util
 import json
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -87,6 +88,14 @@ def arguments_of_run(model: Path, folder: Path, **changes: Any) -> dict[str, Any
     """Arguments of a run of two updates on `PROMPTS`, with its output in `folder / "run"`."""
     paths = {"pretrained_model_name_or_path": model, "prompts": write_prompts(folder), "output_dir": folder / "run"}
     return {**SHARED_ARGUMENTS, **paths, **changes}
+
+
+def put_into_cache(hub: Path, name: str, folder: Path, commit: str) -> Path:
+    """Make a folder's content the main branch of `user/name` in a cache of the Hub; returns the cache's folder."""
+    repository = hub / f"models--user--{name}"
+    (repository / "refs").mkdir(parents=True, exist_ok=True)
+    (repository / "refs" / "main").write_text(commit)
+    return Path(shutil.copytree(folder, repository / "snapshots" / commit))
 
 
 def command_line(arguments: dict[str, Any], **changes: Any) -> list[str]:

@@ -17,7 +17,15 @@ from diffusers import DiffusionPipeline
 from loopback_hub import Repository, loopback_hub
 from tiny_pipelines import tiny_flux_pipeline, tiny_klein_pipeline
 from tiny_sd3 import save_random_lora, tiny_sd3_pipeline
-from training_scripts import SHARED_ARGUMENTS, CheckRefusal, backbone_of, command_line, load_script, parse_config
+from training_scripts import (
+    SHARED_ARGUMENTS,
+    CheckRefusal,
+    backbone_of,
+    command_line,
+    load_script,
+    parse_config,
+    put_into_cache,
+)
 
 from flowbp.training.model import missing_components
 from flowbp.training.prompts import Record
@@ -39,15 +47,8 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], Path]:
     """A function that puts a folder into an empty cache of the Hub, as the main branch of `MODEL`."""
-    repository = tmp_path / "hub" / "models--user--model"
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-
-    def put(folder: Path) -> Path:
-        (repository / "refs").mkdir(parents=True)
-        (repository / "refs" / "main").write_text(COMMIT)
-        return Path(shutil.copytree(folder, repository / "snapshots" / COMMIT))
-
-    return put
+    return lambda folder: put_into_cache(tmp_path / "hub", "model", folder, COMMIT)
 
 
 def arguments_of(model: Path | str, folder: Path, **more: Any) -> dict[str, Any]:

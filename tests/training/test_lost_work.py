@@ -8,19 +8,24 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import toy_reward
+from accelerate import Accelerator
 from resume_harness import check_same_end, sd3_arguments
-from training_scripts import load_script, lora_of, same
+from training_scripts import load_script, lora_of, put_into_cache, same
 
 from flowbp.judging import images as judging_images
+from flowbp.publishing.published_files import LORA_FILE
 from flowbp.training import TrainingConfig, train
-from flowbp.training.checkpoints import check_folder
+from flowbp.training.checkpoints import check_folder, read_json, write_folder
 from flowbp.training.output_folder import LOCK, OutputFolder
+from flowbp.training.reports import Reports
+from flowbp.training.setup import claim_folder
 from flowbp.training.signals import TrainingStopped
 
 SD3 = load_script("train_flowbp_sd3").SD3
@@ -111,6 +116,15 @@ def test_a_judge_that_fails_costs_no_update(config: TrainingConfig, tmp_path: Pa
     assert checkpoints_of(config.output_dir) == ["checkpoint-2"]
     train(changed(config, resume_from_checkpoint="latest"), SD3)
     check_same_end(whole.output_dir, config.output_dir, 4)
+
+
+def test_a_tracker_that_fails_costs_no_evaluation(config: TrainingConfig, monkeypatch: pytest.MonkeyPatch):
+    log = Reports._log_histograms
+    monkeypatch.setattr(Reports, "_log_histograms", lambda *args: fail() if args[2] == 2 else log(*args))
+    with pytest.raises(RuntimeError, match="the reward fails"):
+        train(config, SD3)
+    kept = read_json(config.output_dir / "checkpoint-2" / "state.json")["evaluation"]
+    assert kept["is_pending"] and len(kept["training_rewards"]) == 2
 
 
 def test_the_lora_is_saved_before_closing_images_are_drawn(config: TrainingConfig, monkeypatch: pytest.MonkeyPatch):
@@ -252,6 +266,45 @@ def test_a_folder_of_the_user_is_never_taken_for_a_checkpoint(config: TrainingCo
     assert (config.output_dir / name / "model.safetensors").read_text() == "mine"
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_only_a_checkpoint_of_the_folder_itself_makes_a_run_its_continuation(
+    config: TrainingConfig, overwrite: bool, tmp_path: Path
+):
+    """However it is named: two runs would be mixed, or the own checkpoint removed."""
+    own, other = config.output_dir / "checkpoint-1", tmp_path / "other" / "checkpoint-2"
+    for folder in (own, other):
+        write_folder(folder, lambda path: (path / "lora").write_text(""))
+
+    def claim(checkpoint: str) -> None:
+        resumed = changed(config, resume_from_checkpoint=checkpoint, overwrite_output_dir=overwrite)
+        with ExitStack() as closing:
+            claim_folder(resumed, Accelerator(cpu=True), closing)
+
+    # As a process leaves it that is killed while it replaces the checkpoint.
+    own = own.rename(own.with_name("checkpoint-1.replaced"))
+    for name in ("checkpoint-1", str(config.output_dir / "checkpoint-1")):
+        claim(name)
+        check_folder(own)
+    for name in (str(other), "../other/checkpoint-2"):
+        with nullcontext() if overwrite else pytest.raises(ValueError, match="holds an earlier run"):
+            claim(name)
+        assert own.exists() != overwrite
+
+
+@pytest.mark.parametrize("name", ["", LORA_FILE, "checkpoint-1", f"best/{LORA_FILE}"])
+def test_overwriting_does_not_remove_what_the_run_starts_from(config: TrainingConfig, name: str):
+    for folder in (config.output_dir / "checkpoint-1", config.output_dir / "best"):
+        write_folder(folder, lambda path: (path / LORA_FILE).write_text(""))
+    (config.output_dir / LORA_FILE).write_text("")
+    before, folder = content_of(config.output_dir), OutputFolder(config.output_dir)
+    with pytest.raises(ValueError, match="--overwrite_output_dir would remove --init_lora"):
+        folder.claim(False, True, str(config.output_dir / name))
+    assert content_of(config.output_dir) == before
+    folder.claim(False, True, str(config.output_dir.parent / LORA_FILE))
+    assert not content_of(config.output_dir)
+    folder.release()
+
+
 def test_two_runs_in_one_folder(config: TrainingConfig):
     other = OutputFolder(config.output_dir)
     other.claim(is_resumed=False, overwrite=False)
@@ -327,11 +380,16 @@ def test_other_code_of_a_reward_and_other_versions_are_told(
     module = tmp_path / "changing_reward.py"
     module.write_text("from toy_reward import make_reward\n")
     monkeypatch.syspath_prepend(tmp_path)
-    config = changed(stopped, output_dir=tmp_path / "changing", reward="changing_reward:make_own")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    put_into_cache(tmp_path / "hub", "model", Path(stopped.pretrained_model_name_or_path), "0" * 40)
+    names = {"reward": "changing_reward:make_own", "pretrained_model_name_or_path": "user/model"}
+    config = changed(stopped, output_dir=tmp_path / "changing", **names)
     module.write_text("import toy_reward\ndef make_own():\n    return toy_reward.make_reward()\n")
     train(config, SD3)
     module.write_text(module.read_text() + "# changed\n")
+    put_into_cache(tmp_path / "hub", "model", Path(stopped.pretrained_model_name_or_path), "1" * 40)
     monkeypatch.setattr("flowbp.training.fingerprint.versions", lambda library: {"torch": "0"})
     train(resumed(config), SD3)
     printed = capsys.readouterr().err
     assert "code of changing_reward:make_own was" in printed and "version of torch was" in printed
+    assert f"commit of the model was {'0' * 40}, is {'1' * 40}" in printed

@@ -379,7 +379,7 @@ def test_a_changed_source_is_another_run(table: Path):
     config = TrainingConfig(pretrained_model_name_or_path="m", prompts=str(table))
 
     def found(path: Path) -> dict[str, Any]:
-        return fingerprint(config, load_records(str(path), images=["source"]), [], None, None)
+        return fingerprint(config, load_records(str(path), images=["source"]), [], None, None, None)
 
     before = found(table)
     moved = table.parent.rename(table.parent.with_name("moved")) / table.name

@@ -77,7 +77,9 @@ def micro_batch(
 
 def report(reports: Reports, state: TrainingState, *micro_batches: MicroBatch, gradient: float = 1.0) -> Any:
     step = do_update(state, gradient)
-    return reports.update(state, step, micro_batches, StageMeter(torch.device("cpu")))
+    entry = reports.entry(state, step, micro_batches, StageMeter(torch.device("cpu")))
+    reports.update(entry, micro_batches)
+    return entry
 
 
 def log_file(tmp_path: Path) -> list[dict[str, Any]]:

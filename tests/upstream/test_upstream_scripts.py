@@ -10,7 +10,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import accelerate
@@ -18,6 +18,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.loaders.peft import PeftAdapterMixin
+from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_pipelines import tiny_flux_pipeline, tiny_klein_pipeline, tiny_sd3_t5_pipeline
@@ -62,8 +63,18 @@ def drawn() -> list[Image.Image]:
 
 
 @pytest.fixture
+def pushed() -> list[str]:
+    """The names of the files of all pushes."""
+    return []
+
+
+@pytest.fixture
 def train(
-    saved: Callable[[str], Path], drawn: list[Image.Image], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    saved: Callable[[str], Path],
+    drawn: list[Image.Image],
+    pushed: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Callable[..., Path]:
     """Runs a script with `ARGUMENTS` and changes of them; -> its output folder."""
     # The tests of other scripts look at what is logged.
@@ -72,10 +83,16 @@ def train(
     # Three micro-batches an epoch: its second update has one alone.
     (tmp_path / "prompts" / "prompts.txt").write_text("\n".join([*PROMPTS, "", *PROMPTS[:2]]))
 
+    def upload_folder(repo_id: str, folder_path: str, allow_patterns: list[str]) -> None:
+        files = [path.relative_to(folder_path).as_posix() for path in Path(folder_path).rglob("*") if path.is_file()]
+        pushed.extend(filter_repo_objects(files, allow_patterns=allow_patterns))
+
     def run(name: str, output: str, **changes: Any) -> Path:
         required = {"pretrained_model_name_or_path": saved(name), "dataset_name": tmp_path / "prompts"}
         words = command_line({**ARGUMENTS, **required, "output_dir": tmp_path / output}, **changes)
         script = upstream_script(name)
+        script.create_repo = lambda repo_id, exist_ok: SimpleNamespace(repo_id="user/name")
+        script.upload_folder = upload_folder
         log_validation = script.log_validation
         script.log_validation = lambda *args: drawn.extend(found := log_validation(*args)) or found
         script.main(script.parse_args(words))
@@ -85,21 +102,34 @@ def train(
 
 
 def test_a_run_that_resumes_ends_with_the_same_lora_which_diffusers_loads(
-    name: str, train: Callable[..., Path], saved: Callable[[str], Path], drawn: list[Image.Image]
+    name: str,
+    train: Callable[..., Path],
+    saved: Callable[[str], Path],
+    drawn: list[Image.Image],
+    pushed: list[str],
+    tmp_path: Path,
 ) -> None:
     limit, resumed = {"sd3": (2, "checkpoint-2"), "flux": (None, "checkpoint-1"), "flux2_klein": (2, "latest")}[name]
     shown = {"validation_prompt": PROMPTS[0], "num_validation_images": 1, "checkpointing_steps": 1}
-    folder = train(name, "run", max_train_steps=3, checkpoints_total_limit=limit, **shown)
+    # The user's own files are not pushed.
+    for own in ("notes.md", "image_of_mine.png"):
+        (tmp_path / "run").mkdir(exist_ok=True)
+        (tmp_path / "run" / own).touch()
+    folder = train(name, "run", max_train_steps=3, checkpoints_total_limit=limit, push_to_hub=True, **shown)
+    assert sorted(pushed) == ["README.md", "image_0.png", LORA]
     steps = [int(path.name.removeprefix("checkpoint-")) for path in sorted(folder.glob("*checkpoint*"))]
     assert steps == [1, 2, 3][-(limit or 3) :]
     lora = load_file(folder / LORA)
     ups = [tensor for key, tensor in lora.items() if "lora_B" in key]
     assert {tensor.dtype for tensor in lora.values()} == {torch.float32}
     assert sum(bool(tensor.abs().max() > 0) for tensor in ups) > len(ups) / 2
+    # Of a run that is done nothing is left to train, also in the middle of an epoch.
+    train(name, "run", max_train_steps=3, resume_from_checkpoint=folder / "checkpoint-3")
+    assert same(load_file(folder / LORA), lora)
     # After the first update the run is in the middle of an epoch. The reward needs the random states.
     shutil.rmtree(folder / "checkpoint-3")
     (folder / LORA).rename(folder / "whole.safetensors")
-    train(name, "run", max_train_steps=3, resume_from_checkpoint=resumed if resumed == "latest" else folder / resumed)
+    train(name, "run", max_train_steps=3, resume_from_checkpoint=resumed)
     assert same(load_file(folder / LORA), lora)
     # What users get is what the run has drawn in the end.
     pipe, script = load_pipeline(saved(name)), upstream_script(name)

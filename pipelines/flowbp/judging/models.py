@@ -26,7 +26,7 @@ class EvaluatedModel:
         scale: factor on the LoRA.
         base_for_last: number of last steps that run without the LoRA.
         digest: SHA-256 of the LoRA's file, or of the transformer's files, in hexadecimal; None for the base model and
-            for a LoRA on the Hub.
+            for a LoRA on the Hub that is not in its cache yet.
         transformer: folder or Hub id of the transformer; None for the base's.
     """
 

@@ -274,8 +274,9 @@ def check_runs(
             if run.line not in configs:
                 configs[run.line] = config
                 check_reward(config, None)
-                _, records, _, init = check_settings(config, backbone)
-                made_of[run.line] = fingerprint(config, records, (), None, None if init is None else init.digest)
+                _, records, found, init = check_settings(config, backbone)
+                lora = None if init is None else init.digest
+                made_of[run.line] = fingerprint(config, records, (), None, lora, found.saved.commit)
         except (ValueError, OSError) as error:
             raise ValueError(f"{run.name}: {error}") from error
     return configs, made_of

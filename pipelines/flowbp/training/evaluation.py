@@ -179,8 +179,8 @@ class Evaluation:
         self.console.tell(f"Evaluation {of}: {' | '.join(texts)}")
 
     def _raise(self, alarms: Sequence[Alarm]) -> None:
+        self.alarms += map(asdict, alarms)
         for alarm in alarms:
-            self.alarms.append(asdict(alarm))
             self.console.tell(f"Alarm {alarm.name} at update {alarm.update}: {alarm.message}")
             self.reports.scalars({f"alarm/{alarm.name}": 1}, self.state.update)
 

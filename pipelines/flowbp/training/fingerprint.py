@@ -21,7 +21,12 @@ from .prompts import Record
 
 
 def fingerprint(
-    config: TrainingConfig, records: Sequence[Record], evaluation: Sequence[Record], reward: Any, lora: str | None
+    config: TrainingConfig,
+    records: Sequence[Record],
+    evaluation: Sequence[Record],
+    reward: Any,
+    lora: str | None,
+    commit: str | None,
 ) -> dict:
     """Counts, hashes and versions, as JSON has them.
 
@@ -30,10 +35,11 @@ def fingerprint(
         evaluation: records of the evaluation.
         reward: a callable in place of `config.reward`, or None.
         lora: digest of the LoRA that the run starts from.
+        commit: of the model on the Hub; None for a folder.
     """
     names = [] if config.reward is None else part_names(config.reward)
     names += [] if config.eval_reward is None else part_names(config.eval_reward)
-    code = {name: _digest_of_code(reward_spec(name).factory) for name in names if name not in REWARDS}
+    code = digests_of_code(names)
     if callable(reward):
         code["reward"] = _digest_of_code(reward)
     library = OPTIMIZERS[config.optimizer].library
@@ -41,6 +47,7 @@ def fingerprint(
         "prompts": f"{len(records)} prompts ({_digest(records)})",
         "evaluation prompts": f"{len(evaluation)} prompts ({_digest(evaluation)})",
         **({} if lora is None else {"content of --init_lora": lora[:16]}),
+        **({} if commit is None else {"commit of the model": commit}),
         **{f"code of {name}": digest for name, digest in code.items()},
         **{f"version of {name}": version for name, version in versions(library).items()},
     }
@@ -73,6 +80,11 @@ def check_same_prompts(accelerator: Accelerator, records: Sequence[Record]) -> N
 def _digest(records: Sequence[Record]) -> str:
     content = json.dumps([[record.prompt, dict(record.columns)] for record in records], default=str)
     return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def digests_of_code(rewards: Sequence[str]) -> dict[str, str | None]:
+    """Hashes of the files that define the user's own rewards among these names."""
+    return {name: _digest_of_code(reward_spec(name).factory) for name in rewards if name not in REWARDS}
 
 
 def _digest_of_code(function: Callable[..., Any]) -> str | None:

@@ -76,9 +76,11 @@ def one_update(run: Run, update: int) -> StageMeter:
     meter.mark("optimizer")
     step = run.state.step([each.out for each in micro_batches])
     meter.mark(None)
-    entry = run.reports.update(run.state, step, micro_batches, meter)
-    tell_update(run, step, entry)
+    entry = run.reports.entry(run.state, step, micro_batches, meter)
+    # First: an error of a tracker or a full disk must not leave a state that was not told of its last update.
     run.evaluation.add_update(entry, step.was_skipped)
+    run.reports.update(entry, micro_batches)
+    tell_update(run, step, entry)
     return meter
 
 

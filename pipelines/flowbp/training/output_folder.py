@@ -34,12 +34,13 @@ class OutputFolder:
         self._lock = FileLock(path / LOCK, timeout=0)
         self._is_new = False
 
-    def claim(self, is_resumed: bool, overwrite: bool) -> None:
+    def claim(self, is_resumed: bool, overwrite: bool, init_lora: str | None = None) -> None:
         """Create the folder and lock it, and see that nothing there would be lost.
 
         Args:
             is_resumed: the run continues one of this folder.
             overwrite: what an earlier run left is removed.
+            init_lora: that the run starts from, which must not be among that.
 
         Raises:
             ValueError: another run has the folder, or it holds what this run would replace.
@@ -57,7 +58,7 @@ class OutputFolder:
         if is_resumed:
             return
         try:
-            self._check_contents(overwrite)
+            self._check_contents(overwrite, init_lora)
         except ValueError:
             self.release()
             raise
@@ -99,7 +100,7 @@ class OutputFolder:
                 found += [path for path in (self.path / folder).iterdir() if names.fullmatch(path.name)]
         return found
 
-    def _check_contents(self, overwrite: bool) -> None:
+    def _check_contents(self, overwrite: bool, init_lora: str | None) -> None:
         found = self._found()
         foreign = [
             path
@@ -110,6 +111,11 @@ class OutputFolder:
             raise ValueError(
                 f"--output_dir {self.path}: {foreign[0].name} in this folder was not written by a run; move it, or "
                 "choose another folder."
+            )
+        start = None if init_lora is None else Path(init_lora).resolve()
+        if overwrite and start and {start, start / LORA_FILE, *start.parents} & {path.resolve() for path in found}:
+            raise ValueError(
+                f"--overwrite_output_dir would remove --init_lora {init_lora}; move it, or choose another folder."
             )
         # What a run leaves that was killed before its first checkpoint; there is nothing to resume.
         is_left_over = all(_is_log(path) or path.parent.name in ("evaluation", "validation") for path in found)

@@ -107,10 +107,10 @@ class Reports:
             "clearml": {"task_name": name, "tags": tags},
         }
 
-    def update(
+    def entry(
         self, state: TrainingState, step: Step, micro_batches: Sequence[MicroBatch], meter: StageMeter
     ) -> dict[str, Any]:
-        """Log an update; returns its entry, the same in every process. Collective."""
+        """What the log says of an update, the same in every process. Collective."""
         outs = [each.out for each in micro_batches]
         # Processes have equally many of everything, and the same surrogate.
         rewards = self._gathered([out.rewards for out in outs])
@@ -127,23 +127,26 @@ class Reports:
             **{f"seconds/{stage}": seconds for stage, seconds in meter.seconds.items()},
             "memory_gib": peak / 2**30,
         }
-        entry = {
+        return {
             "step": state.update,
             **dict(zip(values, finite(list(values.values())), strict=True)),
             "skipped_updates": state.skipped,
             "drawn_steps": [term.step for term in micro_batches[-1].surrogate.terms],
         }
+
+    def update(self, entry: Mapping[str, Any], micro_batches: Sequence[MicroBatch]) -> None:
+        """Log an update's entry. Collective."""
         if self.config.dry_run:
-            return entry
+            return
+        outs, step = [each.out for each in micro_batches], entry["step"]
         if self.accelerator.is_main_process:
-            self.log.append(entry)
+            self.log.append(dict(entry))
             with writing(self._path), self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(entry) + "\n")
         scalars = {name: value for name, value in entry.items() if isinstance(value, int | float)}
-        scalars |= {f"drawn/{place}": step for place, step in enumerate(entry["drawn_steps"])}
-        self.accelerator.log(scalars, step=state.update)
-        self._log_histograms(outs, state.update)
-        return entry
+        scalars |= {f"drawn/{place}": drawn for place, drawn in enumerate(entry["drawn_steps"])}
+        self.accelerator.log(scalars, step=step)
+        self._log_histograms(outs, step)
 
     def _means(self, micro_batches: Sequence[MicroBatch]) -> dict[str, float]:
         """Means over micro-batches and processes."""

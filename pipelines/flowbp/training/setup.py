@@ -142,7 +142,8 @@ def prepare(
     reports = Reports(config, accelerator, parts)
     signals = StopSignals()
     evaluation = Evaluation(config, accelerator, state, rewards, sampling, console, reports, signals)
-    made_of = fingerprint(config, records, rewards.evaluation, reward, None if init is None else init.digest)
+    lora = None if init is None else init.digest
+    made_of = fingerprint(config, records, rewards.evaluation, reward, lora, backbone.saved.commit)
     resumed = resume(config, state, evaluation, console, made_of)
     checkpoints = Checkpointer(config, accelerator, state, evaluation, console, signals, folder, made_of)
     for remark in reports.begin([] if resumed is None else read_log(resumed.parent / "log.jsonl", state.update)):
@@ -258,14 +259,20 @@ def claim_folder(config: TrainingConfig, accelerator: Accelerator, closing: Exit
     """
     folder = OutputFolder(config.output_dir)
     if accelerator.is_main_process and not config.dry_run:
-        resumed = config.resume_from_checkpoint
-        is_own = resumed == "latest" or (resumed is not None and (config.output_dir / resumed).is_dir())
-        is_own = is_own or (resumed is not None and Path(resumed).resolve().parent == config.output_dir.resolve())
-        folder.claim(is_own, config.overwrite_output_dir)
+        folder.claim(_continues(config), config.overwrite_output_dir, config.init_lora)
         closing.callback(folder.release)
         clean(config.output_dir)
     accelerator.wait_for_everyone()
     return folder
+
+
+def _continues(config: TrainingConfig) -> bool:
+    """Whether a run resumes from a checkpoint of its own output folder, however that is named."""
+    choice = config.resume_from_checkpoint
+    if choice in (None, "latest"):
+        return choice == "latest"
+    checkpoint = find_checkpoint(config.output_dir, choice, tell=lambda line: None, check=lambda path: None)
+    return checkpoint.parent.resolve() == config.output_dir.resolve()
 
 
 def _repository(config: TrainingConfig, accelerator: Accelerator) -> str:

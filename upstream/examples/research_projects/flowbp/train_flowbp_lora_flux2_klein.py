@@ -142,7 +142,7 @@ def parse_args(input_args=None):
     parser.add_argument("--max_train_steps", type=int, default=None, help="Updates, overrides num_train_epochs")
     parser.add_argument("--checkpointing_steps", type=int, default=500, help="Updates between checkpoints")
     parser.add_argument("--checkpoints_total_limit", type=int, default=None, help="Max number of checkpoints to keep")
-    parser.add_argument("--resume_from_checkpoint", type=str, default=None, help='Path of a checkpoint, or "latest"')
+    parser.add_argument("--resume_from_checkpoint", type=str, default=None, help='Name or path, or "latest"')
     parser.add_argument("--gradient_accumulation_steps", type=int, default=1, help="Rollouts per device and update")
     parser.add_argument("--gradient_checkpointing", action="store_true", help="Less memory, slower backward passes")
     parser.add_argument("--learning_rate", type=float, default=1e-4, help="Learning rate after warmup")
@@ -322,8 +322,9 @@ def main(args):
 
     # Potentially load in the weights and states from a previous save
     if args.resume_from_checkpoint:
-        path = args.resume_from_checkpoint
-        path = next(reversed(list_checkpoints()), None) if path == "latest" else Path(path)
+        given = args.resume_from_checkpoint
+        path = Path(given) if Path(given).is_dir() else Path(args.output_dir, given)
+        path = next(reversed(list_checkpoints()), None) if given == "latest" else path
         if path is None:
             accelerator.print("There is no checkpoint. Starting a new training run.")
         else:
@@ -359,6 +360,8 @@ def main(args):
         active_dataloader = skip_first_batches(train_dataloader, first_batch if epoch == first_epoch else 0)
 
         for batch in active_dataloader:
+            if global_step >= args.max_train_steps:
+                break
             with accelerator.accumulate(transformer):
                 # Each sample has noise of its own, by its place in the update. All samples share one surrogate path.
                 start = (len(outputs) * accelerator.num_processes + accelerator.process_index) * args.train_batch_size
@@ -427,9 +430,6 @@ def main(args):
                                 shutil.rmtree(path)
                     accelerator.wait_for_everyone()
 
-            if global_step >= args.max_train_steps:
-                break
-
         if accelerator.is_main_process and args.validation_prompt and epoch % args.validation_epochs == 0:
             log_validation(rollout, args, accelerator, global_step)
 
@@ -440,8 +440,8 @@ def main(args):
         images = log_validation(rollout, args, accelerator, global_step, True) if args.validation_prompt else []
         if args.push_to_hub:
             save_model_card(repo_id, images, args, repo_folder=args.output_dir)
-            patterns = ["*.md", "image_*", "pytorch_*"]
-            upload_folder(repo_id=repo_id, folder_path=args.output_dir, allow_patterns=patterns)
+            names = ["README.md", "pytorch_lora_weights.safetensors", *(f"image_{i}.png" for i in range(len(images)))]
+            upload_folder(repo_id=repo_id, folder_path=args.output_dir, allow_patterns=names)
 
     accelerator.end_training()
 
