@@ -28,7 +28,8 @@ import diffusers
 import torch
 import transformers
 from accelerate import Accelerator
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, PipelineQuantizationConfig
+from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from tqdm.auto import tqdm
 
 from flowbp.extras import require
@@ -47,7 +48,13 @@ from flowbp.rewards.ocr import quoted_text
 from flowbp.training.command_line import add_options, make_config, make_parser, parse_args_with_config
 from flowbp.training.distributed import check_number_of_processes
 from flowbp.training.fingerprint import digests_of_code
-from flowbp.training.model import WEIGHT_DTYPES, freeze, launched_precision, missing_components
+from flowbp.training.model import (
+    WEIGHT_DTYPES,
+    freeze,
+    launched_precision,
+    load_quantization_config,
+    missing_components,
+)
 from flowbp.training.options import COUNT, FINITE, NOT_NEGATIVE, POSITIVE, check_options, option
 from flowbp.training.output_folder import OutputFolder
 from flowbp.training.pipeline_columns import HELP as COLUMNS_HELP
@@ -110,6 +117,10 @@ class EvaluationConfig:
         "Dtype of the pipeline; rewards stay float32. Default: what accelerate launch was told.",
         choices=tuple(WEIGHT_DTYPES),
     )
+    quantization_config_path: Path | None = _models(
+        None,
+        "JSON file of a diffusers quantisation config for the transformer with the LoRAs, as in training.",
+    )
     offload: bool = _models(False, "The pipeline's models wait on the CPU between uses.")
 
     resolution: int | None = _call(None, "Height and width of the images in pixels. Default: 512.", range=COUNT)
@@ -158,6 +169,8 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         check_options(self)
         parse_columns(self.pipeline_columns)
+        if self.transformer and self.quantization_config_path is not None:
+            raise ValueError("--transformer: trained weights are not quantised; leave --quantization_config_path out.")
 
     @property
     def call_columns(self) -> dict[str, tuple[str, ...]]:
@@ -197,6 +210,7 @@ class Plan:
     Attributes:
         pipeline_class: that the model was saved with.
         saved: the model.
+        quantization: of the base's transformer.
         call: arguments of the pipeline's call beside prompts and noise.
         records: of the prompts, in order.
         rewards: names.
@@ -209,6 +223,7 @@ class Plan:
     config: EvaluationConfig
     pipeline_class: type[DiffusionPipeline]
     saved: SavedPipeline
+    quantization: QuantizationConfigMixin | None
     call: dict[str, Any]
     records: list[Record]
     rewards: list[str]
@@ -256,6 +271,7 @@ class Plan:
             "lora_component": config.lora_component,
             "flow_shift": config.flow_shift,
             "call": self.call,
+            **({} if self.quantization is None else {"quantization": repr(self.quantization)}),
             **({"pipeline_columns": list(config.pipeline_columns)} if config.pipeline_columns else {}),
             "prompts": config.prompts,
             "prompts_sha256": hashlib.sha256(content.encode()).hexdigest(),
@@ -317,7 +333,8 @@ def plan_lines(config: EvaluationConfig, lines: list[Line]) -> Plan:
     rewards = reward_names(config.rewards)
     options, grouped, grouped_rewards = read_prompt_data(config, rewards, records)
     saved.check_folder()
-    return Plan(config, found, saved, call, records, rewards, options, lines, grouped, grouped_rewards)
+    quantization = load_quantization_config(config.quantization_config_path, WEIGHT_DTYPES[config.mixed_precision])
+    return Plan(config, found, saved, quantization, call, records, rewards, options, lines, grouped, grouped_rewards)
 
 
 def read_prompt_data(
@@ -385,6 +402,9 @@ def load_pipeline(plan: Plan, device: torch.device) -> tuple[DiffusionPipeline, 
     parts: dict[str, Any] = dict(missing_components(plan.saved.index))
     if config.flow_shift is not None:
         parts["scheduler"] = FlowMatchEulerDiscreteScheduler(shift=config.flow_shift)
+    if plan.quantization is not None:
+        quantized = {config.lora_component: plan.quantization}
+        parts["quantization_config"] = PipelineQuantizationConfig(quant_mapping=quantized)
     pipe = plan.pipeline_class.from_pretrained(
         plan.saved.fetch(),
         trust_remote_code=False,

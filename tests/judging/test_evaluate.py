@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow.parquet
 import pytest
 import torch
-from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
+from diffusers import DiffusionPipeline, PipelineQuantizationConfig, StableDiffusion3Pipeline, TorchAoConfig
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from diffusers.training_utils import _collate_lora_metadata
 from peft import get_peft_model_state_dict
@@ -535,6 +535,11 @@ def test_rewards_get_the_columns_of_the_table(
         ({"lora_component": "unet"}, "StableDiffusion3Pipeline has transformer."),
         ({"lora_component": "vae"}, "StableDiffusion3Pipeline has transformer."),
         ({"steps": 4}, "unknown argument --steps"),
+        ({"quantization_config_path": "none.json"}, "--quantization_config_path none.json: FileNotFoundError"),
+        (
+            {"transformer": ["x"], "quantization_config_path": "none.json"},
+            "--transformer: trained weights are not quantised",
+        ),
     ],
 )
 def test_what_makes_no_sense_is_refused_before_a_model_is_loaded(
@@ -597,6 +602,35 @@ def test_what_changes_behind_a_name_is_another_evaluation(
         now = seen()
         assert {name for name in now if now[name] != before[name]} == {differing}
         before = now
+
+
+def test_a_quantised_base(
+    script: ModuleType, models: dict[str, Path], arguments: dict[str, Any], tmp_path: Path
+) -> None:
+    quantization = pytest.importorskip("torchao.quantization", reason="see test_a_quantised_base of the training")
+    config = TorchAoConfig(quantization.Int8WeightOnlyConfig())
+    path = tmp_path / "int8.json"
+    path.write_text(json.dumps(config.to_dict()))
+    changes = {"quantization_config_path": path, "mixed_precision": "bf16", "batch_size": 6}
+    script.main(command_line(arguments, **changes))
+    folder = arguments["output_dir"]
+    lines = [
+        line for line in pyarrow.parquet.read_table(folder / "scores.parquet").to_pylist() if line["model"] == "one"
+    ]
+    pipe = StableDiffusion3Pipeline.from_pretrained(
+        models["base"],
+        text_encoder_3=None,
+        tokenizer_3=None,
+        dtype=torch.bfloat16,
+        quantization_config=PipelineQuantizationConfig(quant_mapping={"transformer": config}),
+    )
+    pipe.load_lora_weights(models["one"])
+    expected = images_of(pipe, [line["prompt"] for line in lines], [line["seed"] for line in lines])
+    drawn = [Image.open(folder / line["image"]) for line in lines]
+    assert [image.tobytes() for image in drawn] == [image.tobytes() for image in expected]
+    del changes["quantization_config_path"]
+    with pytest.raises(ValueError, match="choose another folder"):
+        script.main(command_line(arguments, **changes))
 
 
 # The demo.

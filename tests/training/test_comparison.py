@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -204,6 +205,17 @@ def test_options_of_one_method_in_base_are_for_that_method_alone(
     recipe["methods"] = {"refl": {"last_n": 2}}
     _, notes = script.planned_runs(script.parse_config(write(recipe, tmp_path / "recipe.yaml")), script.RECIPES)
     assert notes == ["Not used: options of flowbp-sparse in base, which is not among the methods: num_active."]
+
+
+def test_the_evaluation_has_the_base_of_the_runs(script: ModuleType, recipe: dict[str, Any], tmp_path: Path) -> None:
+    config = script.parse_config(write(recipe, tmp_path / "recipe.yaml"))
+    runs, _ = script.planned_runs(config, script.RECIPES)
+    configs, _ = script.check_runs(runs, load_script("train_flowbp_sd3").SD3, script.RECIPES)
+    # Where there is no GPU, runs over such a base are refused.
+    quantised = {name: replace(each, quantization_config_path=Path("nf4.json")) for name, each in configs.items()}
+    options = script.evaluation_options(config, quantised)
+    assert options["quantization_config_path"] == "nf4.json" and options["num_inference_steps"] == 4
+    assert "quantization_config_path" not in script.evaluation_options(config, configs)
 
 
 def changed(recipe: dict[str, Any], path: str, value: Any) -> dict[str, Any]:

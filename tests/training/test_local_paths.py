@@ -88,9 +88,8 @@ def test_options_of_the_scripts_that_may_name_a_local_path():
         found = declarations(config_class).items()
         return {name for name, (_, declared, kind) in found if declared.is_path or without_none(kind) is Path}
 
-    both = {"pretrained_model_name_or_path", "prompts", "reward_model_path", "output_dir"}
-    training = {"eval_prompts", "resume_from_checkpoint", "logging_dir"}
-    training |= {"prompt_embeds_dir", "quantization_config_path", "init_lora"}
+    both = {"pretrained_model_name_or_path", "quantization_config_path", "prompts", "reward_model_path", "output_dir"}
+    training = {"eval_prompts", "resume_from_checkpoint", "logging_dir", "prompt_embeds_dir", "init_lora"}
     assert paths(TrainingConfig) == both | training
     assert paths(load_script("evaluate_flowbp").EvaluationConfig) == both | {"lora", "transformer"}
 

@@ -38,8 +38,8 @@ OF_RUNS = ("method", "seed", "output_dir", "resume_from_checkpoint", "overwrite_
 # Options of the evaluation that are those of the training where it does not say otherwise, and arguments of the
 # pipeline's call that the training's scripts have options for.
 SHARED = (
-    "pretrained_model_name_or_path revision variant mixed_precision lora_component num_frames num_inference_steps "
-    "guidance_scale flow_shift sigmas reward_frames pipeline_columns"
+    "pretrained_model_name_or_path revision variant quantization_config_path mixed_precision lora_component "
+    "num_frames num_inference_steps guidance_scale flow_shift sigmas reward_frames pipeline_columns"
 ).split()
 OF_CALL = ("max_sequence_length", "negative_prompt", "true_cfg_scale")
 
@@ -314,7 +314,7 @@ def evaluation_options(config: ComparisonConfig, configs: Mapping[str, TrainingC
         if not is_given and any(other != first for other in others):
             raise ValueError(f"--evaluation: the runs have several values of {name}; say which one to evaluate with.")
         if not is_given and first not in (None, "", ()):
-            found[name] = first
+            found[name] = str(first) if isinstance(first, Path) else first
     arguments = {**found.pop("pipeline_arguments", {}), **{name: found.pop(name) for name in OF_CALL if name in found}}
     if sizes := found.pop("sizes", None):
         found["height"], found["width"] = sizes[0]
