@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
+from diffusers import BitsAndBytesConfig, DiffusionPipeline, PipelineQuantizationConfig, StableDiffusion3Pipeline
 from diffusers.training_utils import _collate_lora_metadata
 from diffusers.utils import BaseOutput
 from families import FAMILIES
@@ -44,6 +44,7 @@ from flowbp.publishing.card_text import code_block, hide_paths, markdown
 from flowbp.publishing.model_card import write_card
 from flowbp.publishing.published_files import LORA_FILE
 from flowbp.publishing.run_info import write_run_json
+from flowbp.training.results import bitsandbytes_arguments
 from flowbp.videos import makes_videos
 
 ROOT = Path(__file__).parents[2]
@@ -284,11 +285,23 @@ def test_the_code_to_use(tmp_path: Path) -> None:
     }
 
 
-def test_a_quantised_base_is_told(tmp_path: Path) -> None:
-    """The code loads another one than the training had."""
+def test_a_quantised_base(tmp_path: Path) -> None:
+    """The code loads it as the training did, or the card says that it loads another one."""
     told = "had a quantised base"
     assert told not in card_of(tmp_path / "a").text
-    assert told in card_of(tmp_path / "b", settings=settings_of(quantization_config_path="nf4.json")).text
+    settings = settings_of(quantization_config_path="nf4.json")
+    assert told in card_of(tmp_path / "b", settings=settings).text
+    pipe = tiny_sd3_pipeline()
+    assert bitsandbytes_arguments(pipe) is None
+    # As from_pretrained sets it.
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="bfloat16")
+    pipe.quantization_config = PipelineQuantizationConfig(quant_mapping={"transformer": config})
+    card = card_of(tmp_path / "c", settings=settings, bitsandbytes=bitsandbytes_arguments(pipe))
+    found: dict[str, Any] = {}
+    loading = block(card, "python").partition("pipe = ")[0]
+    exec(loading, found)
+    assert found["quantized"].to_dict() == config.to_dict() and told not in card.text
+    assert "quantization_config=PipelineQuantizationConfig(quant_mapping={'transformer': quantized})" in card.text
 
 
 @pytest.mark.parametrize(

@@ -139,6 +139,12 @@ def _loading(run: Mapping[str, Any], missing: Sequence[str], result: str) -> lis
     words = [dtype, *(f"{name}={settings[name]!r}" for name in ("revision", "variant") if settings.get(name))]
     words += [f"{name}=None" for name in missing]
     names, before, after = ["DiffusionPipeline"], [], []
+    if arguments := run.get("bitsandbytes"):
+        names += ["BitsAndBytesConfig", "PipelineQuantizationConfig"]
+        before.append(
+            f"quantized = BitsAndBytesConfig({', '.join(f'{name}={arguments[name]!r}' for name in arguments)})"
+        )
+        words.append(f"quantization_config=PipelineQuantizationConfig(quant_mapping={{{component!r}: quantized}})")
     if is_full(run):
         transformer = run["transformer_class"]
         names.append(transformer)

@@ -193,7 +193,7 @@ def _run_text(run: Mapping[str, Any]) -> dict[str, Any]:
         "alarms": [{key: markdown(value) for key, value in alarm.items()} for alarm in run["alarms"]],
         "sizes": [markdown(name) for name in _size_names(options)],
         "has_lora_loader": has_lora_loader(run),
-        "is_quantised": options.get("quantization_config_path") is not None,
+        "has_other_base": options.get("quantization_config_path") is not None and not run.get("bitsandbytes"),
         "summary": _summary(run),
         "settings": [(markdown(key), markdown(value)) for key, value in options.items() if value is not None],
         "reproduce": training_command(run),

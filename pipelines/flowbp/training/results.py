@@ -8,6 +8,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffusers import BitsAndBytesConfig, DiffusionPipeline
+
 from ..file_errors import writing
 from ..judging.images import Drawn
 from ..judging.statistics import estimate
@@ -168,6 +170,7 @@ def write_record(
             "base_model": config.pretrained_model_name_or_path,
             "pipeline_class": type(run.sampling.pipe).__name__,
             "transformer_class": trained.result_class,
+            "bitsandbytes": bitsandbytes_arguments(run.sampling.pipe),
             "versions": versions(OPTIMIZERS[config.optimizer].library),
             "git": git_commit(),
             "hardware": {
@@ -191,6 +194,16 @@ def write_record(
             "hub_model_id": config.hub_model_id if config.push_to_hub else None,
         },
     )
+
+
+def bitsandbytes_arguments(pipe: DiffusionPipeline) -> dict[str, Any] | None:
+    """What `BitsAndBytesConfig` gets for the pipeline's quantised part; None where bitsandbytes quantises none."""
+    # diffusers sets it where a part is quantised.
+    found = vars(pipe).get("quantization_config")
+    for config in [] if found is None else found.quant_mapping.values():
+        if isinstance(config, BitsAndBytesConfig):
+            return {name: value for name, value in config.to_diff_dict().items() if not name.startswith("_")}
+    return None
 
 
 def save_images(run: "Run", base: Drawn, aligned: Drawn) -> list[dict[str, str]]:
