@@ -271,3 +271,13 @@ def test_answers_are_kept_and_joined_by_what_a_batch_of_two_shows(tmp_path: Path
     with pytest.raises(NotKept, match="encode_prompt returns a int"):
         take_apart((torch.ones(1), 3), {})
     assert join({}, []) == {}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rounding"), [(torch.float32, 5e-4), (torch.float16, 1e-2), (torch.bfloat16, 2e-2)], ids=str
+)
+def test_a_batch_may_round_otherwise_than_its_samples(dtype: torch.dtype, rounding: float):
+    sample = {"": torch.ones(1, 2, 8, dtype=dtype)}
+    assert learn_rules([([sample, sample], {"": torch.full((2, 2, 8), 1 + rounding, dtype=dtype)})]) == {"": "samples"}
+    with pytest.raises(NotKept):
+        learn_rules([([sample, sample], {"": torch.full((2, 2, 8), 1 + 10 * rounding, dtype=dtype)})])

@@ -179,9 +179,9 @@ def _equal(found: Any, expected: Any) -> bool:
         return False
     if not expected.is_floating_point():
         return torch.equal(found, expected)
+    tolerance = TOLERANCES.get(expected.dtype, 1e-3)
     found, expected = (each.reshape(len(each), -1) if each.ndim else each.view(1, 1) for each in (found, expected))
     found, expected = (each.to(torch.promote_types(each.dtype, torch.float32)) for each in (found, expected))
-    tolerance = TOLERANCES.get(found.dtype, 1e-3)
     return bool(((found - expected).norm(dim=1) <= tolerance * expected.norm(dim=1)).all())
 
 
