@@ -205,6 +205,10 @@ def test_files_of_a_folder_are_read_like_single_files(write: Write, tmp_path: Pa
     assert path in message and "line 2: one field expected for each of prompt, n, got 3" in message
     write("set/two.csv", "caption,n\nb,2\n")
     assert "the same columns expected in all files, got caption, n and n, prompt" in refusal(load_records, folder)
+    # The second mark is what joining two files leaves.
+    write("texts/p.txt", "\ufeffa\r\n\r\n\ufeffb\n\ufeff\n")
+    for source in (tmp_path / "texts", tmp_path / "texts" / "p.txt"):
+        assert load_records(str(source)) == [Record("a"), Record("b")]
 
 
 @pytest.mark.parametrize("name", ["other.csv", "other.txt", "more/other.parquet"])

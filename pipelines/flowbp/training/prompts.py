@@ -106,7 +106,9 @@ def load_records(
             (prompt, dict(zip(others, of_row, strict=True)))
             for prompt, *of_row in zip(table.columns[name], *columns.values(), strict=True)
         ]
-    records = [Record(prompt.strip(), columns) for prompt, columns in rows if prompt is not None and prompt.strip()]
+    # Not with the byte order mark of a file that was joined to others, or that datasets has read.
+    stripped = [(prompt.lstrip("\ufeff").strip(), columns) for prompt, columns in rows if prompt is not None]
+    records = [Record(prompt, columns) for prompt, columns in stripped if prompt]
     if not records:
         raise ValueError(f"prompts: {source!r} holds no prompts: at least one is needed")
     _check_images(records, source, images)
