@@ -86,6 +86,12 @@ def test_another_evaluation_s_folder_is_refused(
     assert "\n" not in str(caught.value)
 
 
+def test_a_file_of_the_user_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "table.csv").write_text("mine")
+    with pytest.raises(ValueError, match="table.csv in this folder was not written by an evaluation; move it, or"):
+        make_folder(tmp_path)
+
+
 def test_a_lora_without_finished_batches_may_change(tmp_path: Path) -> None:
     make_folder(tmp_path).create()
     changed = EvaluatedModel("lora × 2", "user/other", 2.0)

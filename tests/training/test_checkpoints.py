@@ -321,14 +321,17 @@ def test_what_does_not_look_like_a_checkpoint(tmp_path: Path) -> None:
 
 
 def test_rotation_keeps_the_newest_whole_ones(tmp_path: Path) -> None:
+    other = tmp_path / "checkpoint-5"
+    other.mkdir()
     folders = write(tmp_path, 50, 10, 20, 30, 40)
     damage(folders[3])
     checkpoints.rotate(tmp_path, 5)
-    assert names(tmp_path) == {path.name for path in folders}
+    assert names(tmp_path) == {path.name for path in [other, *folders]}
     checkpoints.rotate(tmp_path, 2)
-    assert names(tmp_path) == {"checkpoint-20", "checkpoint-30", "checkpoint-40"}
+    assert names(tmp_path) == {"checkpoint-5", "checkpoint-20", "checkpoint-30", "checkpoint-40"}
     checkpoints.rotate(tmp_path, 1)
-    assert names(tmp_path) == {"checkpoint-40"}
+    # Another program's, by its name.
+    assert names(tmp_path) == {"checkpoint-5", "checkpoint-40"}
 
 
 def test_rotation_never_removes_the_newest_whole_one(tmp_path: Path) -> None:

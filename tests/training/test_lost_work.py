@@ -248,22 +248,24 @@ def test_overwriting_removes_what_a_run_wrote_and_nothing_else(config: TrainingC
     assert not (config.output_dir / "best").exists() and not list((config.output_dir / "evaluation").iterdir())
 
 
-def test_a_log_that_no_run_wrote_is_refused(config: TrainingConfig):
-    config.output_dir.mkdir()
-    (config.output_dir / "log.jsonl").write_text('{"mine": 1}\n')
-    with pytest.raises(ValueError, match="holds an earlier run"):
-        train(config, SD3)
-    assert (config.output_dir / "log.jsonl").read_text() == '{"mine": 1}\n'
-
-
 @pytest.mark.parametrize("overwrite", [False, True])
-@pytest.mark.parametrize("name", ["best", "checkpoint-7"])
-def test_a_folder_of_the_user_is_never_taken_for_a_checkpoint(config: TrainingConfig, name: str, overwrite: bool):
-    (config.output_dir / name).mkdir(parents=True)
-    (config.output_dir / name / "model.safetensors").write_text("mine")
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("best", "best/model.safetensors"),
+        ("checkpoint-7", "checkpoint-7/model.safetensors"),
+        *[
+            (name, name)
+            for name in ("log.jsonl", "README.md", LORA_FILE, "validation/000001.png", "images/0_base.png")
+        ],
+    ],
+)
+def test_a_file_of_the_user_is_never_taken_for_a_run_s(tmp_path: Path, name: str, file: str, overwrite: bool):
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text('{"mine": 1}')
     with pytest.raises(ValueError, match=f"{name} in this folder was not written by a run; move it"):
-        train(changed(config, overwrite_output_dir=overwrite), SD3)
-    assert (config.output_dir / name / "model.safetensors").read_text() == "mine"
+        OutputFolder(tmp_path).claim(False, overwrite)
+    assert (tmp_path / file).read_text() == '{"mine": 1}'
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -295,7 +297,8 @@ def test_only_a_checkpoint_of_the_folder_itself_makes_a_run_its_continuation(
 def test_overwriting_does_not_remove_what_the_run_starts_from(config: TrainingConfig, name: str):
     for folder in (config.output_dir / "checkpoint-1", config.output_dir / "best"):
         write_folder(folder, lambda path: (path / LORA_FILE).write_text(""))
-    (config.output_dir / LORA_FILE).write_text("")
+    for file in (LORA_FILE, "log.jsonl"):
+        (config.output_dir / file).write_text("")
     before, folder = content_of(config.output_dir), OutputFolder(config.output_dir)
     with pytest.raises(ValueError, match="--overwrite_output_dir would remove --init_lora"):
         folder.claim(False, True, str(config.output_dir / name))

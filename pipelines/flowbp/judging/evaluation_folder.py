@@ -15,6 +15,9 @@ from PIL import Image
 from ..files import write_atomically
 from .models import EvaluatedModel
 
+RESULTS = ("scores.parquet", "table.json", "table.md", "table.csv", "report.html", "grid.png")
+"""Files that `write_results` writes."""
+
 
 class SettingsFile:
     """`settings.json` of an evaluation: what images and scores depend on, the models, and remarks on them.
@@ -30,7 +33,7 @@ class SettingsFile:
 
     Raises:
         ValueError: the folder holds an evaluation with other settings, or with other LoRAs of the same names, or its
-            settings cannot be read.
+            settings cannot be read; or a file that would be replaced and that no evaluation wrote.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], models: Sequence[EvaluatedModel]) -> None:
@@ -51,6 +54,11 @@ class SettingsFile:
         if self._path.is_file():
             content = self._path.read_text(encoding="utf-8", errors="replace")
         elif not any(self.folder.glob("scores/*/*.json")):
+            if found := [name for name in RESULTS if (self.folder / name).exists()]:
+                raise ValueError(
+                    f"--output_dir {self.folder}: {found[0]} in this folder was not written by an evaluation; move "
+                    "it, or choose another folder."
+                )
             return {"settings": self.settings, "models": {}}
         try:
             kept = json.loads(content)

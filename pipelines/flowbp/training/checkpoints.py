@@ -350,12 +350,14 @@ def _find_latest(output_dir: Path, tell: Callable[[str], None], check: Callable[
 def rotate(output_dir: Path, limit: int) -> None:
     """Keep the newest `limit` whole checkpoints and remove what is older; call it once the new one is complete.
 
-    Damaged ones do not count; they stay until they are older than those kept.
+    Damaged ones do not count; they stay until they are older than those kept. What has no manifest stays: another
+    program may have written it.
     """
     kept = 0
     for folder in reversed(checkpoints(output_dir)):
         if kept == limit:
-            remove(folder)
+            if (folder / MANIFEST).exists():
+                remove(folder)
         elif _is_whole(folder):
             kept += 1
 

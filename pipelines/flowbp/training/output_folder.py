@@ -93,7 +93,7 @@ class OutputFolder:
     def _found(self) -> list[Path]:
         """What a run would replace or mix with its own."""
         found = [self.path / name for name in FILES if (self.path / name).exists()]
-        found += [path for path in sorted(self.path.iterdir()) if CHECKPOINTS.fullmatch(path.name)]
+        found += [path for path in sorted(self.path.iterdir()) if _is_checkpoint(path)]
         for folder, names in FOLDERS.items():
             # Links are not followed.
             if (self.path / folder).is_dir() and not (self.path / folder).is_symlink():
@@ -102,16 +102,15 @@ class OutputFolder:
 
     def _check_contents(self, overwrite: bool, init_lora: str | None) -> None:
         found = self._found()
-        foreign = [
-            path
-            for path in found
-            if CHECKPOINTS.fullmatch(path.name) and (path.is_symlink() or not (path / MANIFEST).is_file())
-        ]
-        if foreign:
-            raise ValueError(
-                f"--output_dir {self.path}: {foreign[0].name} in this folder was not written by a run; move it, or "
-                "choose another folder."
-            )
+        # Every run begins with its log.
+        has_log = any(map(_is_log, found))
+        for path in found:
+            is_own = not path.is_symlink() and (path / MANIFEST).is_file() if _is_checkpoint(path) else has_log
+            if not is_own:
+                raise ValueError(
+                    f"--output_dir {self.path}: {path.relative_to(self.path)} in this folder was not written by a "
+                    "run; move it, or choose another folder."
+                )
         start = None if init_lora is None else Path(init_lora).resolve()
         if overwrite and start and {start, start / LORA_FILE, *start.parents} & {path.resolve() for path in found}:
             raise ValueError(
@@ -136,6 +135,11 @@ class OutputFolder:
                 shutil.rmtree(path)
             else:
                 path.unlink()
+
+
+def _is_checkpoint(path: Path) -> bool:
+    """Whether a path has the name of a folder that comes with a manifest."""
+    return CHECKPOINTS.fullmatch(path.name) is not None
 
 
 def _is_log(path: Path) -> bool:
