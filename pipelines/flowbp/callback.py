@@ -178,7 +178,8 @@ class FlowBPCallback:
                 exchange gradients with the last replay only.
 
         Raises:
-            ValueError: for rewards, images, prompts or columns of the wrong length or shape, and as `sweep`.
+            ValueError: for rewards, images, prompts or columns of the wrong length or shape, an objective that returns
+                no differentiable scalar, and as `sweep`.
             RecordingError: where rewards and rollout are not connected, for a second call, and as `sweep`.
         """
         trajectories = self.trajectories
@@ -202,6 +203,7 @@ class FlowBPCallback:
         weights = torch.ones_like(rewards) if weights is None else weights.to(rewards).repeat(len(trajectories))
         with torch.enable_grad():
             loss = (Objective() if objective is None else objective)(rewards, weights.detach())
+        checks.check_loss(loss)
         checks.check_loss_roots(name, "rewards and objective", [loss], trained)
         self.on_stage("decode")
         adjoints = endpoint_gradients(endpoints, loss, gradient_scale, scored)
@@ -233,6 +235,7 @@ class FlowBPCallback:
         """
         trajectories, name = self.trajectories, self._recorder.name
         adjoints = [adjoint] if isinstance(adjoint, torch.Tensor) else list(adjoint)
+        checks.check_inference_mode(name)
         checks.check_adjoints(adjoints, [trajectory.endpoint for trajectory in trajectories])
         checks.check_sampled_places(name, trajectories, adjoints)
         self.on_stage("sweep")

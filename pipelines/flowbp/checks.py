@@ -26,7 +26,7 @@ from .host import read, widened
 from .marks import mark_of
 from .methods import Method
 from .state import (
-    Kind,
+    CallKind,
     ModelState,
     fingerprint,
     name_of,
@@ -246,7 +246,7 @@ def check_number_of_calls(name: str, made: int, num_noised: int) -> None:
 def check_inference_mode(name: str) -> None:
     """Tensors of inference mode can never have a gradient."""
     if torch.is_inference_mode_enabled():
-        raise RecordingError(f"{name}: the pipeline runs in inference mode; call it without it.")
+        raise RecordingError(f"{name}: inference mode is on, in which nothing has a gradient; call this without it.")
 
 
 def check_has_sigmas(name: str, scheduler: Any) -> None:
@@ -702,7 +702,7 @@ def check_endpoint_reached(name: str, gradients: Sequence[torch.Tensor | None]) 
     if any(gradient is None for gradient in gradients):
         raise RecordingError(
             f"{name}: the rewards do not depend on the recorded endpoint; score the images that the pipeline calls of "
-            "this record() block returned, all of them."
+            "this record() block returned, all of them, without detach or numpy."
         )
 
 
@@ -857,7 +857,7 @@ def check_runs_with_gradients(name: str, path: str, part: torch.nn.Module) -> No
 
 
 def check_reach(
-    name: str, step: int, module: torch.nn.Module, kind: Kind, ran: set[int], outputs: Sequence[torch.Tensor]
+    name: str, step: int, module: torch.nn.Module, kind: CallKind, ran: set[int], outputs: Sequence[torch.Tensor]
 ) -> None:
     """A replay must compute with every trained parameter that the first call of its kind computed with.
 
@@ -921,6 +921,18 @@ def check_rewards(name: str, reward: str, trained: Iterable[torch.Tensor], rewar
             'returned (output_type="pt") with gradients on, or let a reward without a gradient judge (--eval_reward).'
         )
     check_loss_roots(name, f"the rewards of {reward}", [rewards], trained)
+
+
+def check_loss(loss: Any) -> None:
+    """An objective makes one number of the rewards."""
+    if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad:
+        is_tensor = isinstance(loss, torch.Tensor)
+        found = f"a tensor of shape {tuple(loss.shape)}" if is_tensor else type(loss).__name__
+        without = " without a gradient" if is_tensor and not loss.requires_grad else ""
+        raise ValueError(
+            f"`objective` must return a scalar tensor that is differentiable in the rewards, got {found}{without}; "
+            "return a mean or a sum of them."
+        )
 
 
 def check_loss_roots(name: str, what: str, tensors: Sequence[torch.Tensor], trained: Iterable[torch.Tensor]) -> None:

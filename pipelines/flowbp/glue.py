@@ -2,11 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sending gradients back through the pipeline's own code of one step."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
-from .trajectory import ActiveStep, Call
+from .graph import leaves_of
+from .trajectory import ActiveStep
 
 
 class Glue:
@@ -40,7 +41,16 @@ class Glue:
                 known = self.cotangents.get(source)
                 self.cotangents[source] = gradient if known is None else known + gradient
 
-    def uses(self, call: Call) -> bool:
-        """Whether the velocity depends on this call, or may through a later one."""
-        later = self.step.calls[self.step.calls.index(call) + 1 :]
-        return any(output in self.cotangents for output in call.outputs) or any(each.attached for each in later)
+    def used(self, is_computed: Callable[[int], bool]) -> list[int]:
+        """The calls on which the velocity depends, by itself or through the inputs of a later one; latest first.
+
+        Args:
+            is_computed: whether a gradient may pass through the call of this number.
+        """
+        found: list[int] = []
+        reached = set(map(id, leaves_of([self.step.velocity])))
+        for number, call in reversed(list(enumerate(self.step.calls))):
+            if is_computed(number) and any(id(output) in reached for output in call.outputs):
+                found.append(number)
+                reached.update(map(id, leaves_of(list(call.attached.values()))))
+        return found

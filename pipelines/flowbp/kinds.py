@@ -19,11 +19,11 @@ from torch.utils._pytree import TreeSpec, tree_leaves, tree_map_only
 from . import checks
 from .graph import leaves_of
 from .marks import Draws
-from .state import Kind, ModelState, is_compiled, is_sharded, parts_that_run, random_states, trained_parameters
+from .state import CallKind, ModelState, is_compiled, is_sharded, parts_that_run, random_states, trained_parameters
 
 # By transformer; later rollouts compare with them too. A model whose hooks are others at every rollout would add kinds
 # without end.
-_kinds: "weakref.WeakKeyDictionary[torch.nn.Module, deque[Kind]]" = weakref.WeakKeyDictionary()
+_kinds: "weakref.WeakKeyDictionary[torch.nn.Module, deque[CallKind]]" = weakref.WeakKeyDictionary()
 MOST_KINDS = 16
 
 
@@ -31,17 +31,17 @@ def compute(
     name: str,
     step: int,
     module: torch.nn.Module,
-    place: tuple[int, TreeSpec],
+    place: tuple[int, TreeSpec, tuple[Any, ...]],
     is_active: bool,
     call: Callable[[], Any],
-) -> tuple[Any, ModelState | None, Kind | None]:
+) -> tuple[Any, ModelState | None, CallKind | None]:
     """Make a call without gradients.
 
     Args:
         name: the pipeline's class, for messages.
         step: of the call.
         module: the transformer.
-        place: how many calls come before in the step, and the structure of the arguments.
+        place: how many calls come before in the step, the structure of the arguments, and their `values.layout`.
         is_active: whether the call may be replayed.
         call: makes it.
 
@@ -49,7 +49,7 @@ def compute(
         What it returned; and for active steps the state in which it was made, and its kind.
     """
     known = _kinds.setdefault(module, deque(maxlen=MOST_KINDS))
-    alike = [kind for kind in known if (kind.place, kind.spec) == place]
+    alike = [kind for kind in known if (kind.place, kind.spec, kind.layout) == place]
     if alike and not is_active:
         with torch.no_grad():
             return call(), None, None
@@ -59,7 +59,7 @@ def compute(
     kind = next((kind for kind in alike if kind.structure == state.structure and kind.trained == trained), None)
     if kind is None:
         returned, reached, parts = first_of_its_kind(name, step, module, call)
-        kind = Kind(*place, state.structure, trained, reached, parts)
+        kind = CallKind(*place, state.structure, trained, reached, parts)
         known.append(kind)
     else:
         with torch.no_grad():

@@ -35,7 +35,7 @@ from .stand_ins import StandIns
 from .state import fingerprint, name_of, parameters_of, trained_parameters, without_cudnn_attention
 from .surrogate import Surrogate
 from .trajectory import ActiveStep, Call, Trajectory
-from .values import is_list_of_samples
+from .values import is_list_of_samples, layout
 
 
 class Recorder:
@@ -132,10 +132,11 @@ class Recorder:
                 rollout.accounting.returned(modular.returned_values(returned), rollout.trajectory.endpoint)
             else:
                 rollout.accounting.settle()
-        except Exception:
+        except BaseException as error:
             put_back()
-            # What is known by now may explain the error, which is then its context.
-            rollout.accounting.settle()
+            if isinstance(error, Exception):
+                # What is known by now may explain the error, which is then its context.
+                rollout.accounting.settle()
             raise
         finally:
             self._rollout = None
@@ -311,7 +312,8 @@ class Rollout:
         # Copies are taken before the call, which may write into its inputs.
         attached, inputs = self._inputs.keep(leaves, self._sources()) if is_kept else ({}, [])
         made = functools.partial(original, *args, **kwargs)
-        returned, state, kind = kinds.compute(self.recorder.name, self._step, module, (place, spec), is_kept, made)
+        alike = (place, spec, layout(args, kwargs, leaves))
+        returned, state, kind = kinds.compute(self.recorder.name, self._step, module, alike, is_kept, made)
         result, outputs = cut(returned)
         call = Call(module, spec, inputs, attached, outputs, is_list_of_samples(returned, outputs), state, kind)
         self.accounting.call_made(self._step, call if fills(kwargs) else None, leaves, returned)
@@ -391,6 +393,9 @@ class Rollout:
         if step in plan.latents:
             trajectory.latents[step] = sample.detach().clone()
         if step in plan.velocities:
+            # A copy in the glue: a pipeline that later writes into this tensor changes its place in the graph.
+            with torch.enable_grad():
+                velocity = velocity.clone()
             trajectory.velocities[step] = velocity.detach()
         if step in plan.active:
             latents = self._latents if step in plan.coupled else None

@@ -13,7 +13,7 @@ from . import checks
 from .host import read
 from .replayed import TOLERANCE, Replayed, deviations
 from .samples import Samples, chosen_arguments, floating_outputs, take
-from .state import Kind, is_compiled, is_sharded, parts_that_run, trained_parameters, with_random_states
+from .state import CallKind, is_compiled, is_sharded, parts_that_run, trained_parameters, with_random_states
 from .trajectory import ActiveStep, Call
 
 logger = logging.get_logger(__name__)
@@ -21,7 +21,7 @@ logger = logging.get_logger(__name__)
 # Transformers whose samples do not stand alone, as one replay has shown; they are called whole from then on.
 _called_whole: "weakref.WeakSet[torch.nn.Module]" = weakref.WeakSet()
 # Kinds of calls whose parts were seen to run with gradients.
-_seen_with_gradients: "weakref.WeakSet[Kind]" = weakref.WeakSet()
+_seen_with_gradients: "weakref.WeakSet[CallKind]" = weakref.WeakSet()
 
 
 class Replay:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from .host import widened
-from .samples import Samples, chosen_arguments, floating_outputs, masked, put_back, recorded_outputs, take
+from .samples import Samples, chosen_arguments, floating_outputs, has_samples, masked, put_back, recorded_outputs, take
 from .trajectory import Call
 
 # Largest relative difference (2-norm of a sample's output) between a recorded call and a replay that may run other
@@ -74,7 +74,7 @@ class Replayed:
 
     def mask(self, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor like an output with 0 for the samples that are not kept."""
-        return tensor if self.call.is_list else masked(tensor, self.kept)
+        return masked(tensor, self.kept) if has_samples(tensor, self.call) and not self.call.is_list else tensor
 
     def backward(self, cotangents: Mapping[int, torch.Tensor]) -> None:
         """Differentiate the outputs, with these cotangents by index."""

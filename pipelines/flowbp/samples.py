@@ -49,11 +49,17 @@ def numbers(samples: tuple[slice, ...]) -> list[int]:
     return [number for part in samples for number in range(part.start, part.stop)]
 
 
+def has_samples(tensor: torch.Tensor, call: Call) -> bool:
+    """Whether the samples of a call stand along the first dimension of a tensor."""
+    return tensor.ndim > 0 and len(tensor) == call.size
+
+
 def recorded_outputs(call: Call, samples: Samples) -> list[tuple[torch.Tensor, Samples]]:
     """The recorded outputs that hold these samples, each with what to take of it."""
     if call.is_list and samples is not None:
         return [(call.outputs[number], None) for number in numbers(samples)]
-    return [(output, samples) for output in call.outputs]
+    # A number for the whole batch, such as a load-balancing loss, is taken as it is.
+    return [(output, samples if has_samples(output, call) else None) for output in call.outputs]
 
 
 def chosen_arguments(call: Call, samples: Samples) -> tuple[tuple[Any, ...], dict[str, Any], dict[int, torch.Tensor]]:
@@ -70,7 +76,7 @@ def chosen_arguments(call: Call, samples: Samples) -> tuple[tuple[Any, ...], dic
             chosen[index] = leaf.again()
         if not isinstance(leaf, torch.Tensor):
             continue
-        if index not in lists and leaf.ndim > 0 and len(leaf) == call.size:
+        if index not in lists and has_samples(leaf, call):
             leaf = take(leaf, samples)
         if index in call.attached:
             inputs[index] = leaf.detach().requires_grad_()

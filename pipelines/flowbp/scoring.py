@@ -67,6 +67,15 @@ def check_images(images: torch.Tensor, expected: int) -> None:
         raise ValueError(f"Expected all {expected} images of the record() block, got {len(images)}.")
 
 
+def check_images_are_used(gradient: torch.Tensor | None) -> None:
+    """A reward model's own parameters may require a gradient where the images have lost theirs."""
+    if gradient is None:
+        raise checks.RecordingError(
+            "The rewards are not differentiable in the images, although they carry a gradient (of the reward's own "
+            "parameters); let the reward use them without detach, PIL or numpy."
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class Scored:
     """Images and their rewards.
@@ -134,7 +143,8 @@ def score(
         # Each reward sees its own image only, so the sum's gradient is every reward's own.
         # It is scaled here and not later: float16 gradients of single pixels would be lost before.
         with without_autocast(part.device.type):
-            (gradient,) = torch.autograd.grad(scored.sum() * gradient_scale, part)
+            (gradient,) = torch.autograd.grad(scored.sum() * gradient_scale, part, allow_unused=True)
+        check_images_are_used(gradient)
         rewards.append(scored.detach())
         gradients.append(gradient)
     return Scored(torch.cat(rewards).requires_grad_(), images, torch.cat(gradients))

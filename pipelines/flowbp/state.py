@@ -9,7 +9,7 @@ reaches, are compared as well.
 
 import functools
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +25,8 @@ from .placed import PLAIN, STATELESS_HOOKS, Placed, keeps_nothing, plain_attribu
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 # Parts of these packages keep nothing from call to call; their adapters are looked at by name.
 _STATELESS = ("torch", "peft", "flowbp")
+# What `torch.nn.Module` itself keeps in every part.
+_OF_EVERY_MODULE = frozenset(vars(torch.nn.Module()))
 # How many numbers of each trained parameter are compared one by one.
 FINGERPRINT_LENGTH = 1024
 
@@ -49,6 +51,18 @@ class _Held:
     __hash__ = None  # type: ignore[assignment]
 
 
+class _Entries(dict[Any, Any]):
+    """Numbers and words by key; equal to others if what both have is: what was added may be a log of calls."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Entries) and all(self[key] == other[key] for key in self.keys() & other.keys())
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = None  # type: ignore[assignment]
+
+
 @dataclass(frozen=True, eq=False)
 class ModelState:
     """What a call of a model depends on beside its arguments.
@@ -56,7 +70,8 @@ class ModelState:
     Attributes:
         structure: for each part of the model its training flag, hooks, adapters, attention processor and replaced
             forward, and hooks of all modules.
-        values: for each part its buffers and, where its class is not torch's own, its numbers, words and tensors.
+        values: for each part its buffers and frozen parameters and, where its class is not torch's own, its tensors,
+            numbers and words, those in lists and dicts among them.
         versions: version counters of the trained parameters.
         autocast: device type, whether autocast is on, and its dtype.
         random: states of the generators that a call would draw from.
@@ -78,7 +93,7 @@ class ModelState:
         device_type = parameters[0].device.type if parameters else "cpu"
         return cls(
             (*map(_structure, parts), _global_hooks()),
-            tuple(map(_values, parts)),
+            tuple(_values(part, is_sharded(module)) for part in parts),
             tuple(parameter._version for parameter in parameters if parameter.requires_grad),
             (device_type, torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)),
             random_states(module),
@@ -113,12 +128,13 @@ class ModelState:
 
 
 @dataclass(frozen=True, eq=False)
-class Kind:
+class CallKind:
     """Calls of one transformer at one place in their steps, with arguments of one structure and in one state.
 
     Attributes:
         place: how many calls come before in the step.
         spec: structure of the arguments.
+        layout: see `values.layout`.
         structure: of the transformer's state.
         trained: ids of its trained parameters.
         reached: ids of those that the graph of the first call of this kind reached; `None` for sharded transformers,
@@ -128,6 +144,7 @@ class Kind:
 
     place: int
     spec: TreeSpec
+    layout: tuple[Any, ...]
     structure: tuple[Any, ...]
     trained: frozenset[int]
     reached: frozenset[int] | None
@@ -221,7 +238,7 @@ def _structure(part: torch.nn.Module) -> tuple[Any, ...]:
     facts: tuple[Any, ...] = (part.training, tuple(hooks), (around, _identity(forward)), _identity(part))
     processor = attributes.get("processor") or attributes["_modules"].get("processor")
     if processor is not None:
-        facts += ("processor", type(processor).__name__, plain_attributes(processor))
+        facts += ("processor", type(processor).__name__, tuple(_plain_entries(_attributes(processor)).items()))
         if not keeps_nothing(processor):
             facts += (_identity(processor),)
     # diffusers leaves an empty registry behind.
@@ -236,16 +253,38 @@ def _structure(part: torch.nn.Module) -> tuple[Any, ...]:
     return facts
 
 
-def _values(part: torch.nn.Module) -> tuple[Any, ...]:
+def _values(part: torch.nn.Module, is_of_shards: bool) -> tuple[Any, ...]:
     found: list[tuple[str, Any]] = [(name, _Held(each)) for name, each in part._buffers.items() if each is not None]
+    # Sharded parameters are other tensors while and after they compute.
+    for name, each in () if is_of_shards else part._parameters.items():
+        if each is not None and not each.requires_grad:
+            found.append((name, _Held(each)))
     if not type(part).__module__.startswith(_STATELESS):
-        for name, value in part.__dict__.items():
-            # Checkpointing changes where tensors are kept, not what is computed.
-            if isinstance(value, PLAIN) and "gradient_checkpointing" not in name:
-                found.append((name, value))
-            elif isinstance(value, torch.Tensor):
-                found.append((name, _Held(value)))
+        attributes = _attributes(part)
+        found += [(name, _Held(value)) for name, value in attributes.items() if isinstance(value, torch.Tensor)]
+        found += _plain_entries(attributes).items()
     return tuple(found)
+
+
+def _attributes(owner: Any) -> dict[str, Any]:
+    """What an object, a part of a model or an attention processor, holds of its own."""
+    # Checkpointing changes where tensors are kept, not what is computed.
+    return {
+        name: value
+        for name, value in getattr(owner, "__dict__", {}).items()
+        if name not in _OF_EVERY_MODULE and "gradient_checkpointing" not in name
+    }
+
+
+def _plain_entries(container: Any, depth: int = 4) -> _Entries:
+    """The numbers and words in a dict, list or tuple, and in those that it holds."""
+    found = _Entries()
+    for key, value in container.items() if isinstance(container, Mapping) else enumerate(container):
+        if isinstance(value, PLAIN) and isinstance(key, PLAIN):
+            found[key] = value
+        elif isinstance(value, Mapping | list | tuple) and isinstance(key, PLAIN) and depth:
+            found[key] = _plain_entries(value, depth - 1)
+    return found
 
 
 def _global_hooks() -> tuple[Any, ...]:

@@ -29,7 +29,8 @@ def made(
     Returns:
         The next latents; and where tokens have timesteps of their own, each element's step length.
     """
-    args, kwargs = tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs))
+    # Copies, because a scheduler may write into what it is given.
+    args, kwargs = tree_map_only(torch.Tensor, lambda tensor: tensor.detach().clone(), (args, kwargs))
     if kwargs.get("per_token_timesteps") is None:
         with torch.no_grad():
             return _following(step(*args, **kwargs)), None

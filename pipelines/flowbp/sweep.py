@@ -71,15 +71,13 @@ def _differentiate(
     """Send the adjoint through one step's velocity; -> the adjoint of the terms before it."""
     glue = Glue(step)
     glue.pull({step.velocity: (term.weight * adjoint).to(step.velocity.dtype)})
-    computed = [
-        number for number, call in enumerate(step.calls) if kept[number] != () and _is_needed(call) and glue.uses(call)
-    ]
-    for number in reversed(computed):
+    computed = glue.used(lambda number: kept[number] != () and _is_needed(step.calls[number]))
+    for number in computed:
         call = step.calls[number]
         if not any(output in glue.cotangents for output in call.outputs):
             continue
         # Processes exchange gradients once, with the last pass.
-        synchronises = is_last and number == computed[0]
+        synchronises = is_last and number == computed[-1]
         with replay.replayed(term.step, call, kept[number], synchronises) as replayed:
             cotangents = replayed.cotangents(glue.cotangents)
             if anchor is not None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import TreeSpec
 
-from .state import Kind, ModelState
+from .state import CallKind, ModelState
 from .surrogate import Surrogate
 
 
@@ -35,7 +35,7 @@ class Call:
     outputs: list[torch.Tensor]
     is_list: bool
     state: ModelState
-    kind: Kind
+    kind: CallKind
 
     @property
     def size(self) -> int:

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Comparisons of values that stay on the device, and what counts as state."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,6 +39,20 @@ def holds_state(value: Any) -> bool:
         else:
             pending += vars(part).values()
     return False
+
+
+def layout(args: Sequence[Any], kwargs: Mapping[str, Any], leaves: Sequence[Any]) -> tuple[Any, ...]:
+    """What chooses the parts of a model that compute: flags, words, lists of numbers, and which arguments there are.
+
+    Other numbers may be timesteps.
+
+    Args:
+        args, kwargs: of a call.
+        leaves: the same, flattened.
+    """
+    chosen = [leaf if isinstance(leaf, bool | str | None) else type(leaf) for leaf in leaves]
+    lists = [value for value in (*args, *kwargs.values()) if isinstance(value, list | tuple)]
+    return (*chosen, *(tuple(each) for each in lists if all(isinstance(number, int) for number in each)))
 
 
 def is_list_of_samples(result: Any, outputs: list[torch.Tensor]) -> bool:

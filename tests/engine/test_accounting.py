@@ -5,10 +5,14 @@
 `violations` has the violations and the oracle. Below are record blocks that overlap.
 """
 
+import functools
 from collections import Counter
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import pytest
+import torch
 from families.images import build_sd3_pag, sd3_pag_cases
 from lifted import LIFTED
 from violations import (
@@ -134,18 +138,70 @@ def test_what_is_left_behind_is_seen():
     assert not before.changes()
 
 
-def test_an_error_in_mid_call_puts_attention_processors_back():
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+def test_an_error_in_mid_call_puts_attention_processors_back(error: type[BaseException]):
     pipe = build_sd3_pag()
     before = pipe.transformer.attn_processors
 
     def fails(*_: object) -> None:
-        raise ZeroDivisionError
+        raise error
 
     pipe.transformer.register_forward_hook(fails)
     arguments = {**sd3_pag_cases(pipe)[1].arguments, "num_inference_steps": 2}
-    with pytest.raises(ZeroDivisionError), new_callback("full").record(pipe):
+    with pytest.raises(error), new_callback("full").record(pipe):
         pipe(**arguments)
     assert pipe.transformer.attn_processors == before
+
+
+def test_each_update_may_skip_other_layers():
+    """Their calls compute with other parameters, as their arguments say."""
+    pipe = sd3()()
+
+    def same_pipe() -> Any:
+        pipe.transformer.zero_grad()
+        return pipe
+
+    for layer in (1, 0):
+        arguments = {"skip_guidance_layers": [layer], "skip_layer_guidance_start": -0.1}
+        outcome = run(Violation("", 3, same_pipe, call=functools.partial(sd3_call, **arguments)), "full")
+        assert outcome.refused is None
+        assert outcome.difference < 1e-6
+
+
+class ThreeCalls(PlainLoop):
+    """Takes no notice of the first call, and the third one sees the second."""
+
+    def velocity(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        self.branch(latents, timestep, *self.texts[0])
+        seen = self.branch(latents, timestep, *self.texts[0])
+        return self.branch(latents + 0.2 * seen, timestep, *self.texts[1])
+
+
+class Shared(torch.nn.Module):
+    """As processes share a model; notes which of its calls are for a pass that exchanges gradients."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        super().__init__()
+        self.module, self.is_apart, self.exchanged = module, False, []
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.exchanged.append(not self.is_apart)
+        return self.module(*args, **kwargs)
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        self.is_apart = True
+        yield
+        self.is_apart = False
+
+
+def test_processes_exchange_gradients_with_the_last_call_that_is_differentiated():
+    pipe, callback = loop(ThreeCalls)(), new_callback("flowbp-sparse")
+    with callback.record(pipe):
+        images = pipe(**loop_call(pipe))
+    shared = Shared(pipe.transformer)
+    callback.backward(along_a_direction(pipe, images), transformer=shared)
+    assert shared.exchanged == [False, False, False, True]
 
 
 # Record blocks that overlap.

@@ -475,6 +475,10 @@ def blind(images: torch.Tensor, prompts: Any) -> torch.Tensor:
     return mean(images)
 
 
+def learned(images: torch.Tensor, prompts: Any) -> torch.Tensor:
+    return blind(images, prompts) * torch.ones((), requires_grad=True)
+
+
 def of_other(images: torch.Tensor) -> torch.Tensor:
     return mean(torch.zeros_like(images, requires_grad=True))
 
@@ -697,7 +701,7 @@ SCENARIOS: dict[str, list[Scenario]] = {
     ],
     "check_inference_mode": [
         Scenario(
-            "runs in inference mode",
+            "inference mode is on",
             stock(around_record=lambda pipe: torch.inference_mode()),
             "transformer input 0 at step 0 was made under",
         )
@@ -896,6 +900,20 @@ SCENARIOS: dict[str, list[Scenario]] = {
         Scenario("relative difference", answering(lambda output: (1.1 * output,)), WRONG, 2),
     ],
     # Rewards and penalties.
+    "check_images_are_used": [
+        Scenario(
+            "not differentiable in the images",
+            swept(lambda it, images: it.backward(learned, images, PROMPTS)),
+            "expected Tensor as element",
+        )
+    ],
+    "check_loss": [
+        Scenario(
+            "must return a scalar tensor",
+            swept(lambda it, images: it.backward(mean(images), objective=lambda rewards, weights: -rewards)),
+            "only for scalar outputs",
+        )
+    ],
     "check_images": [
         Scenario("not connected", swept(lambda it, images: it.backward(mean, images.detach(), PROMPTS)), NO_GRAPH),
         Scenario("all 2 images", swept(lambda it, images: it.backward(mean, images[:1], PROMPTS[:1])), ACCEPTED, 1),

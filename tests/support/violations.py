@@ -27,7 +27,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
-from diffusers import StableDiffusion3Pipeline, ZImageControlNetModel, ZImageControlNetPipeline
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline, ZImageControlNetModel, ZImageControlNetPipeline
 from diffusers.callbacks import IPAdapterScaleCutoffCallback, MultiPipelineCallbacks, SD3CFGCutoffCallback
 from diffusers.models.attention_processor import JointAttnProcessor2_0, SD3IPAdapterJointAttnProcessor2_0
 from diffusers.models.embeddings import IPAdapterTimeImageProjection
@@ -908,6 +908,32 @@ class CheckpointsItsCalls(PlainLoop):
         return checkpoint(super().branch, latents, timestep, *text, use_reentrant=False)
 
 
+class OneVelocityBuffer(PlainLoop):
+    """Writes every step's velocity into the same tensor."""
+
+    def velocity(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        velocity = super().velocity(latents, timestep)
+        self.seen = self.seen or [torch.zeros_like(velocity)]
+        return self.seen[0].copy_(velocity)
+
+
+class WritesOverVelocities(PlainLoop):
+    """Writes into a velocity when its step is made."""
+
+    def step(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        velocity = self.velocity(latents, timestep)
+        following = self.scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+        velocity.mul_(0)
+        return following
+
+
+class ScalesInPlace(Float64Scheduler):
+    """Its steps write into the velocity that they are given."""
+
+    def step(self, model_output: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor]:
+        return super().step(model_output.mul_(0.9), *args, **kwargs)
+
+
 class _Rounded(torch.autograd.Function):
     """Rounds, and lets the gradient pass."""
 
@@ -1157,6 +1183,12 @@ rule_1(
     objective=lambda pipe, r: -r.mean() + sum(p.square().sum() for p in transformer_parameters(pipe).values()),
     cause="parameter|trained|weights|endpoint",
 )
+rule_1(
+    "scheduler scales velocities in place",
+    changed(loop(), scheduled_by(ScalesInPlace)),
+    cause="rounding explains",
+    call=loop_call,
+)
 rule_1("calls the transformer under checkpoint", CheckpointsItsCalls, "either", cause="checkpoint")
 rule_1("guides at some steps only", GuidanceInterval, "either", cause="guidance|call")
 # Look alike.
@@ -1164,6 +1196,8 @@ for each, name in (
     (with_part("velocity", lambda pipe, v: _Rounded.apply(v)), "rounds velocities straight through"),
     (ShowsTheNoise, "adds the initial noise to the last latents"),
     (OneBuffer, "writes all latents into one tensor"),
+    (OneVelocityBuffer, "writes all velocities into one tensor"),
+    (WritesOverVelocities, "writes over velocities after their steps"),
     (AddsNothing, "adds zero times the old latents"),
     (with_part("velocity", lambda pipe, v: v - 0.5 * v.mean(0, keepdim=True)), "mixes samples in its own code"),
     (SecondBranchSeesTheFirst, "gives one branch's output to the other"),
@@ -1838,6 +1872,30 @@ class BufferScaled(Zeros):
         return self.scale.clone() * (x @ self.first) @ self.second
 
 
+class ParameterScaled(BufferScaled):
+    """Its scale is a frozen parameter."""
+
+    def __init__(self, base: torch.nn.Linear) -> None:
+        super().__init__(base)
+        del self.scale
+        own_gate(0.9, self)
+
+
+def own_gate(value: float, layer: torch.nn.Module) -> None:
+    layer.scale = torch.nn.Parameter(torch.tensor(value, dtype=torch.float64), requires_grad=False)
+
+
+class TableScaled(Zeros):
+    """Its scale stands in a dict of lists."""
+
+    def __init__(self, base: torch.nn.Linear) -> None:
+        super().__init__(base)
+        self.scales = {"first": [1.0]}
+
+    def masked(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.scales["first"][0] * hidden
+
+
 def own_scale(value: float) -> Callable[[Any], None]:
     return lambda pipe: setattr(pipe.transformer.context_embedder, "scale", value)
 
@@ -2035,6 +2093,18 @@ for name, build, change, cause in (
         with_zeros(BufferScaled),
         lambda pipe: pipe.transformer.context_embedder.scale.fill_(0.25),
         "|buffer",
+    ),
+    (
+        "changes an own layer's scale in a dict",
+        with_zeros(TableScaled),
+        lambda pipe: pipe.transformer.context_embedder.scales.update(first=[0.25]),
+        "",
+    ),
+    (
+        "changes an own layer's frozen gate",
+        with_zeros(ParameterScaled),
+        lambda pipe: own_gate(0.25, pipe.transformer.context_embedder),
+        "",
     ),
     ("removes a hook that scales gradients", hooked, lambda pipe: pipe.handle.remove(), ""),
     ("puts up a hook that scales gradients", sd3(), hooked_part, ""),
@@ -2398,6 +2468,14 @@ def sets_scale(scale: float) -> Callable[[Any], None]:
     return lambda pipe: setattr(pipe, "_guidance_scale", scale)
 
 
+class WithNumber(SD3Transformer2DModel):
+    """Also returns a number for the whole batch, as for balancing the load of experts."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        (output,) = super().forward(*args, **{**kwargs, "return_dict": False})
+        return output, output.square().mean()
+
+
 fading = stepping(looking(lambda pipe, latents: setattr(pipe, "_guidance_scale", pipe._guidance_scale - 0.5)))
 rule_6 = adding(6, "guidance|unconditional")
 # Gradients through the conditional branch alone.
@@ -2444,6 +2522,11 @@ rule_6(
     methods=MANY,
 )
 # Look alike.
+conditional(
+    "transformer returns a number for its whole batch, too",
+    changed(sd3(), lambda pipe: setattr(pipe.transformer, "__class__", WithNumber)),
+    "right",
+)
 conditional("guidance scale of 3.5, conditional branch alone", guided_always, "right", methods=MANY)
 conditional("scale is set after the rollout", guided_always, "right", in_block=sets_scale(-2.0))
 rule_6("guidance scale of -2, both branches", guided_always, "right", call=guided(-2.0))
