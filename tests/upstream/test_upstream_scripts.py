@@ -117,6 +117,9 @@ def test_a_run_that_resumes_ends_with_the_same_lora_which_diffusers_loads(
         (tmp_path / "run" / own).touch()
     folder = train(name, "run", max_train_steps=3, checkpoints_total_limit=limit, push_to_hub=True, **shown)
     assert sorted(pushed) == ["README.md", "image_0.png", LORA]
+    (code,) = re.findall(r"```py\n(.*?)```", (folder / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    head, *rest = code.splitlines()
+    assert head == "import torch" and rest[0].startswith("from diffusers import ")
     steps = [int(path.name.removeprefix("checkpoint-")) for path in sorted(folder.glob("*checkpoint*"))]
     assert steps == [1, 2, 3][-(limit or 3) :]
     lora = load_file(folder / LORA)

@@ -74,6 +74,8 @@ These are LoRA weights for {args.pretrained_model_name_or_path}. They were train
 [FlowBP](https://huggingface.co/papers/2606.11075). A reward can be high for images that people do not prefer.
 
 ```py
+import torch
+from diffusers import FluxPipeline
 pipeline = FluxPipeline.from_pretrained("{args.pretrained_model_name_or_path}", dtype=torch.bfloat16)
 pipeline.load_lora_weights("{repo_id}")
 sampling = {{"num_inference_steps": {args.num_inference_steps}, "guidance_scale": {args.guidance_scale}}}
@@ -202,7 +204,6 @@ def main(args):
         raise ValueError(f"`--caption_column` must be one of {dataset.column_names}, got {args.caption_column}.")
     prompts = [prompt.strip() for prompt in dataset[column] if prompt and prompt.strip()]
 
-    # Handle the repository creation
     if accelerator.is_main_process and args.push_to_hub:
         repo_id = args.hub_model_id or Path(args.output_dir).resolve().name
         repo_id = create_repo(repo_id=repo_id, exist_ok=True).repo_id
@@ -224,7 +225,6 @@ def main(args):
     del pipeline
     free_memory()
 
-    # Load the models that rollouts need
     if args.bnb_quantization_config_path is not None:
         bnb_config = json.loads(Path(args.bnb_quantization_config_path).read_text())
         bnb_config = BitsAndBytesConfig(**{**bnb_config, "bnb_4bit_compute_dtype": dtype})

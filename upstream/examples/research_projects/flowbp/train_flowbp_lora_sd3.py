@@ -74,6 +74,8 @@ These are LoRA weights for {args.pretrained_model_name_or_path}. They were train
 [FlowBP](https://huggingface.co/papers/2606.11075). A reward can be high for images that people do not prefer.
 
 ```py
+import torch
+from diffusers import StableDiffusion3Pipeline
 pipeline = StableDiffusion3Pipeline.from_pretrained("{args.pretrained_model_name_or_path}", dtype=torch.bfloat16)
 pipeline.load_lora_weights("{repo_id}")
 sampling = {{"num_inference_steps": {args.num_inference_steps}, "guidance_scale": {args.guidance_scale}}}
@@ -200,7 +202,6 @@ def main(args):
         raise ValueError(f"`--caption_column` must be one of {dataset.column_names}, got {args.caption_column}.")
     prompts = [prompt.strip() for prompt in dataset[column] if prompt and prompt.strip()]
 
-    # Handle the repository creation
     if accelerator.is_main_process and args.push_to_hub:
         repo_id = args.hub_model_id or Path(args.output_dir).resolve().name
         repo_id = create_repo(repo_id=repo_id, exist_ok=True).repo_id
@@ -222,7 +223,6 @@ def main(args):
     del pipeline
     free_memory()
 
-    # Load the models that rollouts need
     without = [f"{kind}{number}" for kind in ("text_encoder", "tokenizer") for number in ("", "_2", "_3")]
     pipeline = StableDiffusion3Pipeline.from_pretrained(model, **dict.fromkeys(without), **load_args).to(device)
     pipeline.set_progress_bar_config(disable=True)
