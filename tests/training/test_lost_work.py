@@ -22,7 +22,7 @@ from training_scripts import load_script, lora_of, put_into_cache, same
 from flowbp.judging import images as judging_images
 from flowbp.publishing.published_files import LORA_FILE
 from flowbp.training import TrainingConfig, train
-from flowbp.training.checkpoints import check_folder, read_json, write_folder
+from flowbp.training.checkpoints import CheckpointError, check_folder, read_json, write_folder
 from flowbp.training.output_folder import LOCK, OutputFolder
 from flowbp.training.reports import Reports
 from flowbp.training.setup import claim_folder
@@ -368,6 +368,24 @@ def test_other_prompts_are_told_or_refused(
         train(resumed(stopped, strict_resume=True), SD3)
     train(resumed(stopped), SD3)
     assert "prompts was 3 prompts" in capsys.readouterr().err
+
+
+def test_what_cannot_be_resumed_is_refused_before_a_model_is_loaded(
+    stopped: TrainingConfig, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(SD3, "load", lambda *_, **__: pytest.fail("a model was loaded"))
+    for changes, message in (
+        ({"use_ema": True}, "without --use_ema"),
+        ({"optimizer": "adamw-8bit"}, "use the --optimizer of that run, adamw"),
+        ({"mixed_precision": "fp16"}, "use the --mixed_precision of that run"),
+        ({"rank": 9}, f"use the --rank of that run, {stopped.rank}"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            train(resumed(stopped, **changes), SD3)
+    (stopped.output_dir / "checkpoint-2").rename(stopped.output_dir / "copy")
+    write_folder(stopped.output_dir / "checkpoint-2", lambda path: (path / "state.json").write_text('{"format": 2}'))
+    with pytest.raises(CheckpointError, match="written by another version of flowbp"):
+        train(resumed(stopped), SD3)
 
 
 def test_the_end_of_a_schedule_is_told(stopped: TrainingConfig, capsys: pytest.CaptureFixture[str]):

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a run resumes from a checkpoint, and which settings must be the same."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from .evaluation import Evaluation
 from .fingerprint import changes
 from .lora import scales
 from .saved_state import check_saved_state
-from .state import TrainingState
+from .state import TrainingState, check_fits
 
 # Options that a resumed run may have of its own without taking another course.
 MAY_CHANGE = (
@@ -31,6 +31,31 @@ def course(config: TrainingConfig) -> dict[str, Any]:
         # The schedule ends with the run.
         settings["max_train_steps of the schedule"] = settings["max_train_steps"]
     return {name: value for name, value in settings.items() if name not in MAY_CHANGE}
+
+
+def find_resumed(config: TrainingConfig, tell: Callable[[str], None] = lambda line: None) -> tuple[Path, dict]:
+    """The checkpoint of `--resume_from_checkpoint`, and its `state.json`, as far as both need no model.
+
+    Args:
+        config: settled, with a checkpoint to resume from.
+        tell: is given a line for each damaged checkpoint that `latest` skips.
+
+    Raises:
+        CheckpointError: for a checkpoint that is missing, damaged, or does not fit.
+    """
+    folder = find_checkpoint(config.output_dir, config.resume_from_checkpoint, tell, check_saved_state)
+    where = f"--resume_from_checkpoint {folder}"
+    saved = read_json(folder / "state.json")
+    if saved.get("format") != 3:
+        raise CheckpointError(f"{where}: written by another version of flowbp; resume with that version.")
+    before = saved["settings"]
+    if before["train"] != config.train:
+        raise CheckpointError(f"{where}: use the --train of that run, {before['train']}.")
+    # The rank of another start is known when its file is read.
+    if config.init_lora is None and before.get("init_lora") is None and before.get("rank") != config.rank:
+        raise CheckpointError(f"{where}: use the --rank of that run, {before['rank']}.")
+    check_fits(config, folder, saved["training"])
+    return folder, saved
 
 
 def resume(
@@ -54,14 +79,9 @@ def resume(
     """
     if config.resume_from_checkpoint is None:
         return None
-    folder = find_checkpoint(config.output_dir, config.resume_from_checkpoint, console.tell, check_saved_state)
+    folder, saved = find_resumed(config, console.tell)
     where = f"--resume_from_checkpoint {folder}"
-    saved = read_json(folder / "state.json")
-    if saved.get("format") != 3:
-        raise CheckpointError(f"{where}: written by another version of flowbp; resume with that version.")
     before, now = saved["settings"], course(config)
-    if before["train"] != now["train"]:
-        raise CheckpointError(f"{where}: use the --train of that run, {before['train']}.")
     other = [f"--{change}" for change in changes(before, now)] + changes(saved["ingredients"], fingerprint)
     if other and config.strict_resume:
         raise CheckpointError(f"{where}: {'; '.join(other)}; --strict_resume asks for the same as in that run.")

@@ -44,7 +44,7 @@ from .output_folder import OutputFolder
 from .pipeline_columns import image_columns, with_images
 from .prompts import Record, load_records
 from .reports import Reports, read_log
-from .resuming import resume
+from .resuming import find_resumed, resume
 from .rewards import Reward, RunRewards, load_run_rewards
 from .sampling import Sampling
 from .seeds import make_generator
@@ -188,7 +188,7 @@ def check_settings(
     records = load_records(config.prompts, column=config.prompt_column, split=config.prompt_split, images=images)
     backbone, checkpoint = backbone_class(config), None
     if config.resume_from_checkpoint is not None:
-        checkpoint = find_checkpoint(config.output_dir, config.resume_from_checkpoint, tell=lambda message: None)
+        checkpoint, _ = find_resumed(config)
     init = read_init_lora(config, backbone, checkpoint)
     if init is not None:
         backbone.config = init.fill(config)

@@ -44,6 +44,23 @@ class Step:
     prodigy_d: float | None = None
 
 
+def check_fits(config: TrainingConfig, folder: Path, state: Mapping[str, Any]) -> None:
+    """Check the state of a checkpoint's `TrainingState.state_dict` against a config.
+
+    Raises:
+        CheckpointError: for a precision, optimizer or average that does not fit.
+    """
+    where = f"--resume_from_checkpoint {folder}"
+    if bool(state["scaler"]) != (config.mixed_precision == "fp16"):
+        raise CheckpointError(f"{where}: use the --mixed_precision of that run.")
+    if (name := state["optimizer_name"]) != config.optimizer:
+        raise CheckpointError(f"{where}: use the --optimizer of that run, {name}.")
+    if state["has_average"] != config.use_ema:
+        raise CheckpointError(
+            f"{where}: that run was {'with' if state['has_average'] else 'without'} --use_ema; this one must be too."
+        )
+
+
 class TrainingState:
     """What an update changes.
 
@@ -193,16 +210,7 @@ class TrainingState:
         Raises:
             CheckpointError: for a LoRA, precision, optimizer or average that does not fit.
         """
-        where = f"--resume_from_checkpoint {folder}"
-        if bool(state["scaler"]) != self.scaler.is_enabled():
-            raise CheckpointError(f"{where}: use the --mixed_precision of that run.")
-        if (name := state["optimizer_name"]) != self.config.optimizer:
-            raise CheckpointError(f"{where}: use the --optimizer of that run, {name}.")
-        if state["has_average"] != (self.average is not None):
-            raise CheckpointError(
-                f"{where}: that run was {'with' if state['has_average'] else 'without'} --use_ema; this one must be "
-                "too."
-            )
+        check_fits(self.config, folder, state)
         self.files.read(folder, state["optimizer_numbers"])
         self._load_schedule(state["lr_scheduler"])
         self.sampler.load_state_dict(state["prompts"])
