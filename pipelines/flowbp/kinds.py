@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from diffusers.utils import logging
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import TreeSpec, tree_leaves, tree_map_only
 
@@ -20,6 +21,8 @@ from . import checks
 from .graph import leaves_of
 from .marks import Draws
 from .state import CallKind, ModelState, is_compiled, is_sharded, parts_that_run, random_states, trained_parameters
+
+logger = logging.get_logger(__name__)
 
 # By transformer; later rollouts compare with them too. A model whose hooks are others at every rollout would add kinds
 # without end.
@@ -59,6 +62,8 @@ def compute(
     kind = next((kind for kind in alike if kind.structure == state.structure and kind.trained == trained), None)
     if kind is None:
         returned, reached, parts = first_of_its_kind(name, step, module, call)
+        if place[0] == 0 and reached is not None and all(each.trained != trained for each in known):
+            _tell_what_is_unreached(name, module, trained - reached)
         kind = CallKind(*place, state.structure, trained, reached, parts)
         known.append(kind)
     else:
@@ -69,6 +74,17 @@ def compute(
         # What the first call sets up once (a table of positions, say) belongs to its state.
         state = replace(state, values=ModelState.of(module).values)
     return returned, state, kind
+
+
+def _tell_what_is_unreached(name: str, module: torch.nn.Module, unreached: frozenset[int]) -> None:
+    """Autograd finds no gradient for them either, so this is no error."""
+    found = [path for path, parameter in module.named_parameters() if id(parameter) in unreached]
+    if found:
+        logger.warning(
+            f"{name}: {len(found)} trained parameters of {type(module).__name__}, such as {found[0]}, get no gradient "
+            "because autograd does not lead from its outputs to them: it may not use what they compute, or compute "
+            "with a kernel without a backward pass (attention backends such as sage)."
+        )
 
 
 def first_of_its_kind(

@@ -98,11 +98,19 @@ def _is_needed(call: Call) -> bool:
 
 @contextmanager
 def all_or_nothing(parameters: Sequence[torch.nn.Parameter]) -> Iterator[None]:
-    """Take first gradients of these parameters away if the block fails: a part of a gradient is worse than none."""
+    """Take first gradients of these parameters away if the block fails: a part of a gradient is worse than none.
+
+    Copies of gradients that were there before would take too much memory, so a note on the error says what they are.
+    """
     fresh = [parameter for parameter in parameters if parameter.grad is None]
     try:
         yield
-    except BaseException:
+    except BaseException as error:
         for parameter in fresh:
             parameter.grad = None
+        if len(fresh) < len(parameters):
+            error.add_note(
+                "Gradients that were accumulated before may hold a part of this one now: call zero_grad() and begin "
+                "with the first micro-batch again."
+            )
         raise

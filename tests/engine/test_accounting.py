@@ -44,6 +44,7 @@ from violations import (
 
 from flowbp import FlowBPCallback, get_method
 from flowbp.checks import RecordingError
+from flowbp.sweep import all_or_nothing
 
 RUNS = [(violation, method) for violation in [*VIOLATIONS, *LIFTED] for method in violation.methods]
 
@@ -166,6 +167,31 @@ def test_each_update_may_skip_other_layers():
         outcome = run(Violation("", 3, same_pipe, call=functools.partial(sd3_call, **arguments)), "full")
         assert outcome.refused is None
         assert outcome.difference < 1e-6
+
+
+def test_trained_parameters_without_a_gradient_are_told_once(caplog: pytest.LogCaptureFixture):
+    """Autograd does not find one either."""
+    pipe = sd3()()
+    query = pipe.transformer.transformer_blocks[0].attn.to_q
+    query.register_forward_hook(lambda part, inputs, output: output.detach())
+    for _ in range(2):
+        with new_callback("flowbp-sparse").record(pipe):
+            pipe(**sd3_call(pipe))
+    (message,) = [record.getMessage() for record in caplog.records if record.name == "flowbp.kinds"]
+    assert "2 trained parameters of SD3Transformer2DModel, such as transformer_blocks.0.attn.to_q.weight" in message
+
+
+def test_a_sweep_that_fails_leaves_no_first_gradient_and_notes_what_it_left():
+    fresh, accumulated = (torch.nn.Parameter(torch.zeros(1)) for _ in range(2))
+    accumulated.grad = torch.ones(1)
+    with pytest.raises(KeyboardInterrupt) as caught, all_or_nothing([fresh, accumulated]):
+        fresh.grad = torch.ones(1)
+        raise KeyboardInterrupt
+    assert fresh.grad is None
+    assert "call zero_grad()" in caught.value.__notes__[0]
+    with pytest.raises(KeyboardInterrupt) as caught, all_or_nothing([fresh]):
+        raise KeyboardInterrupt
+    assert not hasattr(caught.value, "__notes__")
 
 
 class ThreeCalls(PlainLoop):
