@@ -294,6 +294,13 @@ def test_words_say_what_a_recipe_says(path: Path) -> None:
     }
 
 
+def test_a_truth_value_of_a_row_s_own_option_is_a_word() -> None:
+    assert as_words({"own": False, "use_ema": False, "offload": False}, TrainingConfig) == [
+        "--own=False",
+        "--no-offload",
+    ]
+
+
 # Jobs.
 
 

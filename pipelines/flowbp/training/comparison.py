@@ -126,10 +126,9 @@ def as_words(options: Mapping[str, Any], config_class: type) -> list[str]:
     for name, value in options.items():
         if isinstance(value, Mapping) and name in declared and item_type(without_none(declared[name][2])) is str:
             value = words_of(value)
-        if isinstance(value, bool):
-            default = declared[name][0].default if name in declared else False
+        if isinstance(value, bool) and name in declared:
             # Flags that are off by default have no word for it.
-            words += [f"--{name}"] if value else [] if default is False else [f"--no-{name}"]
+            words += [f"--{name}"] if value else [] if declared[name][0].default is False else [f"--no-{name}"]
         elif isinstance(value, list | tuple):
             words += [f"--{name}", *map(str, value)]
         elif value is not None:
