@@ -403,7 +403,8 @@ def _fault_of_sigmas(sigmas: Sequence[float]) -> str | None:
 
 def _rescale(grad_rescale: float, whole: float, active: float) -> float:
     # rho of docs/methods.md, "The rows": grad_rescale 0 keeps the active weights, 1 makes them sum to the whole.
-    return 1.0 + grad_rescale * (whole / active - 1.0)
+    # As in the reference, a Lagrange weight of 0, which a leg of two equal steps has, cannot be rescaled.
+    return 1.0 if active <= 1e-8 else 1.0 + grad_rescale * (whole / active - 1.0)
 
 
 def _full(sigmas: Sequence[float], options: Mapping[str, Any], generator: torch.Generator | None) -> Surrogate:

@@ -244,6 +244,20 @@ def test_bad_values(option: str, value: Any, expected: str):
             assert expected in text and text.endswith(f"got {value!r}.") and "\n" not in text
 
 
+@pytest.mark.parametrize("grad_rescale", [0.0, 0.5])
+def test_a_support_without_weight_is_not_rescaled(grad_rescale: float):
+    """Over two equal steps the weights of order 2 and 3 are 0 and twice the step."""
+    found = 0
+    for seed in SEEDS:
+        surrogate = draw("flowbp-lagrange", seed, EVEN, active_supports="start", grad_rescale=grad_rescale)
+        weights = {term.step: term.weight for term in surrogate.terms}
+        for leg in surrogate.legs:
+            if leg.end - leg.start == 2:
+                assert leg.weights == pytest.approx((0, -2 / N)) and weights[leg.start] == pytest.approx(0)
+                found += 1
+    assert found
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
