@@ -118,6 +118,19 @@ def test_push_and_push_again(hub: LoopbackHub, output: Path) -> None:
     assert len(repository.commits) == 2 and repository.files == content_of(output)
 
 
+def test_paths_are_not_published(hub: LoopbackHub, output: Path) -> None:
+    """What the card hides, the published record hides too; the own one keeps it."""
+    settings = {"prompts": "/data/secret/p.txt", "revision": "refs/pr/1", "num": 1.5, "lora": ["a=/mnt/secret/b c"]}
+    run = {"hub_model_id": REPO, "command": ["/opt/secret/t.py", "--x=/y/secret/z"], "settings": settings}
+    run |= {"images": [{"prompt": "the sign /secret/é says", "base": "images/0_base.png"}]}
+    (output / "run.json").write_text(json.dumps(run, indent=2))
+    before = content_of(output)
+    assert push(hub, output)[0] == 0 and content_of(output) == before
+    settings |= {"prompts": "p.txt", "lora": ["a=b c"]}
+    published = json.loads(hub.repositories[REPO].files["run.json"])
+    assert published == {**run, "command": ["t.py", "--x=z"], "settings": settings}
+
+
 def test_the_repository(hub: LoopbackHub, output: Path) -> None:
     """The option wins over run.json, which wins over the folder's name."""
     assert push(hub, output, "--hub_model_id", "team/other")[1] == f"{hub.url}/team/other\n"

@@ -25,6 +25,7 @@ from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import httpx, validate_repo_id
 from safetensors import SafetensorError, safe_open
 
+from .card_text import hide_paths
 from .published_files import LORA_FILE, TEXT_FILES, TRANSFORMER_FOLDER, allowed_files
 from .run_info import one_line, redact_text
 
@@ -196,6 +197,16 @@ def _check_private(repo_id: str, private: bool, is_private: bool | None) -> None
         )
 
 
+def _without_paths(content: bytes) -> bytes:
+    """A record of a run whose paths are shortened as in its card, but for prompts; other content as it is."""
+    try:
+        run = json.loads(content)
+        hidden = {key: value if key == "images" else hide_paths(value) for key, value in run.items()}
+    except (ValueError, AttributeError):
+        return content
+    return content if hidden == run else (json.dumps(hidden, indent=2, ensure_ascii=False) + "\n").encode()
+
+
 def _operation(path: Path, output_dir: Path) -> CommitOperationAdd:
     """A file as the commit takes it, after its content was checked.
 
@@ -217,6 +228,8 @@ def _operation(path: Path, output_dir: Path) -> CommitOperationAdd:
             raise ValueError(f"{name} is not a PNG file.")
     if redact_text(text) != text and (content is None or name in TEXT_FILES or path.suffix == ".json"):
         raise ValueError(f"{name} holds a secret (a token or password); remove it from the file.")
+    if name == "run.json":
+        content = _without_paths(content)
     # The bytes that were checked are sent; weights are large and stay on disk.
     return CommitOperationAdd(path_in_repo=name, path_or_fileobj=path if content is None else content)
 
