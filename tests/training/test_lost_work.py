@@ -27,6 +27,7 @@ from flowbp.training.output_folder import LOCK, OutputFolder
 from flowbp.training.reports import Reports
 from flowbp.training.setup import claim_folder
 from flowbp.training.signals import TrainingStopped
+from flowbp.training.state_files import LoraFiles
 
 SD3 = load_script("train_flowbp_sd3").SD3
 Reward = Callable[[torch.Tensor, Sequence[str]], torch.Tensor]
@@ -116,6 +117,18 @@ def test_a_judge_that_fails_costs_no_update(config: TrainingConfig, tmp_path: Pa
     assert checkpoints_of(config.output_dir) == ["checkpoint-2"]
     train(changed(config, resume_from_checkpoint="latest"), SD3)
     check_same_end(whole.output_dir, config.output_dir, 4)
+
+
+def test_an_error_of_the_last_checkpoint_does_not_hide_the_run_s(
+    config: TrainingConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def write(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("device-side assert")
+
+    monkeypatch.setattr(LoraFiles, "write", write)
+    with pytest.raises(RuntimeError, match="the reward fails"):
+        train(changed(config, eval_reward=None), SD3, reward=acting_reward(fail, training_call=2))
+    assert "The state after update 1 could not be written: device-side assert" in capsys.readouterr().err
 
 
 def test_a_tracker_that_fails_costs_no_evaluation(config: TrainingConfig, monkeypatch: pytest.MonkeyPatch):

@@ -133,8 +133,8 @@ class Checkpointer:
         except FileExistsError:
             # Another process writes it.
             pass
-        except (OSError, ValueError) as error:
-            # The error that ends the run is printed, too.
+        except Exception as error:
+            # Whatever it is, such as one of a GPU that answers nothing any more: the one that ends the run is raised.
             self.console.tell(f"The state after update {state.update} could not be written: {error}")
 
     def write(self) -> None:
