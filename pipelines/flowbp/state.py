@@ -24,7 +24,7 @@ from .placed import PLAIN, STATELESS_HOOKS, Placed, keeps_nothing, plain_attribu
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 # Parts of these packages keep nothing from call to call; their adapters are looked at by name.
-_STATELESS = ("torch", "peft", "flowbp")
+_STATELESS = {"torch", "peft", "flowbp", "abc", "builtins", "collections", "typing"}
 # What `torch.nn.Module` itself keeps in every part.
 _OF_EVERY_MODULE = frozenset(vars(torch.nn.Module()))
 # How many numbers of each trained parameter are compared one by one.
@@ -259,7 +259,8 @@ def _values(part: torch.nn.Module, is_of_shards: bool) -> tuple[Any, ...]:
     for name, each in () if is_of_shards else part._parameters.items():
         if each is not None and not each.requires_grad:
             found.append((name, _Held(each)))
-    if not type(part).__module__.startswith(_STATELESS):
+    # Of base classes too: FSDP2 and parametrisations make a class of torch's out of a user's.
+    if any(each.__module__.partition(".")[0] not in _STATELESS for each in type(part).__mro__):
         attributes = _attributes(part)
         found += [(name, _Held(value)) for name, value in attributes.items() if isinstance(value, torch.Tensor)]
         found += _plain_entries(attributes).items()

@@ -2101,6 +2101,13 @@ for name, build, change, cause in (
         "",
     ),
     (
+        # As FSDP2 and parametrisations make one.
+        "changes an own layer's scale, of a class that torch made of its class",
+        with_zeros(type("Made", (Zeros,), {"__module__": "torch.nn.utils.parametrize"})),
+        own_scale(0.0),
+        "",
+    ),
+    (
         "changes an own layer's frozen gate",
         with_zeros(ParameterScaled),
         lambda pipe: own_gate(0.25, pipe.transformer.context_embedder),
