@@ -20,7 +20,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import MISSING, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -306,7 +306,7 @@ def make_plan(config: EvaluationConfig) -> Plan:
     names = [line.name for line in lines]
     if config.against not in names:
         raise ValueError(f"--against {config.against}: expected a line of the tables; choose from {', '.join(names)}.")
-    return plan_lines(config, [with_digests(line) for line in lines])
+    return plan_lines(config, with_digests(lines))
 
 
 def plan_lines(config: EvaluationConfig, lines: list[Line]) -> Plan:
@@ -372,17 +372,20 @@ def geneval_tasks(path: str, prompts: Sequence[str]) -> dict[str, str]:
     return {prompt: tasks[prompt] for prompt in sorted(prompts, key=lambda prompt: TASKS.index(tasks[prompt]))}
 
 
-def with_digests(line: Line) -> Line:
-    """A line whose LoRAs of the Hub are in its cache, and known by their content too: the Hub may get others."""
+def with_digests(lines: Sequence[Line]) -> list[Line]:
+    """Lines whose LoRAs of the Hub are in its cache, and known by their content too: the Hub may get others."""
+
+    @cache
+    def digest(lora: str) -> str:
+        file = download_lora(lora)
+        check_lora_file(lora, file)
+        return sha256(file)
 
     def found(model: EvaluatedModel) -> EvaluatedModel:
-        if model.lora is None or model.digest is not None:
-            return model
-        file = download_lora(model.lora)
-        check_lora_file(model.lora, file)
-        return replace(model, digest=sha256(file))
+        is_known = model.lora is None or model.digest is not None
+        return model if is_known else replace(model, digest=digest(model.lora))
 
-    return replace(line, models=tuple(map(found, line.models)))
+    return [replace(line, models=tuple(map(found, line.models))) for line in lines]
 
 
 def make_accelerator() -> Accelerator:
