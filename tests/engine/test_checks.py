@@ -923,7 +923,7 @@ SCENARIOS: dict[str, list[Scenario]] = {
         Scenario(
             "backward(rewards) carry no gradient",
             swept(lambda it, images: it.backward(mean(images.detach()))),
-            NO_GRAPH,
+            "must return a scalar tensor",
             1,
         ),
         Scenario(

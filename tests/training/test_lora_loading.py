@@ -24,7 +24,7 @@ from flowbp.publishing.published_files import LORA_FILE
 
 ROOT = Path(__file__).parents[2]
 RANK = 3
-*_, FUSING, FULL, EXPORT = re.findall(
+*_, FUSING, _, FULL, EXPORT = re.findall(
     r"```python\n(.*?)```", (ROOT / "docs" / "loading.md").read_text(encoding="utf-8"), re.DOTALL
 )
 
