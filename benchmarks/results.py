@@ -96,8 +96,8 @@ ABLATIONS = {
     },
     "late bias": _variants("flowbp-sparse", {"late_bias": [0.0, 4.0]}),
     "rescaling": _variants("flowbp-sparse", {"grad_rescale": [0.0, 1.0]})
-    | _variants("flowbp-lagrange", {"grad_rescale": [1.0], "support_scale": [1.0]}),
-    "step sampling": _variants("flowbp-lagrange", {"step_sampling": ["uniform"], "max_tail": [None]})
+    | _variants("flowbp-lagrange", {"grad_rescale": [1.0]}),
+    "step sampling": _variants("flowbp-lagrange", {"step_sampling": ["uniform"]})
     | _variants("leapalign", {"step_sampling": ["dirichlet"]}),
     "sample weights": _variants("flowbp-lagrange", {"tau": [None]}) | _variants("leapalign", {"tau": [None]}),
     "unconditional gradient": _variants("leapalign", {}, unconditional_gradient=False)
